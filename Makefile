@@ -1,0 +1,61 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`. Variables, each with its default:
+#   PYTHON=python3    the Python (3.10 or newer) that makes the environment
+#   VENV=.venv        where the environment goes
+#   PIP_ARGS=         more arguments for pip install
+#   PYTEST_ARGS=      more arguments for pytest
+#   QUICKSTART_ARGS=  more flags for the quickstart's training, e.g. --max_train_steps 100
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# accelerate launch gives a process one thread unless told; a model of this size gains nothing from more than eight.
+THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test quality bench clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make the environment in .venv and install the package with all that developing takes
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or newer, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('error: Python 3.10 or newer is needed; $(PYTHON) is %d.%d. Say make PYTHON=/path/to/python' % sys.version_info[:2])"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@if [ "$$(uname -s)" = Linux ] && [ -z "$(PIP_ARGS)" ] && ! command -v nvidia-smi >/dev/null; then \
+		echo "No NVIDIA GPU was found. pip takes PyTorch's CUDA build all the same (several GB); the CPU build is smaller:"; \
+		echo "    make install PIP_ARGS='--extra-index-url $(CPU_INDEX)'"; \
+	fi
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out prompts, leave it in outputs/quickstart
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(THREADS) \
+		training/train_prx.py --config training/recipes/quickstart.yaml $(QUICKSTART_ARGS)
+	$(BIN)/python training/evaluate_prx.py --model outputs/quickstart --scenes
+
+# worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do
+test: $(STAMP) ## run the whole test suite, offline, on two cores
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+quality: $(STAMP) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## time the model against the one in diffusers, alternating in one run
+	$(BIN)/python training/benchmarks/bench_model.py
+
+clean: ## remove the environment and what tools leave behind; outputs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests training -name __pycache__ -type d -prune -exec rm -rf {} +

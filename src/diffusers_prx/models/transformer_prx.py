@@ -1,0 +1,461 @@
+"""The PRX transformer: image tokens attend to themselves and to text tokens that no block ever changes.
+
+Shapes in this file: B batch, C channels, H x W latent (or pixel) height and width, p patch size, D hidden size,
+h heads, d head dimension (h * d = D), N = (H/p) * (W/p) image tokens, L text tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+NORM_EPS = 1e-6
+TIME_EMBEDDING_SIZE = 256
+
+# Devices known to have float64 and complex numbers; others (MPS, NPUs, ...) are not asked for either.
+NUMBER_RICH_DEVICES = ("cpu", "cuda")
+
+
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cut images (B, C, H, W) into a row-major sequence of patches (B, N, C * p * p)."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
+    """Put a sequence of patches (B, N, C * p * p) together again as images (B, C, H, W)."""
+    rows, columns = height // patch_size, width // patch_size
+    images = patches.reshape(patches.shape[0], rows, columns, -1, patch_size, patch_size)
+    return images.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, height, width)
+
+
+def rotary_table(
+    rows: int, columns: int, axes_dim: tuple[int, ...], theta: float, device: torch.device
+) -> torch.Tensor:
+    """Cosines and sines of the axial rotary embedding (RoFormer, arXiv 2104.09864), of shape (N, d/2, 2).
+
+    The first `axes_dim[0] / 2` angles follow the row of a token, the others its column. They are computed in float64,
+    on the device itself where possible: a copy from the CPU inside a compiled graph would rule out CUDA graphs.
+    """
+    place = device if device.type in NUMBER_RICH_DEVICES else torch.device("cpu")
+    row_ids, column_ids = (torch.arange(n, dtype=torch.float64, device=place) for n in (rows, columns))
+    angles = []
+    for positions, dim in zip(torch.meshgrid(row_ids, column_ids, indexing="ij"), axes_dim):
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=place) / dim)  # (dim/2,)
+        angles.append(positions.reshape(-1, 1) * frequencies)  # (N, dim/2)
+    table = torch.cat(angles, dim=-1)  # (N, d/2)
+    return torch.stack((table.cos(), table.sin()), dim=-1).float().to(device)  # (N, d/2, 2)
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of features of x (B, N, h, d) by the angles of their tokens; float32 throughout."""
+    pairs, angles = x.unflatten(-1, (-1, 2)), rotary.unsqueeze(-3)  # (B, N, h, d/2, 2) and (N, 1, d/2, 2)
+    if x.device.type in NUMBER_RICH_DEVICES and not torch.compiler.is_compiling():
+        # one pass over memory where the lines below take seven; inductor has no code for complex numbers
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(angles)  # (B, N, h, d/2)
+        return torch.view_as_real(product).flatten(-2)  # (B, N, h, d)
+    (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)  # (B, N, h, d/2) and (N, 1, d/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)  # (B, N, h, d)
+
+
+class PRXRMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, computed and returned in float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS)
+
+
+class PRXAttnProcessor:
+    """Attention of image tokens over the joint sequence of text and image tokens."""
+
+    # set by `set_attention_backend` and by context parallelism
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self,
+        attn: "PRXAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        image_rotary_emb: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from `hidden_states` (B, N, D) to `encoder_hidden_states` (B, L, D) and to itself.
+
+        `attention_mask` is bool (B, 1, 1, L + N), true where a key may be looked at, or None. Returns (B, N, D).
+        """
+        qkv = attn.img_qkv_proj(hidden_states).unflatten(-1, (3, attn.heads, attn.head_dim))  # (B, N, 3, h, d)
+        query, key, value = qkv.unbind(2)  # (B, N, h, d) each
+        query = rotate(attn.norm_q(query), image_rotary_emb).to(value.dtype)  # (B, N, h, d)
+        key = rotate(attn.norm_k(key), image_rotary_emb).to(value.dtype)  # (B, N, h, d)
+
+        text_kv = attn.txt_kv_proj(encoder_hidden_states).unflatten(-1, (2, attn.heads, attn.head_dim))
+        text_key, text_value = text_kv.unbind(2)  # (B, L, h, d) each
+        text_key = attn.norm_added_k(text_key).to(value.dtype)  # (B, L, h, d); text has no position
+
+        hidden_states = dispatch_attention_fn(
+            query,
+            torch.cat((text_key, key), dim=1),  # (B, L + N, h, d)
+            torch.cat((text_value, value), dim=1),  # (B, L + N, h, d)
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )  # (B, N, h, d)
+        hidden_states = attn.to_out[0](hidden_states.flatten(2))  # (B, N, D)
+        return attn.to_out[1](hidden_states)
+
+
+class PRXAttention(nn.Module, AttentionModuleMixin):
+    """Projections and norms of one attention layer; the arithmetic is in its processor."""
+
+    processor: Any
+    _default_processor_cls = PRXAttnProcessor
+    _available_processors = [PRXAttnProcessor]  # noqa: RUF012 (the name and form are diffusers')
+    _supports_qkv_fusion = False  # the projections are stored fused
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.img_qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.norm_q = PRXRMSNorm(self.head_dim)
+        self.norm_k = PRXRMSNorm(self.head_dim)
+        self.txt_kv_proj = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.norm_added_k = PRXRMSNorm(self.head_dim)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False), nn.Dropout(0.0)])
+        self.processor = PRXAttnProcessor()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        image_rotary_emb: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask)
+
+
+class PRXConditioningLinear(nn.Linear):
+    """A linear layer for the few rows of the conditioning vector; autocast leaves it alone.
+
+    Casting its matrix would cost more than multiplying some rows by it, and shifts, scales and gates stay exact.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype))
+
+
+class PRXModulation(nn.Module):
+    """Shift, scale and gate for the two halves of a block, from the conditioning vector (adaLN-Zero, 2212.09748)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.lin = PRXConditioningLinear(hidden_size, 6 * hidden_size)
+
+    def forward(self, temb: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return self.lin(F.silu(temb)).to(dtype)[:, None, :].chunk(6, dim=-1)  # 6 x (B, 1, D)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Layer norm without parameters, then shift and scale.
+
+    PyTorch's kernel takes mean and variance in float32 whatever the input's type, so no cast is needed for that.
+    """
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+class PRXBlock(nn.Module):
+    """One transformer block: modulated joint attention, then a modulated gated MLP; the text stays as it is."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        mlp_size = int(hidden_size * mlp_ratio)
+        self.attention = PRXAttention(hidden_size, num_heads)
+        self.gate_proj = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
+        self.modulation = PRXModulation(hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(temb, hidden_states.dtype)
+
+        x = modulate(hidden_states, attn_shift, attn_scale)  # (B, N, D)
+        x = self.attention(x, encoder_hidden_states, image_rotary_emb, attention_mask)  # (B, N, D)
+        hidden_states = torch.addcmul(hidden_states, attn_gate, x)  # (B, N, D)
+
+        x = modulate(hidden_states, mlp_shift, mlp_scale)  # (B, N, D)
+        x = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))  # (B, N, D)
+        return torch.addcmul(hidden_states, mlp_gate, x)  # (B, N, D)
+
+
+class PRXMLPEmbedder(nn.Module):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, in_size: int, hidden_size: int):
+        super().__init__()
+        self.in_layer = PRXConditioningLinear(in_size, hidden_size)
+        self.out_layer = PRXConditioningLinear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class PRXResolutionEmbedder(nn.Module):
+    """Sinusoidal embedding of height and width, 128 features each, as a vector to add to the timestep's."""
+
+    def __init__(self, hidden_size: int, max_period: int):
+        super().__init__()
+        self.max_period = max_period
+        self.mlp = PRXMLPEmbedder(TIME_EMBEDDING_SIZE, hidden_size)
+
+    def forward(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        sizes = torch.tensor([height, width], device=device, dtype=torch.float32)  # (2,)
+        features = get_timestep_embedding(
+            sizes,
+            TIME_EMBEDDING_SIZE // 2,
+            max_period=self.max_period,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0.0,
+        )  # (2, 128)
+        return self.mlp(features.reshape(1, -1))  # (1, D)
+
+
+class PRXFinalLayer(nn.Module):
+    """Modulated norm, then the projection of every token to the values of its patch."""
+
+    def __init__(self, hidden_size: int, patch_values: int):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), PRXConditioningLinear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(hidden_size, patch_values)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        modulation = self.adaLN_modulation(temb).to(hidden_states.dtype)  # (B, 2 * D)
+        shift, scale = modulation[:, None, :].chunk(2, dim=-1)  # (B, 1, D) each
+        return self.linear(modulate(hidden_states, shift, scale))  # (B, N, C * p * p)
+
+
+class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+    """PRX, the text-to-image transformer of Photoroom (https://github.com/Photoroom/PRX).
+
+    Configuration and state-dict keys are those of the class of the same name in diffusers, so that weights go both
+    ways. A model made from a configuration is initialised for training from scratch (`init_weights`).
+
+    Args:
+        in_channels (`int`): channels C of the latents, or 3 for pixels.
+        patch_size (`int`): side p of the square patch that becomes one token.
+        context_in_dim (`int`): width of the text encoder's hidden states.
+        hidden_size (`int`): width D of the tokens.
+        mlp_ratio (`float`): width of the gated MLP over `hidden_size`.
+        num_heads (`int`): attention heads; must divide `hidden_size`.
+        depth (`int`): number of blocks.
+        axes_dim (`tuple[int, int]`): features of a head that encode the row and the column; both even, their sum is
+            `hidden_size / num_heads`.
+        theta (`int`): base of the rotary frequencies.
+        time_factor (`float`): what timesteps in [0, 1] are multiplied by before their sinusoidal embedding.
+        time_max_period (`int`): longest period of the sinusoidal embeddings of timestep and resolution.
+        bottleneck_size (`int`, *optional*): width of a linear bottleneck between patch and token (JiT, arXiv
+            2511.13720); None for one linear layer.
+        resolution_embeds (`bool`): add an embedding of (H, W) to the timestep's.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PRXBlock"]  # noqa: RUF012 (the names and forms here are diffusers')
+    _repeated_blocks = ["PRXBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["norm", "time_in", "resolution_embedder", "modulation"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        patch_size: int = 2,
+        context_in_dim: int = 2304,
+        hidden_size: int = 1792,
+        mlp_ratio: float = 3.5,
+        num_heads: int = 28,
+        depth: int = 16,
+        axes_dim: tuple[int, int] | None = None,
+        theta: int = 10000,
+        time_factor: float = 1000.0,
+        time_max_period: int = 10000,
+        bottleneck_size: int | None = None,
+        resolution_embeds: bool = False,
+    ):
+        super().__init__()
+        if hidden_size % num_heads != 0:
+            raise ValueError(f"`hidden_size` must be a multiple of `num_heads`, got {hidden_size} and {num_heads}.")
+        axes = (32, 32) if axes_dim is None else tuple(axes_dim)  # None is how stock configurations say (32, 32)
+        head_dim = hidden_size // num_heads
+        if len(axes) != 2 or sum(axes) != head_dim or any(dim % 2 for dim in axes):
+            raise ValueError(
+                f"`axes_dim` must be two even numbers whose sum is the head dimension {head_dim} "
+                f"(`hidden_size` / `num_heads`), got {list(axes)}."
+            )
+        self.axes_dim = axes
+        self.gradient_checkpointing = False
+        self._rotary_tables: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+        patch_values = in_channels * patch_size**2
+        if bottleneck_size is None:
+            self.img_in: nn.Module = nn.Linear(patch_values, hidden_size)
+        else:
+            self.img_in = nn.Sequential(
+                nn.Linear(patch_values, bottleneck_size), nn.Linear(bottleneck_size, hidden_size)
+            )
+        self.time_in = PRXMLPEmbedder(TIME_EMBEDDING_SIZE, hidden_size)
+        self.txt_in = nn.Linear(context_in_dim, hidden_size)
+        self.resolution_embedder = PRXResolutionEmbedder(hidden_size, time_max_period) if resolution_embeds else None
+        self.blocks = nn.ModuleList([PRXBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = PRXFinalLayer(hidden_size, patch_values)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise every parameter for training from scratch, as DiT does (arXiv 2212.09748).
+
+        Xavier-uniform matrices and zero biases; normal(0, 0.02) in the embedders of timestep and resolution; zero
+        modulation and output layer, so that every block starts as the identity and the network answers zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, PRXRMSNorm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, PRXMLPEmbedder):
+                nn.init.normal_(module.in_layer.weight, std=0.02)
+                nn.init.normal_(module.out_layer.weight, std=0.02)
+            elif isinstance(module, PRXModulation):
+                nn.init.zeros_(module.lin.weight)
+            elif isinstance(module, PRXFinalLayer):
+                nn.init.zeros_(module.adaLN_modulation.get_parameter("1.weight"))
+                nn.init.zeros_(module.linear.weight)
+
+    def _rotary(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """The rotary table of a token grid, remembered: it depends on nothing but the shape."""
+        if torch.compiler.is_compiling():
+            return rotary_table(rows, columns, self.axes_dim, self.config.theta, device)
+        key = (rows, columns, device)
+        if key not in self._rotary_tables:
+            # a table first made while sampling must also serve a later training step
+            with torch.inference_mode(False):
+                self._rotary_tables[key] = rotary_table(rows, columns, self.axes_dim, self.config.theta, device)
+        return self._rotary_tables[key]
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        channels, patch_size, width = self.config.in_channels, self.config.patch_size, self.config.context_in_dim
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f"`hidden_states` must have the shape (B, {channels}, H, W), got {shape}.")
+        if shape[2] % patch_size or shape[3] % patch_size:
+            raise ValueError(
+                f"`hidden_states` must have a height and a width that are multiples of the patch size {patch_size}, "
+                f"got {shape[2]} x {shape[3]}."
+            )
+        if timestep.ndim != 1 or timestep.shape[0] not in (1, shape[0]):
+            raise ValueError(f"`timestep` must have the shape ({shape[0]},) or (1,), got {tuple(timestep.shape)}.")
+        text = tuple(encoder_hidden_states.shape)
+        if len(text) != 3 or text[0] != shape[0] or text[2] != width:
+            raise ValueError(f"`encoder_hidden_states` must have the shape ({shape[0]}, L, {width}), got {text}.")
+        if attention_mask is not None and attention_mask.shape != text[:2]:
+            raise ValueError(
+                f"`attention_mask` must have the shape {text[:2]} of the text tokens, "
+                f"got {tuple(attention_mask.shape)}."
+            )
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the velocity (or the clean image, by how the network was trained) of noisy latents or pixels.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (B, C, H, W)): the noisy input; H and W are multiples of p.
+            timestep (`torch.Tensor` of shape (B,) or (1,)): share of noise in [0, 1]; 0 is the clean image.
+            encoder_hidden_states (`torch.Tensor` of shape (B, L, `context_in_dim`)): the text.
+            attention_mask (`torch.Tensor` of shape (B, L), *optional*): true where a text token counts. None where
+                nothing is padded, which is faster.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by s for this call.
+            return_dict (`bool`): False for a plain tuple.
+
+        Returns:
+            `Transformer2DModelOutput` whose `sample` has the shape of `hidden_states`, or a tuple of it.
+
+        Raises:
+            ValueError: if a shape is not as above.
+        """
+        self._check_inputs(hidden_states, timestep, encoder_hidden_states, attention_mask)
+        height, width = hidden_states.shape[-2:]
+        patch_size = self.config.patch_size
+
+        txt = self.txt_in(encoder_hidden_states)  # (B, L, D)
+        img = self.img_in(patchify(hidden_states, patch_size))  # (B, N, D)
+        rotary = self._rotary(height // patch_size, width // patch_size, img.device)  # (N, d/2, 2)
+
+        temb = get_timestep_embedding(
+            timestep,
+            TIME_EMBEDDING_SIZE,
+            max_period=self.config.time_max_period,
+            scale=self.config.time_factor,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0.0,
+        )  # (B, 256)
+        temb = self.time_in(temb)  # (B, D)
+        if self.resolution_embedder is not None:
+            temb = temb + self.resolution_embedder(height, width, img.device)  # (B, D)
+
+        joint_mask = None
+        if attention_mask is not None:
+            joint_mask = F.pad(attention_mask.bool(), (0, img.shape[1]), value=True)  # (B, L + N): images all count
+            joint_mask = joint_mask[:, None, None, :]  # (B, 1, 1, L + N)
+
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                img = self._gradient_checkpointing_func(block, img, txt, temb, rotary, joint_mask)  # (B, N, D)
+            else:
+                img = block(img, txt, temb, rotary, joint_mask)  # (B, N, D)
+
+        sample = unpatchify(self.final_layer(img, temb), patch_size, height, width)  # (B, C, H, W)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

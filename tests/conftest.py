@@ -1,0 +1,89 @@
+"""What every test runs under: no network, one thread, fixed seeds; and which tests a machine can run."""
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+NETWORK = os.environ.get("RUN_NETWORK") == "1"
+SLOW = os.environ.get("RUN_SLOW") == "1"
+
+# Set before torch and the Hugging Face libraries are imported: they read these once. Child processes inherit them.
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one worker per core; numbers depend on the count of threads
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning from every fork
+os.environ["HF_HUB_OFFLINE"] = "0" if NETWORK else "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["MPLBACKEND"] = "agg"
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+LOOPBACK = ("localhost", "::1", "0.0.0.0", "::", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine or this run leaves out."""
+    reasons = {
+        "network": None if NETWORK else "needs the Hugging Face Hub: set RUN_NETWORK=1",
+        "slow": None if SLOW else "takes minutes: set RUN_SLOW=1",
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Each test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test may use the global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Fail a test that looks up or connects to anything but this machine, also where a library swallows the error."""
+    if request.node.get_closest_marker("network"):
+        yield []
+        return
+
+    attempts: list[str] = []
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def check(host: Any) -> None:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name is None or name in LOOPBACK or name == socket.gethostname() or name.startswith("127."):
+            return
+        attempts.append(name)
+        raise OSError(f"This test asked the network for {name!r}; tests run offline (mark it `network` if it must).")
+
+    def check_address(sock: socket.socket, address: Any) -> None:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            check(address[0])
+
+    def guarded_connect(sock: socket.socket, address: Any) -> None:
+        check_address(sock, address)
+        connect(sock, address)
+
+    def guarded_connect_ex(sock: socket.socket, address: Any) -> int:
+        check_address(sock, address)
+        return connect_ex(sock, address)
+
+    def guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        check(host)
+        return getaddrinfo(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+    yield attempts
+    assert not attempts, f"The test asked the network for {sorted(set(attempts))}; tests run offline."

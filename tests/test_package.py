@@ -1,0 +1,321 @@
+"""The package as it is installed: lazy names, wheel and sdist, dependencies; other libraries stay as they are."""
+
+import ast
+import email
+import inspect
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import diffusers_prx
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+
+# import name -> distribution, where they differ
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+
+# Declared, though our code may never import it: why.
+USED_WITHOUT_IMPORT = {
+    "peft": "diffusers' PeftAdapterMixin needs it for add_adapter and load_lora_adapter",
+    "safetensors": "save_pretrained and from_pretrained write and read with it",
+    "tensorboard": "accelerate's tracker for --report_to tensorboard",
+    "wandb": "accelerate's tracker for --report_to wandb",
+    "trackio": "accelerate's tracker for --report_to trackio",
+    "pytest-xdist": "pytest -n 2 in the Makefile",
+    "ruff": "`make quality`",
+    "mypy": "`make quality`",
+    "types-pyyaml": "stubs that mypy reads",
+    "build": "run by these tests",
+    "hatchling": "the build backend",
+    "pre-commit": "run by git",
+    "pre-commit-hooks": "run by pre-commit",
+}
+
+# What runs without the training extra: everything that draws images.
+CORE = ("__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py")
+
+
+def run_python(code: str, *arguments: str, **kwargs) -> str:
+    """Run code in a fresh interpreter, with the warnings of a library turned off; return what it printed."""
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def normalised(distribution: str) -> str:
+    """One spelling of a distribution's name, as PyPI compares them."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def third_party_imports(path: Path) -> set[str]:
+    """Top-level names of the third-party modules that a file, or the files of a folder, import anywhere."""
+    names: set[str] = set()
+    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.partition(".")[0])
+    ours = {"diffusers_prx", "training", "tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    ours |= {file.stem for file in (ROOT / "training").rglob("*.py")}
+    return {normalised(DISTRIBUTIONS.get(name, name)) for name in names - ours - sys.stdlib_module_names}
+
+
+# --- lazy public names
+
+
+def test_import_loads_no_other_library():
+    loaded = run_python(
+        """
+        import sys
+        before = set(sys.modules)
+        import diffusers_prx
+        assert set(diffusers_prx.__all__) <= set(dir(diffusers_prx))
+        print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+        """
+    ).split()
+    assert set(loaded) - sys.stdlib_module_names == {"diffusers_prx"}
+
+
+@pytest.mark.parametrize("name", [name for name in diffusers_prx.__all__ if name != "__version__"])
+def test_public_name_resolves_and_is_documented(name):
+    value = getattr(diffusers_prx, name)
+    assert value.__name__ == name
+    assert value.__module__ == f"diffusers_prx.{diffusers_prx._MODULES[name]}"
+    assert len(vars(value).get("__doc__") or "") > 40, f"{name} has no docstring of its own"
+    if "__call__" in vars(value):
+        assert inspect.getdoc(vars(value)["__call__"]), f"{name}.__call__ has no docstring"
+    assert value.__doc__ != f"{name}{inspect.signature(value)}", f"{name} has only the docstring that dataclass writes"
+
+
+def test_names_for_type_checkers_are_the_lazy_names():
+    tree = ast.parse((SRC / "diffusers_prx/__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imported == diffusers_prx._MODULES
+    assert diffusers_prx.__all__ == sorted([*imported, "__version__"])
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'PRXNothing'"):
+        diffusers_prx.PRXNothing  # noqa: B018
+
+
+def test_importing_everything_patches_no_other_library():
+    """Functions and classes of the libraries, and methods of their classes, are the same objects before and after."""
+    output = run_python(
+        """
+        import importlib, pkgutil, sys, types
+
+        LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub", "accelerate", "datasets", "PIL", "numpy")
+        CALLABLE = (type, types.FunctionType, types.BuiltinFunctionType, staticmethod, classmethod, property)
+
+        def snapshot():
+            found = {}
+            for name, module in list(sys.modules.items()):
+                if name.partition(".")[0] not in LIBRARIES or not isinstance(module, types.ModuleType):
+                    continue
+                for key, value in list(vars(module).items()):
+                    if isinstance(value, CALLABLE):
+                        found[name, key] = value
+                    if isinstance(value, type) and value.__module__ == name:
+                        for method, body in list(vars(value).items()):
+                            if isinstance(body, CALLABLE):
+                                found[name, key, method] = body
+            return found
+
+        def ours(value):
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            return str(getattr(value, "__module__", "")).startswith("diffusers_prx")
+
+        def violations(before, after):
+            changed = {key for key in before if key in after and before[key] is not after[key]}
+            deleted = {key for key in before if key not in after}
+            return sorted(changed | deleted | {key for key in after if key not in before and ours(after[key])})
+
+        for library in LIBRARIES:
+            importlib.import_module(library)
+        import diffusers_prx
+
+        names = [module.name for module in pkgutil.walk_packages(diffusers_prx.__path__, "diffusers_prx.")]
+        # The modules that ours import, so that the snapshot holds what there is to patch.
+        import diffusers.loaders, diffusers.models.modeling_utils, diffusers.pipelines.pipeline_utils
+        import diffusers.models.attention_dispatch, diffusers.schedulers, diffusers.training_utils
+        import transformers.models.t5gemma.modeling_t5gemma
+
+        before = snapshot()
+        for name in names:
+            importlib.import_module(name)
+        print(len(before), len(names), violations(before, snapshot()))
+
+        # the check itself sees a patched method, a patched function and an added one
+        before = snapshot()
+        exec(
+            "def forward(self): ...\\n"
+            "torch.nn.Linear.forward = diffusers.ModelMixin.extra = torch.nn.functional.linear = forward",
+            {"torch": sys.modules["torch"], "diffusers": sys.modules["diffusers"], "__name__": "diffusers_prx.patch"},
+        )
+        print([".".join(key) for key in violations(before, snapshot())])
+        """
+    )
+    first, second = output.splitlines()[-2:]
+    objects, modules, found = first.split(maxsplit=2)
+    assert int(objects) > 10_000
+    assert int(modules) > 5
+    assert found == "[]"
+    for patched in ("Linear.forward", "ModelMixin.extra", "functional.linear"):
+        assert patched in second
+
+
+# --- wheel and sdist
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist and the wheel made from it, without a download."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def metadata(built) -> Message:
+    with zipfile.ZipFile(built[1]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_wheel_holds_the_package_and_nothing_else(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        names = set(archive.namelist())
+    info = f"diffusers_prx-{diffusers_prx.__version__}.dist-info"
+    package = {name for name in names if not name.startswith(info)}
+    on_disk = {
+        str(file.relative_to(SRC))
+        for file in (SRC / "diffusers_prx").rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert package == on_disk
+    assert "diffusers_prx/py.typed" in package
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_sdist_holds_what_a_user_needs_to_train_and_test(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in (
+        "LICENSE",
+        "README.md",
+        "Makefile",
+        "pyproject.toml",
+        "CONTRIBUTING.md",
+        "src/diffusers_prx/py.typed",
+        "tests/conftest.py",
+        "tests/test_package.py",
+        "training/train_prx.py",
+        "training/recipes/quickstart.yaml",
+    ):
+        assert name in names
+    waste = {".git", ".venv", "outputs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".ci"}
+    assert not {name for name in names if waste & set(Path(name).parts)}
+
+
+def test_metadata(metadata):
+    assert metadata["Version"] == diffusers_prx.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_wheel_installs_and_imports_in_a_fresh_process(built, tmp_path):
+    """Without the checkout on the path and without an index: what the wheel holds is enough."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*command, str(built[1])], check=True, timeout=120)
+    output = run_python(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import diffusers_prx
+        for name in diffusers_prx.__all__:
+            getattr(diffusers_prx, name)
+        print(*sorted({module.__file__ for name, module in sys.modules.items() if name.startswith("diffusers_prx")}))
+        """,
+        str(tmp_path),
+        cwd=tmp_path,
+    )
+    files = output.split()
+    assert len(files) > 5
+    assert all(Path(file).is_relative_to(tmp_path) for file in files)
+
+
+# --- dependencies
+
+
+def declared(metadata: Message, *extras: str) -> set[str]:
+    """Distributions that an installation with these extras brings."""
+    found = set()
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            found.add(normalised(requirement.name))
+    return found
+
+
+def test_every_import_is_declared(metadata):
+    core = {name for part in CORE for name in third_party_imports(SRC / "diffusers_prx" / part)}
+    assert core <= declared(metadata), "only training needs the extras"
+    training = declared(metadata, "training", "wandb", "trackio")
+    assert third_party_imports(SRC) <= training
+    assert third_party_imports(ROOT / "training") <= training
+    # packaging is a dependency of both huggingface_hub and pytest
+    assert third_party_imports(ROOT / "tests") - {"packaging"} <= declared(metadata, "training", "dev")
+
+
+def test_every_dependency_is_used_or_has_a_reason(metadata):
+    everything = declared(metadata, *metadata.get_all("Provides-Extra")) - {"diffusers-prx"}
+    imported = {name for folder in ("src", "training", "tests") for name in third_party_imports(ROOT / folder)}
+    unused = everything - imported
+    assert unused <= set(USED_WITHOUT_IMPORT), f"declared and not used: {sorted(unused - set(USED_WITHOUT_IMPORT))}"
+    assert set(USED_WITHOUT_IMPORT) <= everything, "a reason for what is not declared"
+
+
+def test_every_dependency_has_a_range_and_says_why():
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    requirements = [line for line in lines if re.match(r'\s*(\w+ = \[)?"[\w.-]+>=', line)]
+    assert len(requirements) > 15
+    for line in requirements:
+        assert re.search(r"#\s*\S{2}", line), f"no reason: {line}"
+        assert "==" not in line, f"a version is pinned: {line}"
+
+
+# --- the tests' guard
+
+
+def test_the_network_guard_sees_an_attempt_that_the_code_swallows(no_network):
+    with pytest.raises(OSError, match="tests run offline"):
+        socket.create_connection(("huggingface.co", 443), timeout=1)
+    with pytest.raises(OSError, match="tests run offline"), socket.socket() as sock:
+        sock.connect(("192.0.2.1", 443))
+    assert no_network == ["huggingface.co", "192.0.2.1"]
+    no_network.clear()  # or the guard would fail this test as well
+
+
+def test_the_network_guard_lets_this_machine_through():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        client.sendall(b"x")
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(1) == b"x"

@@ -1,0 +1,251 @@
+"""Tiny instances of the real components, made on the spot and offline; the same seed gives the same weights."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
+    T5GemmaModel,
+    T5GemmaModuleConfig,
+)
+
+from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
+from diffusers_prx.pipelines import PRXPipeline, PRXPixelPipeline
+from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
+
+TEXT_WIDTH = 32
+MAX_TOKENS = 12
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "tram",
+    "lion",
+    "on",
+    "in",
+    "with",
+    "small",
+    "big",
+    "square",
+    "circle",
+    "beach",
+    "sunset",
+    "two",
+    "one",
+    "and",
+]
+
+
+def tokenizer(padding_side: str = "right", bos: bool = True, max_length: int = MAX_TOKENS) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer. With `bos` every text starts with <bos>; without, an empty text has no tokens."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        model_max_length=max_length,
+        padding_side=padding_side,
+    )
+
+
+def t5gemma_module_config(**changes) -> T5GemmaModuleConfig:
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+        "max_position_embeddings": 64,
+    }
+    return T5GemmaModuleConfig(**settings | changes)
+
+
+def _t5gemma_config(is_encoder_decoder: bool) -> T5GemmaConfig:
+    return T5GemmaConfig(
+        encoder=t5gemma_module_config(),
+        decoder=t5gemma_module_config(),
+        is_encoder_decoder=is_encoder_decoder,
+        vocab_size=64,
+    )
+
+
+def text_encoder(seed: int = 0) -> T5GemmaEncoderModel:
+    torch.manual_seed(seed)
+    return T5GemmaEncoderModel(_t5gemma_config(is_encoder_decoder=False)).eval()
+
+
+def t5gemma_model(seed: int = 0) -> T5GemmaModel:
+    """Encoder and decoder, as the one whose encoder half the published checkpoints hold."""
+    torch.manual_seed(seed)
+    return T5GemmaModel(_t5gemma_config(is_encoder_decoder=True)).eval()
+
+
+def qwen_text_tower(seed: int = 0) -> Qwen3VLTextModel:
+    torch.manual_seed(seed)
+    config = Qwen3VLTextConfig(
+        vocab_size=64,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    )
+    return Qwen3VLTextModel(config).eval()
+
+
+def vae_kl(seed: int = 0, scaling_factor: float = 0.36, shift_factor: float = 0.12) -> AutoencoderKL:
+    """2x compression, 4 channels."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+    ).eval()
+
+
+def vae_dc(seed: int = 0, scaling_factor: float = 0.41) -> AutoencoderDC:
+    """4x compression, 4 channels."""
+    torch.manual_seed(seed)
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=scaling_factor,
+    ).eval()
+
+
+def transformer(seed: int = 0, cls: type = PRXTransformer2DModel, **changes):
+    """A transformer whose modulation and output layer are not zero: a zero modulation makes a block the identity."""
+    settings = {
+        "in_channels": 4,
+        "patch_size": 2,
+        "context_in_dim": TEXT_WIDTH,
+        "hidden_size": 32,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 2,
+        "axes_dim": [8, 8],
+    }
+    model = cls(**settings | changes).eval()
+    randomise(model, seed)
+    assert all(block.modulation.lin.weight.abs().max() > 0 for block in model.blocks)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw every parameter anew, at a size that keeps activations near 1 and lets text and time be felt."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter.copy_(0.1 * noise + (1.0 if name.endswith("norm.weight") or "norm." in name else 0.0))
+        else:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+
+
+class ExactEuler(FlowMatchEulerDiscreteScheduler):
+    """Stock's Euler on the exact grid, for stock's pipelines, which have no argument for noise levels."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, **kwargs):
+        super().set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=device)
+
+
+class GaussianData(PRXTransformer2DModel):
+    """The exact predictor of data that is N(mean, std^2) in every value, for noise of a given scale.
+
+    E[x_0 | x_t] of a Gaussian is linear in x_t, and the ODE has the solution
+    x_t = (1-t) mean + sqrt((1-t)^2 std^2 + t^2 scale^2) / scale * noise, so that x_0 = mean + std / scale * noise.
+    """
+
+    mean, std, scale, predicts = 0.3, 0.5, 1.0, "velocity"
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask=None, return_dict=True):
+        self.seen = [*getattr(self, "seen", []), timestep]
+        t = timestep.double().view(-1, 1, 1, 1)
+        x = hidden_states.double()
+        variance = (1 - t) ** 2 * self.std**2 + t**2 * self.scale**2
+        clean = self.mean + (1 - t) * self.std**2 / variance * (x - (1 - t) * self.mean)
+        return ((clean if self.predicts == "x_prediction" else (x - clean) / t).float(),)
+
+    def solution(self, noise):
+        return self.mean + self.std / self.scale * noise
+
+
+def latent_pipeline(vae=None, side="right", bos=True, shift=3.0, **changes):
+    """A whole PRXPipeline: 32 pixels, KL latents unless another VAE is given."""
+    vae = vae_kl() if vae is None else vae
+    parts = {
+        "transformer": transformer(),
+        "scheduler": PRXFlowMatchScheduler(shift=shift),
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(side, bos),
+        "vae": vae,
+        "default_sample_size": 32,
+    }
+    pipe = PRXPipeline(**parts | changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIXEL_SETTINGS = {"in_channels": 3, "patch_size": 4, "bottleneck_size": 16, "resolution_embeds": True}
+
+
+def pixel_pipeline(side="right", shift=3.0, **changes):
+    """A whole PRXPixelPipeline: 32 pixels, a Qwen3-VL text tower."""
+    parts = {
+        "transformer": transformer(**PIXEL_SETTINGS),
+        "scheduler": PRXXPredictionScheduler(shift=shift),
+        "text_encoder": qwen_text_tower(),
+        "tokenizer": tokenizer(side),
+        "default_sample_size": 32,
+        "prompt_max_tokens": MAX_TOKENS,
+    }
+    pipe = PRXPixelPipeline(**parts | changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
