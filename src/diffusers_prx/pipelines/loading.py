@@ -1,0 +1,171 @@
+"""How a PRX pipeline is stored, and how what is stored finds its classes.
+
+diffusers resolves an entry ["library", "Class"] of model_index.json as the attribute `Class` of the imported module
+`library`, and recognises it as loadable by the base classes that it finds in that same module. This module is that
+library for our own classes: it holds them, and their base classes, by import.
+"""
+
+import copy
+import inspect
+import json
+import os
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
+from transformers import PreTrainedModel, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
+
+from ..models.transformer_prx import PRXTransformer2DModel
+from ..schedulers.scheduling_prx import STOCK_ONLY_OPTIONS, PRXFlowMatchScheduler, PRXXPredictionScheduler
+
+__all__ = [
+    "ModelMixin",
+    "PRXFlowMatchScheduler",
+    "PRXTransformer2DModel",
+    "PRXXPredictionScheduler",
+    "PreTrainedModel",
+    "PublishedT5GemmaEncoder",
+    "SchedulerMixin",
+    "resolve_components",
+    "stored_form",
+]
+
+_SCHEDULERS = {scheduler.prediction_type: scheduler for scheduler in (PRXFlowMatchScheduler, PRXXPredictionScheduler)}
+
+
+class PublishedT5GemmaConfig(T5GemmaConfig):
+    """Reads the configuration of a published text encoder: of the encoder alone, or of the model it was part of."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> T5GemmaConfig:  # type: ignore[override]
+        stored, _ = T5GemmaConfig.get_config_dict(folder, subfolder=subfolder, **kwargs)
+        if stored.get("model_type") == T5GemmaConfig.model_type:
+            stored = stored["encoder"]
+        encoder = T5GemmaModuleConfig.from_dict(stored)
+        return T5GemmaConfig(
+            encoder=encoder,
+            decoder=copy.deepcopy(encoder),  # part of every T5GemmaConfig; an encoder-only model makes nothing of it
+            is_encoder_decoder=False,
+            vocab_size=encoder.vocab_size,
+            dropout_rate=stored.get("dropout_rate", 0.0),
+            attention_dropout=encoder.attention_dropout or 0.0,
+            dtype=stored.get("dtype", stored.get("torch_dtype")),
+        )
+
+
+class PublishedT5GemmaEncoder(T5GemmaEncoderModel):
+    """Loads the text encoder of the published checkpoints, whose class transformers 5 has no public name for.
+
+    The folder was saved from the encoder half of a T5GemmaModel. It becomes that half of the public
+    T5GemmaEncoderModel, whose keys begin with `encoder.`. (The `key_mapping` of transformers would load it as well,
+    but is undone on saving: what is saved then could not be loaded again.)
+    """
+
+    config_class = PublishedT5GemmaConfig
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **kwargs: Any) -> T5GemmaEncoderModel:  # type: ignore[override]
+        """A T5GemmaEncoderModel with the weights of the folder; keyword arguments as `PreTrainedModel` takes them.
+
+        Raises:
+            ValueError: the folder's weights are not exactly those of the encoder.
+        """
+        config = PublishedT5GemmaConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            half = type(T5GemmaEncoderModel(config).encoder)
+        half_config: Any = config.encoder
+        loaded: Any = half.from_pretrained(folder, config=half_config, output_loading_info=True, **kwargs)
+        encoder, info = loaded
+        wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(wrong.values()):
+            raise ValueError(f"The text encoder in {folder} does not fit T5GemmaEncoderModel: {wrong}.")
+        config.encoder, config.dtype = encoder.config, encoder.dtype
+        with torch.device("meta"):
+            model = T5GemmaEncoderModel(config)
+        model.encoder = encoder
+        return model.eval()
+
+
+def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """A stored model_index.json with the entries of our own classes in place.
+
+    Args:
+        pipeline_class: PRXPipeline or PRXPixelPipeline (or a class derived from one).
+        config: what model_index.json says: written by us, by stock diffusers, or published.
+        folder: where the pipeline lies, to read the scheduler's configuration; None when it is not on this machine.
+
+    Raises:
+        ValueError: the folder holds the other of the two pipelines.
+    """
+    stored_class = config.get("_class_name")
+    if stored_class in ("PRXPipeline", "PRXPixelPipeline") and stored_class not in (
+        base.__name__ for base in pipeline_class.__mro__
+    ):
+        raise ValueError(f"{folder} holds a {stored_class}; load it with {stored_class}.from_pretrained.")
+    resolved = dict(config)
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    for name, entry in config.items():
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or name.startswith("_"):
+            continue
+        if entry[0] is None and name not in parameters:
+            del resolved[name]  # the published pixel layout lists a VAE that it does not have
+        elif entry[1] == "PRXTransformer2DModel":
+            resolved[name] = [__name__, "PRXTransformer2DModel"]
+        elif entry[1] == "T5GemmaEncoder":
+            resolved[name] = [__name__, "PublishedT5GemmaEncoder"]
+        elif entry[1] in [scheduler.__name__ for scheduler in _SCHEDULERS.values()]:
+            resolved[name] = [__name__, entry[1]]
+        elif name == "scheduler" and str(entry[1]).startswith("PRX"):
+            resolved[name] = ["diffusers", entry[1].removeprefix("PRX")]  # see `stored_form`
+        elif entry[1] == "FlowMatchEulerDiscreteScheduler" and not _is_stock_only(folder):
+            prediction_type = config.get("prediction_type") or pipeline_class.default_prediction_type
+            resolved[name] = [__name__, _SCHEDULERS[prediction_type].__name__]
+    return resolved
+
+
+def stored_form(pipeline: Any) -> Any:
+    """A shallow copy of a pipeline under the class names to store.
+
+    They are stock diffusers' names wherever stock diffusers draws the same with them. What it cannot express
+    (x-prediction in latents, velocity in pixels, another scale of the noise in latents) is stored with a scheduler
+    class of a name that it does not know and so refuses: PRXFlowMatchScheduler, PRXXPredictionScheduler, or PRX before
+    the name of one of its own schedulers.
+    """
+    stored = copy.copy(pipeline)
+    if isinstance(getattr(pipeline.transformer, "_orig_mod", pipeline.transformer), PRXTransformer2DModel):
+        stored.register_to_config(transformer=("diffusers", "PRXTransformer2DModel"))
+    scheduler = pipeline.scheduler
+    if scheduler is None:
+        return stored
+    ours = isinstance(scheduler, tuple(_SCHEDULERS.values()))
+    if pipeline.stock_can_express:
+        if ours:
+            stored.register_modules(scheduler=_as_stock_scheduler(scheduler))
+    else:
+        name = type(scheduler).__name__
+        stored.register_to_config(scheduler=("diffusers", name if ours else f"PRX{name}"))
+    return stored
+
+
+def _as_stock_scheduler(scheduler: Any) -> Any:
+    """The stock scheduler with the same shift; what only ours knows stays in its configuration as extra keys."""
+    extra = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    stock: Any = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=extra["num_train_timesteps"], shift=extra["shift"]
+    )
+    stock.register_to_config(**extra)
+    return stock
+
+
+def _is_stock_only(folder: str | None) -> bool:
+    """Whether a stored FlowMatchEulerDiscreteScheduler is set to something that our schedulers do not do."""
+    if folder is None:
+        return False
+    inside = os.path.join(folder, "scheduler")
+    path = os.path.join(inside if os.path.isdir(inside) else folder, SchedulerMixin.config_name)
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        stored = FrozenDict(json.load(file))
+    return any(stored.get(option) for option in STOCK_ONLY_OPTIONS)

@@ -1,0 +1,482 @@
+"""What both PRX pipelines share: the call, the one denoising loop, the checks, saving and loading."""
+
+import copy
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PixArtImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
+from ..text import count_cut, encode_text, tokenize_prompts, trim_text
+from .check_inputs import (
+    check_callback_names,
+    check_callback_result,
+    check_count,
+    check_embeds,
+    check_generator,
+    check_guidance,
+    check_prompts,
+)
+from .loading import resolve_components, stored_form
+from .pipeline_output import PRXPipelineOutput
+from .prompt_cleaning import clean_prompt, repair_prompt
+from .resolution_bins import RESOLUTION_BINS
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class _CallState(threading.local):
+    """What belongs to one call: each thread that shares a pipeline sees its own."""
+
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    current_timestep: torch.Tensor | None = None
+    interrupt: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # a copied or unpickled pipeline starts with a state of its own
+
+
+class PRXPipelineBase(DiffusionPipeline):
+    """The shared part; use `PRXPipeline` or `PRXPixelPipeline`."""
+
+    # in the order and under the names that diffusers looks for
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    default_prediction_type: ClassVar[str]
+    default_resolution: ClassVar[int]
+    light_cleaning: ClassVar[bool]
+
+    model_cpu_offload_seq: Any
+    transformer: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    def _setup(self, default_sample_size: int | None, noise_scale: float, prediction_type: str | None) -> None:
+        """Check and register what is no component. `register_modules` has to come first."""
+        if prediction_type is None:
+            prediction_type = getattr(self.scheduler, "prediction_type", self.default_prediction_type)
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`prediction_type` is {prediction_type!r}; accepted are {list(PREDICTION_TYPES)} and None."
+            )
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler, prediction_type)
+        if not isinstance(noise_scale, (int, float)) or not 0 < noise_scale < math.inf:
+            raise ValueError(f"`noise_scale` is {noise_scale!r}; it has to be a finite number above 0.")
+        if default_sample_size is not None:
+            check_count("default_sample_size", default_sample_size)
+        self.register_to_config(
+            default_sample_size=default_sample_size, noise_scale=float(noise_scale), prediction_type=prediction_type
+        )
+        self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._call = _CallState()
+
+    # What the two pipelines differ in.
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        raise NotImplementedError
+
+    @property
+    def stock_can_express(self) -> bool:
+        """Whether stock diffusers' pipeline of this name draws the same with this configuration."""
+        raise NotImplementedError
+
+    @property
+    def max_tokens(self) -> int:
+        """The number of tokens that the text encoder is given, unless the call says otherwise."""
+        raise NotImplementedError
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}; accepted are {list(OUTPUT_TYPES)}.")
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), float32, about in [-1, 1], of the final latents."""
+        raise NotImplementedError
+
+    # The state of the call that runs, or ran last, in this thread.
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._call.guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._call.num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._call.current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._call.interrupt = bool(value)
+
+    # Saving and loading.
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As `ConfigMixin.load_config`, with the entries of our own classes in place (see `loading`)."""
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        path = str(pretrained_model_name_or_path)
+        folder = path if os.path.isdir(path) else os.path.dirname(path) if os.path.isfile(path) else None
+        if isinstance(loaded, tuple):
+            return (resolve_components(cls, loaded[0], folder), *loaded[1:])
+        return resolve_components(cls, loaded, folder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `DiffusionPipeline.save_pretrained`; what stock diffusers can express, it loads without this package."""
+        DiffusionPipeline.save_pretrained(stored_form(self), str(save_directory), *args, **kwargs)
+
+    # Text.
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        device: torch.device | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = "",
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        tokenizer_max_length: int | None = None,
+        skip_text_cleaning: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encode prompts, or take embeddings that were made before. Arguments as in the call.
+
+        Returns:
+            Embeddings (B, L, D) and bool mask (B, L) of the prompts, B = prompts x images in the order p0, p0, p1, p1,
+            and the same of the negative prompts, or None twice without guidance. Both have the same L; padding that
+            no row needs is cut away.
+        """
+        device = self._execution_device if device is None else device
+        texts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        rows = len(texts) if prompt_embeds is None else len(prompt_embeds)
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            single = negative_prompt is None or isinstance(negative_prompt, str)
+            texts += [negative_prompt or ""] * rows if single else list(negative_prompt)  # type: ignore[list-item, arg-type]
+        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        if texts:
+            embeds, mask = self._encode_texts(texts, device, tokenizer_max_length, skip_text_cleaning)
+            parts = list(zip(embeds.split(rows), mask.split(rows)))
+        if prompt_embeds is not None:
+            parts.insert(0, (prompt_embeds, prompt_attention_mask))
+        if do_classifier_free_guidance and negative_prompt_embeds is not None:
+            parts.append((negative_prompt_embeds, negative_prompt_attention_mask))
+        embeds, joined = _join([_with_mask(embeds.to(device), mask) for embeds, mask in parts])
+        embeds, trimmed = trim_text(embeds, joined)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=device) if trimmed is None else trimmed
+        embeds = embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_classifier_free_guidance:
+            return embeds, mask, None, None
+        (positive, negative), (positive_mask, negative_mask) = embeds.chunk(2), mask.chunk(2)
+        return positive, positive_mask, negative, negative_mask
+
+    def _encode_texts(
+        self, texts: list[str], device: torch.device, max_length: int | None, skip_text_cleaning: bool | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        light = self.light_cleaning if skip_text_cleaning is None else skip_text_cleaning
+        clean: Callable[[str], str] = repair_prompt if light else clean_prompt
+        max_length = self.max_tokens if max_length is None else max_length
+        input_ids, mask = tokenize_prompts(self.tokenizer, texts, max_length, clean)
+        full = [text for text, kept in zip(texts, mask) if kept.all()]
+        if full and (cut := count_cut(self.tokenizer, full, max_length, clean)):
+            logger.warning(f"{cut} of {len(texts)} prompts are longer than {max_length} tokens and were cut there.")
+        mask = mask.to(device)
+        return encode_text(self.text_encoder, input_ids.to(device), mask), mask
+
+    # Latents.
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first noise (B, C, h, w) in float32: `noise_scale` times a draw in `dtype`, or the `latents` given.
+
+        Raises:
+            ValueError: `latents` of another shape, or not finite.
+        """
+        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is None:
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            return noise.float() * self.config["noise_scale"]
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it has to be {shape}.")
+        if not torch.isfinite(latents).all():
+            raise ValueError("`latents` has entries that are NaN or infinite; all of them have to be finite.")
+        return latents.to(device, torch.float32)
+
+    def _sizes(
+        self, height: int | None, width: int | None, use_resolution_binning: bool | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The size asked for and the size to draw at, (height, width) in pixels."""
+        default = self.config["default_sample_size"] or self.default_resolution
+        height = default if height is None else height
+        width = default if width is None else width
+        check_count("height", height)
+        check_count("width", width)
+        bins = RESOLUTION_BINS.get(default)
+        if use_resolution_binning and bins is None:
+            raise ValueError(
+                f"`use_resolution_binning` is True, but there are no bins for a `default_sample_size` of {default};"
+                f" there are for {list(RESOLUTION_BINS)}. Leave it out or set it to False."
+            )
+        if bins is not None and use_resolution_binning is not False:
+            return (height, width), self.image_processor.classify_height_width_bin(height, width, ratios=bins)
+        multiple = self.vae_scale_factor * self.transformer.config["patch_size"]
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"`height` and `width` are {height} and {width}; both have to be multiples of {multiple}"
+                " (`vae_scale_factor` x the transformer's patch size)."
+            )
+        return (height, width), (height, width)
+
+    # The call.
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        use_resolution_binning: bool | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        tokenizer_max_length: int | None = None,
+        skip_text_cleaning: bool | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> PRXPipelineOutput | tuple[Any]:
+        """Draw images. Several threads may call one pipeline at the same time.
+
+        Args:
+            prompt: one prompt or a list of them; or give `prompt_embeds`.
+            negative_prompt: what guidance leads away from: one for all prompts, or one for each. Not used without
+                guidance.
+            height: in pixels; `default_sample_size` when None. Without resolution bins it has to be a multiple of
+                `vae_scale_factor` times the transformer's patch size.
+            width: as `height`.
+            num_inference_steps: number of denoising steps, at least 1. Not used with `timesteps` or `sigmas`.
+            timesteps: custom timesteps, 1000 x noise level, strictly decreasing.
+            guidance_scale: weight w of classifier-free guidance (arXiv 2207.12598), negative + w (positive -
+                negative); at 1, the least, it is off and the network runs on half the batch.
+            num_images_per_prompt: images for each prompt, in the order p0, p0, p1, p1.
+            generator: one torch generator, or one for each image, in that order.
+            latents: (B, C, h, w), the first noise, already scaled by `noise_scale`.
+            prompt_embeds: (P, L, D), encoded prompts in place of `prompt`, with `prompt_attention_mask`.
+            negative_prompt_embeds: (P, L', D), in place of `negative_prompt`.
+            prompt_attention_mask: (P, L), true where a token counts; None when all do.
+            negative_prompt_attention_mask: (P, L').
+            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1], or "latent".
+            return_dict: a plain tuple when False.
+            use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize and crop to the
+                size asked for. None: yes where `default_sample_size` has such sizes (256, 512, 1024).
+            callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; the tensors it
+                returns, in a dict, take the place of ours. `pipeline._interrupt = True` in it ends the call after
+                this step.
+            callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" the
+                callback is given; the latents when None.
+            tokenizer_max_length: number of text tokens, in place of the pipeline's own.
+            skip_text_cleaning: only repair Unicode and HTML in the prompts; None for what this pipeline was trained
+                with.
+            sigmas: custom noise levels, strictly decreasing, in (0, 1]. Used as they are by our schedulers; diffusers'
+                own apply their shift to them.
+
+        Returns:
+            `PRXPipelineOutput`, or a tuple of its images.
+
+        Raises:
+            ValueError: an argument that is not as described; the message says what is accepted.
+        """
+        # 1. Arguments.
+        guided = check_guidance(guidance_scale)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        check_callback_names(names, self._callback_tensor_inputs)
+        self._check_output_type(output_type)
+        check_count("num_inference_steps", num_inference_steps)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        text_width = self.transformer.config["context_in_dim"]
+        check_embeds("prompt", prompt_embeds, prompt_attention_mask, text_width)
+        check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
+        prompts = check_prompts(guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        batch_size = prompts * num_images_per_prompt
+        check_generator(generator, batch_size)
+        size, drawn_size = self._sizes(height, width, use_resolution_binning)
+
+        # 2. State of this call: nothing that another call could touch.
+        check_scheduler(self.scheduler, self.config["prediction_type"])
+        scheduler = copy.deepcopy(self.scheduler)
+        set_schedule(scheduler, num_inference_steps, timesteps, sigmas)
+        self._call.guidance_scale = float(guidance_scale)
+        self._call.num_timesteps = len(scheduler.timesteps)
+        self._call.interrupt = False
+
+        # 3. Text.
+        device = self._execution_device
+        embeds, mask, negative_embeds, negative_mask = self.encode_prompt(
+            prompt,
+            device,
+            guided,
+            negative_prompt,
+            num_images_per_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            tokenizer_max_length,
+            skip_text_cleaning,
+        )
+        if embeds.shape[-1] != text_width:
+            raise ValueError(
+                f"`text_encoder` gives embeddings of width {embeds.shape[-1]}; the transformer was made for"
+                f" {text_width} (`context_in_dim`)."
+            )
+
+        # 4. Noise to latents to images.
+        latents = self.prepare_latents(
+            batch_size, self.transformer.config["in_channels"], *drawn_size, embeds.dtype, device, generator, latents
+        )
+        latents = self._denoise(
+            scheduler,
+            latents,
+            embeds,
+            mask,
+            negative_embeds,
+            negative_mask,
+            float(guidance_scale),
+            callback_on_step_end,
+            names,
+        )
+        images: Any = latents
+        if output_type != "latent":
+            images = self._decode(latents)
+            if drawn_size != size:
+                images = self.image_processor.resize_and_crop_tensor(images, size[1], size[0])
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return PRXPipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self,
+        scheduler: Any,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        mask: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_mask: torch.Tensor | None,
+        guidance_scale: float,
+        callback: Callable[..., dict[str, Any] | None] | None,
+        callback_names: list[str],
+    ) -> torch.Tensor:
+        """The denoising loop, from noise (B, C, h, w) to clean latents, float32 but for the network itself."""
+        dtype = self.transformer.dtype
+        # A stock scheduler steps along a velocity. Without a clamp, (x_t - x_0) / t leads it exactly to a perfect x_0.
+        to_velocity = self.config["prediction_type"] == "x_prediction" and is_stock(scheduler)
+        texts = [prompt_embeds] if negative_prompt_embeds is None else [negative_prompt_embeds, prompt_embeds]
+        joint_mask: Any = mask if negative_mask is None else torch.cat([negative_mask, mask])
+        if bool(joint_mask.all()):
+            joint_mask = None  # nothing is padded: attention without a mask is faster
+        text = torch.cat(texts).to(dtype)  # (B or 2B, L, D), negative first
+
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                self._call.current_timestep = t
+                sigma = scheduler.sigmas[i]
+                prediction = self.transformer(
+                    hidden_states=latents.to(dtype).repeat(len(texts), 1, 1, 1),  # (B or 2B, C, h, w)
+                    timestep=sigma.to(latents.device).expand(len(text)),  # (B or 2B,)
+                    encoder_hidden_states=text,
+                    attention_mask=joint_mask,
+                    return_dict=False,
+                )[0].float()
+                if len(texts) == 2:
+                    negative, positive = prediction.chunk(2)
+                    prediction = negative + guidance_scale * (positive - negative)  # (B, C, h, w)
+                if to_velocity:
+                    prediction = (latents - prediction) / sigma
+                latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+
+                if callback is not None:
+                    given = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    changed = callback(self, i, t, {name: given[name] for name in callback_names})
+                    changed = {} if changed is None else changed
+                    check_callback_result(changed, given)
+                    latents = changed.get("latents", latents).to(latents)
+                    if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
+                        prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
+                        texts = [e for e in (negative_prompt_embeds, prompt_embeds) if e is not None]
+                        text = torch.cat(texts).to(text)
+                progress_bar.update()
+                if self.interrupt:
+                    break
+        self._call.current_timestep = None
+        return latents
+
+
+def _with_mask(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+    return embeds, mask.to(embeds.device, torch.bool)
+
+
+def _join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack embeddings and masks; shorter ones are padded on the right with positions that do not count."""
+    longest = max(mask.shape[1] for _, mask in parts)
+    pad = torch.nn.functional.pad
+    embeds = [pad(embeds, (0, 0, 0, longest - embeds.shape[1])) for embeds, _ in parts]
+    masks = [pad(mask, (0, longest - mask.shape[1]), value=False) for _, mask in parts]
+    return torch.cat(embeds), torch.cat(masks)

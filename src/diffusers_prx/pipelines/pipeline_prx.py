@@ -1,0 +1,87 @@
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, SchedulerMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import latents as vae_latents
+from ..models.transformer_prx import PRXTransformer2DModel
+from .pipeline_base import PRXPipelineBase
+
+
+class PRXPipeline(PRXPipelineBase):
+    """Text to image with PRX in the latents of a VAE.
+
+    >>> from diffusers_prx import PRXPipeline
+    >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft").to("cuda")
+    >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
+
+    Loads what this package saved, what stock diffusers saved, and the published checkpoints.
+
+    Args:
+        transformer: the network.
+        scheduler: `PRXFlowMatchScheduler`, `PRXXPredictionScheduler` (by `prediction_type`), or diffusers'
+            FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler with flow sigmas.
+        text_encoder: T5GemmaEncoderModel, or another transformers model with a `last_hidden_state`.
+        tokenizer: the text encoder's. Its `model_max_length` is the number of text tokens.
+        vae: AutoencoderKL or AutoencoderDC. Without one, `output_type="latent"` is what there is.
+        default_sample_size: side in pixels of what is drawn when the call gives no size; 512 when None.
+        noise_scale: what the first noise is multiplied by.
+        prediction_type: what the network predicts, "velocity" or "x_prediction"; None for what our scheduler says, and
+            velocity with one of diffusers' own.
+
+    Raises:
+        ValueError: an argument that is not as described, or a scheduler for another prediction.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
+    default_prediction_type = "velocity"
+    default_resolution = 512
+    light_cleaning = False
+
+    vae: Any
+
+    def __init__(
+        self,
+        transformer: PRXTransformer2DModel,
+        scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
+        default_sample_size: int | None = 512,
+        noise_scale: float = 1.0,
+        prediction_type: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
+        )
+        self._setup(default_sample_size, noise_scale, prediction_type)
+        if vae is not None and transformer is not None:
+            channels = vae_latents.latent_channels(vae)
+            if channels != transformer.config["in_channels"]:
+                raise ValueError(
+                    f"`vae` has latents of {channels} channels; `transformer` was made for"
+                    f" {transformer.config['in_channels']} (`in_channels`)."
+                )
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 8 if self.vae is None else vae_latents.vae_scale_factor(self.vae)
+
+    @property
+    def stock_can_express(self) -> bool:
+        return self.config["prediction_type"] == "velocity" and self.config["noise_scale"] == 1.0
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def _check_output_type(self, output_type: str) -> None:
+        super()._check_output_type(output_type)
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"`output_type` is {output_type!r}, but there is no `vae`; accepted is 'latent'.")
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return vae_latents.decode(self.vae, latents)

@@ -1,0 +1,376 @@
+"""The two schedulers of PRX: the same grid of noise levels, and two things that a network may predict.
+
+Time runs as in the whole package: sigma (also written t) is 0 at the clean image and 1 at pure noise,
+x_t = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0 (rectified flow, arXiv 2209.03003; flow matching,
+arXiv 2210.02747). A *timestep* of a diffusers scheduler is `num_train_timesteps * sigma`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+# Options of FlowMatchEulerDiscreteScheduler that change its grid or its step, and that have no counterpart here.
+STOCK_ONLY_OPTIONS = (
+    "use_dynamic_shifting",
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+@dataclass
+class PRXSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Args:
+        prev_sample (`torch.Tensor`): the sample at the next, lower noise level; shape of the sample given.
+    """
+
+    prev_sample: torch.Tensor
+
+
+class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
+    """The grid, the noising and the draw of training timesteps; subclasses say what the network predicts."""
+
+    order = 1
+    init_noise_sigma = 1.0
+    # lets diffusers' from_config read a stock configuration without a warning for each key that it does not need
+    _compatibles = ["FlowMatchEulerDiscreteScheduler"]  # noqa: RUF012
+    prediction_type: ClassVar[str]
+
+    def _setup(self) -> None:
+        """Check the configuration and start with an empty schedule."""
+        for name in ("num_train_timesteps", "shift", "logit_std"):
+            _check_number(name, self.config[name], 0, math.inf)
+        _check_number("logit_mean", self.config["logit_mean"], -math.inf, math.inf)
+        _check_number("min_timestep", self.config["min_timestep"], 0, 1)
+        _check_number("uniform_fraction", self.config["uniform_fraction"], 0, 1, closed=True)
+        if self.config["timestep_sampling"] not in ("logit_normal", "uniform"):
+            raise ValueError(
+                f"`timestep_sampling` is {self.config['timestep_sampling']!r}; accepted: 'logit_normal', 'uniform'."
+            )
+        self.num_inference_steps: int | None = None
+        self.sigmas = torch.empty(0)
+        self.timesteps = torch.empty(0)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`; reads configurations of FlowMatchEulerDiscreteScheduler too.
+
+        Raises:
+            ValueError: the configuration asks for something that only FlowMatchEulerDiscreteScheduler does.
+        """
+        unknown = {key: config[key] for key in STOCK_ONLY_OPTIONS if isinstance(config, dict) and config.get(key)}
+        if unknown:
+            raise ValueError(
+                f"`config` sets {unknown}, which {cls.__name__} does not do; switch these options off, or use"
+                " diffusers' FlowMatchEulerDiscreteScheduler."
+            )
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @property
+    def shift(self) -> float:
+        """The shift s of the noise levels, sigma -> s sigma / (1 + (s - 1) sigma) (arXiv 2403.03206, 5.3.2)."""
+        return float(self.config["shift"])
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
+    ) -> None:
+        """Lay the grid for one sampling run: `sigmas` (n+1 values, 1 ... 0) and `timesteps` (n values).
+
+        Args:
+            num_inference_steps: n, at least 1. May be left out when `sigmas` are given.
+            device: where `sigmas` and `timesteps` are put; the CPU when None.
+            sigmas: n noise levels, strictly decreasing, in (0, 1]. They are used as they are, *not* shifted again
+                (FlowMatchEulerDiscreteScheduler shifts what it is given); the final 0 is appended.
+
+        Raises:
+            ValueError: neither argument, a count below 1, or noise levels that are not as described.
+        """
+        if sigmas is None:
+            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
+                raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a whole number.")
+            if num_inference_steps < 1:
+                raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it has to be at least 1.")
+            uniform = np.linspace(1.0, 0.0, int(num_inference_steps) + 1, dtype=np.float64)
+            grid = self.shift * uniform / (1 + (self.shift - 1) * uniform)
+        else:
+            if isinstance(sigmas, torch.Tensor):
+                sigmas = sigmas.detach().cpu().numpy()
+            given = np.asarray(sigmas, dtype=np.float64)
+            inside = given.ndim == 1 and given.size > 0 and bool(np.all((given > 0) & (given <= 1)))
+            if not inside or bool(np.any(np.diff(given) >= 0)):
+                raise ValueError(f"`sigmas` is {sigmas}; it has to be a strictly decreasing list of values in (0, 1].")
+            if num_inference_steps is not None and num_inference_steps != given.size:
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps} but `sigmas` has {given.size} values; leave one"
+                    " of them out, or make them agree."
+                )
+            grid = np.append(given, 0.0)
+        self.num_inference_steps = len(grid) - 1
+        # float64 up to here, so that both lists are the correctly rounded float32 values
+        self.sigmas = torch.from_numpy(grid.astype(np.float32)).to(device)
+        timesteps = grid[:-1] * self.config["num_train_timesteps"]
+        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(device)
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """The place of a timestep in the schedule.
+
+        Raises:
+            ValueError: there is no schedule yet, or the timestep is none of it.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("There is no schedule yet: call `set_timesteps` first.")
+        value = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").flatten()
+        if value.numel() != 1:
+            raise ValueError(f"`timestep` has {value.numel()} values; it has to be one of `scheduler.timesteps`.")
+        distance = (self.timesteps.cpu().double() - value).abs()
+        index = int(distance.argmin())
+        # wide enough for a value that went through a float32 product, far below the spacing of any schedule
+        if not float(distance[index]) <= 1e-6 * self.config["num_train_timesteps"]:
+            raise ValueError(
+                f"`timestep` is {value.item()}, which is none of this schedule's timesteps: {self.timesteps.tolist()}."
+            )
+        return index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample itself: PRX scales no input (diffusers' interface)."""
+        return sample
+
+    def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noise a clean sample: x_t = (1 - sigma) x_0 + sigma noise, in float32, at any noise level.
+
+        Args:
+            sample (B, ...): x_0.
+            timestep: one value or (B,) values in [0, num_train_timesteps], in the unit of `timesteps`; they need not
+                be on the grid.
+            noise (B, ...): a draw of the noise.
+
+        Returns:
+            (B, ...) in the sample's dtype.
+
+        Raises:
+            ValueError: the shapes do not agree.
+        """
+        if noise.shape != sample.shape:
+            raise ValueError(f"`noise` is {tuple(noise.shape)}; it has to be as `sample`, {tuple(sample.shape)}.")
+        sigma = (
+            torch.as_tensor(timestep, dtype=torch.float32, device=sample.device) / self.config["num_train_timesteps"]
+        )
+        sigma = _like_sample(sigma, sample)
+        return ((1 - sigma) * sample.float() + sigma * noise.float()).to(sample.dtype)
+
+    def sample_timesteps(
+        self, n: int, generator: torch.Generator | None = None, device: str | torch.device | None = None
+    ) -> torch.Tensor:
+        """Draw noise levels for training, in [min_timestep, 1), float32 of shape (n,).
+
+        A logit-normal (arXiv 2403.03206) or uniform draw is shifted and held inside the range; then each sample is
+        replaced, with probability `uniform_fraction`, by a uniform draw on that range, which is not shifted. Each
+        sample takes three numbers of the generator whatever comes out, so that n draws of one generator and one draw
+        of each of n generators have the same distribution, and the draw is a pure function of the generator.
+
+        Args:
+            n: how many, at least 1.
+            generator: torch's global one when None.
+            device: where the result goes; the generator's device when None.
+
+        Raises:
+            ValueError: n is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"`n` is {n}; it has to be at least 1.")
+        config, low = self.config, self.config["min_timestep"]
+        source = generator.device if generator is not None else "cpu"
+        u, coin, u_plain = torch.rand(n, 3, generator=generator, device=source).unbind(1)  # each (n,)
+        # The inverse of the distribution function on [F(low), 1) is exactly "draw again until inside the range".
+        low_unshifted = low / (self.shift - (self.shift - 1) * low)
+        if config["timestep_sampling"] == "logit_normal":
+            z_low = (math.log(low_unshifted / (1 - low_unshifted)) - config["logit_mean"]) / config["logit_std"]
+            p_low = 0.5 * math.erfc(-z_low / math.sqrt(2))
+            t = torch.sigmoid(
+                config["logit_mean"] + config["logit_std"] * torch.special.ndtri(p_low + (1 - p_low) * u)
+            )
+        else:
+            t = low_unshifted + (1 - low_unshifted) * u
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        t = torch.where(coin < config["uniform_fraction"], low + (1 - low) * u_plain, t)
+        # float32 rounds the ends of the range over its edges: 1 itself is excluded
+        return t.clamp(low, 1 - 2**-24).to(device)
+
+    def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """The network's prediction as a velocity, float32. Arguments as in `clean`."""
+        raise NotImplementedError
+
+    def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """The network's prediction as a clean image x_0, float32."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> PRXSchedulerOutput | tuple[torch.Tensor]:
+        """One Euler step to the next lower noise level. Keeps no state: the place comes from `timestep`.
+
+        Args:
+            model_output (B, ...): what the network predicts (see `prediction_type`).
+            timestep: one of `timesteps`.
+            sample (B, ...): x_t at this timestep.
+            return_dict: a plain tuple when False.
+
+        Returns:
+            `PRXSchedulerOutput`; computed in float32, in the dtype of `model_output`.
+
+        Raises:
+            ValueError: the timestep is none of the schedule, or the shapes do not agree.
+        """
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` is {tuple(model_output.shape)}; it has to be as `sample`, {tuple(sample.shape)}."
+            )
+        index = self.index_for_timestep(timestep)
+        sigma, sigma_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
+        prev = self._step(model_output.float(), sample.float(), sigma, sigma_next).to(model_output.dtype)
+        return PRXSchedulerOutput(prev_sample=prev) if return_dict else (prev,)
+
+    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class PRXFlowMatchScheduler(_PRXSchedulerBase):
+    """The scheduler of a PRX that predicts velocity, v = noise - x_0.
+
+    Args:
+        num_train_timesteps: the unit of `timesteps`: timestep = num_train_timesteps * sigma.
+        shift: s of the shift s t / (1 + (s - 1) t) of both the sampling grid and the training draw. PRX uses 1 at
+            256 pixels and 3 at 1024.
+        timestep_sampling: "logit_normal" or "uniform", the base distribution in training.
+        logit_mean: mean of the normal behind the logit-normal.
+        logit_std: standard deviation of that normal.
+        uniform_fraction: the share of training draws that is uniform and unshifted instead.
+        min_timestep: the lowest noise level in training.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+    """
+
+    prediction_type = "velocity"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        uniform_fraction: float = 0.1,
+        min_timestep: float = 1e-3,
+    ):
+        self._setup()
+
+    def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """The network's prediction as a velocity, float32: the prediction itself. Arguments as in `clean`."""
+        return model_output.float()
+
+    def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """The network's prediction as a clean image, float32: x_t - sigma v.
+
+        Args:
+            model_output (B, ...): the predicted velocity.
+            sample (B, ...): x_t.
+            sigma: one value or (B,) noise levels in [0, 1], as `sample_timesteps` draws them.
+        """
+        sigma = _like_sample(torch.as_tensor(sigma, dtype=torch.float32, device=sample.device), sample)
+        return sample.float() - sigma * model_output.float()
+
+    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+        return sample + (sigma_next - sigma) * model_output
+
+
+class PRXXPredictionScheduler(_PRXSchedulerBase):
+    """The scheduler of a PRX that predicts the clean image x_0 (JiT, arXiv 2511.13720).
+
+    A step goes in closed form towards the predicted image, x_s = x_0 + (s / t) (x_t - x_0): the same line as an Euler
+    step, without the division by a small t that would need a clamp, so that a perfect prediction leaves no noise.
+
+    Args:
+        clamp: in *training*, velocity = (x_t - x_0) / max(t, clamp), so that the loss stays bounded near t = 0.
+        num_train_timesteps, shift, timestep_sampling, logit_mean, logit_std, uniform_fraction, min_timestep: as in
+            `PRXFlowMatchScheduler`.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+    """
+
+    prediction_type = "x_prediction"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        uniform_fraction: float = 0.1,
+        min_timestep: float = 1e-3,
+        clamp: float = 0.05,
+    ):
+        self._setup()
+        _check_number("clamp", clamp, 0, 1)
+
+    def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """The network's prediction as the velocity of the training loss, float32: (x_t - x_0) / max(sigma, clamp).
+
+        Args:
+            model_output (B, ...): the predicted clean image.
+            sample (B, ...): x_t.
+            sigma: one value or (B,) noise levels in [0, 1], as `sample_timesteps` draws them.
+        """
+        sigma = _like_sample(torch.as_tensor(sigma, dtype=torch.float32, device=sample.device), sample)
+        return (sample.float() - model_output.float()) / sigma.clamp(min=self.config["clamp"])
+
+    def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """The network's prediction as a clean image, float32: the prediction itself. Arguments as in `velocity`."""
+        return model_output.float()
+
+    def _step(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+        return model_output + (sigma_next / sigma) * (sample - model_output)
+
+
+def _check_number(name: str, value: Any, low: float, high: float, closed: bool = False) -> None:
+    """Raise a ValueError unless value is a finite number between low and high (their values included if closed)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (low <= value <= high if closed else low < value < high):
+        edges = "[]" if closed else "()"
+        raise ValueError(f"`{name}` is {value!r}; it has to be a finite number in {edges[0]}{low}, {high}{edges[1]}.")
+
+
+def _like_sample(sigma: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """() or (B,) noise levels with as many trailing dimensions as the sample (B, ...) needs to broadcast."""
+    if sigma.numel() != 1 and sigma.shape != sample.shape[:1]:
+        raise ValueError(
+            f"There are {tuple(sigma.shape)} noise levels for a sample of shape {tuple(sample.shape)}; give one value,"
+            " or one for each row."
+        )
+    return sigma.reshape(-1, *[1] * (sample.ndim - 1))

@@ -1,0 +1,77 @@
+"""Tokens, encoding and trimming, as sampling and training share them."""
+
+import pytest
+import torch
+
+import tiny
+from diffusers_prx.pipelines.prompt_cleaning import clean_prompt, repair_prompt
+from diffusers_prx.text import count_cut, encode_text, tokenize_prompts, trim_text
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_are_those_of_the_tokenizer(side):
+    tokenizer = tiny.tokenizer(side)
+    ids, mask = tokenize_prompts(tokenizer, ["A Red cat", "dog"], 6, clean_prompt)
+    expected = tokenizer(
+        ["a red cat", "dog"], padding="max_length", max_length=6, truncation=True, return_tensors="pt"
+    )
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"].bool())
+    assert mask.sum(1).tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_empty_prompt_keeps_one_position(side):
+    """Also with a tokenizer that gives it no token, where an encoder would have nothing to attend to."""
+    tokenizer = tiny.tokenizer(side, bos=False)
+    assert tokenizer([""])["input_ids"] == [[]]
+    ids, mask = tokenize_prompts(tokenizer, ["", "a cat"], 5, clean_prompt)
+    assert mask.sum(1).tolist() == [1, 2]
+    assert mask[0, -1 if side == "left" else 0]
+    assert ids[0].tolist() == [tokenizer.pad_token_id] * 5
+    assert torch.isfinite(encode_text(tiny.text_encoder(), ids, mask)).all()
+
+
+@pytest.mark.parametrize("max_length", [0, -1, True, 2.0, int(1e30), None])
+def test_max_length_that_is_none(max_length):
+    with pytest.raises(ValueError, match="tokenizer_max_length"):
+        tokenize_prompts(tiny.tokenizer(), ["a"], max_length, repair_prompt)
+
+
+def test_count_cut():
+    tokenizer = tiny.tokenizer()
+    assert count_cut(tokenizer, ["a cat", "a red cat", "dog"], 3, clean_prompt) == 1
+
+
+def test_trim_both_sides():
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    embeds = torch.randn(2, 6, 3)
+    trimmed, kept = trim_text(embeds, mask)
+    assert torch.equal(trimmed, embeds[:, 1:4])
+    assert torch.equal(kept, mask[:, 1:4])
+    trimmed, kept = trim_text(embeds, mask[:1].expand(2, 6))
+    assert trimmed.shape[1] == 2
+    assert kept is None
+    assert trim_text(embeds, torch.zeros_like(mask))[0].shape[1] == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_trimming_changes_no_result(side):
+    ids, mask = tokenize_prompts(tiny.tokenizer(side), ["a red cat in the sunset", "dog"], 12, clean_prompt)
+    embeds = encode_text(tiny.text_encoder(), ids, mask)
+    model = tiny.transformer()
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9])
+    padded = model(x, t, embeds, mask).sample
+    trimmed, kept = trim_text(embeds, mask)
+    assert trimmed.shape[1] == 7
+    torch.testing.assert_close(model(x, t, trimmed, kept).sample, padded, rtol=0, atol=1e-5)
+    assert (model(x, t, embeds, None).sample - padded).abs().max() > 1e-3  # the mask matters
+
+
+def test_gradients_reach_the_encoder():
+    encoder = tiny.text_encoder()
+    ids, mask = tokenize_prompts(tiny.tokenizer(), ["a cat"], 6, clean_prompt)
+    encode_text(encoder, ids, mask).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
