@@ -1,0 +1,452 @@
+"""Captioned scenes, drawn on the fly: the built-in data set, and the ground truth by which prompts are graded.
+
+A scene is a plain background with one to four objects, each alone in one place of a grid. Everything the picture
+shows follows from the description (`Scene`), and everything in the description is said by the long caption. Scenes,
+wordings and pixels are pure functions of (seed, index, level, split): the same on any machine and in any process.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+T = TypeVar("T")
+Points = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+SPLITS = ("train", "heldout", "novel")
+CAPTIONS = ("long", "short")
+MIN_RESOLUTION, MAX_RESOLUTION = 32, 256
+
+# Every colour is at least 105 away (Euclidean, 0..255) from each other colour and from every background.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 15, 30),
+    "green": (20, 155, 60),
+    "blue": (30, 60, 220),
+    "yellow": (255, 235, 40),
+    "orange": (255, 130, 0),
+    "purple": (130, 30, 170),
+    "cyan": (40, 205, 225),
+    "pink": (250, 100, 180),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "grey": (128, 128, 128),
+    "beige": (232, 218, 188),
+}
+# Radius of an object as a share of half its grid cell.
+SIZES: dict[str, float] = {"small": 0.5, "medium": 0.7, "large": 0.92}
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Five points, folded onto one half point: the edge runs from the tip (1.05, 0) to the notch at 36 degrees.
+    radius, angle = np.hypot(u, v), np.arctan2(u, -v)
+    angle = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    notch_x, notch_y = 0.52 * np.cos(np.pi / 5), 0.52 * np.sin(np.pi / 5)
+    return (notch_x - 1.05) * radius * np.sin(angle) - notch_y * (radius * np.cos(angle) - 1.05) >= 0
+
+
+# Shapes as point sets: u to the right, v down, both about -1..1 over the object.
+SHAPES: dict[str, Points] = {
+    "circle": lambda u, v: u**2 + v**2 <= 1,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.88,
+    "triangle": lambda u, v: (v <= 0.85) & (abs(u) <= (v + 1) / 1.85),
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.4) & (np.maximum(abs(u), abs(v)) <= 1),
+    "diamond": lambda u, v: abs(u) / 0.8 + abs(v) <= 1,
+    "star": _star,
+    "heart": lambda u, v: ((1.2 * u) ** 2 + (0.1 - 1.1 * v) ** 2 - 1) ** 3 <= (1.2 * u) ** 2 * (0.1 - 1.1 * v) ** 3,
+    "arrow": lambda u, v: ((u >= -0.05) & (abs(v) <= 0.95 * (1 - u))) | ((abs(v) <= 0.34) & (u <= 0) & (u >= -1)),
+    "moon": lambda u, v: (u**2 + v**2 <= 1) & ((u - 0.5) ** 2 + v**2 >= 0.7**2),
+    "hourglass": lambda u, v: (abs(u) <= 0.1 + 0.85 * abs(v)) & (abs(v) <= 0.95),
+}
+# Which part of an object carries its colour, besides its rim; the rest of it shows the background.
+TEXTURES: dict[str, Points] = {
+    "plain": lambda u, v: np.ones_like(u, dtype=bool),
+    "striped": lambda u, v: (v / 0.66 + 0.3) % 1 <= 0.6,
+    "outlined": lambda u, v: np.zeros_like(u, dtype=bool),
+    "dotted": lambda u, v: ((u / 0.52) % 1 - 0.5) ** 2 + ((v / 0.52) % 1 - 0.5) ** 2 >= 0.3**2,
+    "checkered": lambda u, v: (np.floor(u / 0.45) + np.floor(v / 0.45)) % 2 == 0,
+}
+
+# One pair in eight: every shape lacks one colour in training, and both occur there in other pairs.
+HELD_OUT_PAIRS = frozenset((tuple(COLOURS)[(5 * i + 2) % 8], shape) for i, shape in enumerate(SHAPES))
+# One description in twenty belongs to the heldout split.
+_HELD_OUT_SHARE = 20
+
+
+@dataclass(frozen=True)
+class SceneLevel:
+    """What the scenes of a level are made of.
+
+    `grid` is (rows, columns). `min_resolution` (pixels) is the smallest resolution from which
+    `diffusers_prx.evaluation.scene_checker` reads at least 99.5% of rendered scenes right.
+    """
+
+    name: str
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    sizes: tuple[str, ...]
+    textures: tuple[str, ...]
+    grid: tuple[int, int]
+    max_objects: int
+    backgrounds: tuple[str, ...]
+    relations: bool
+    min_resolution: int
+
+
+LEVELS: dict[str, SceneLevel] = {
+    level.name: level
+    for level in (
+        SceneLevel(
+            name="easy",
+            shapes=tuple(SHAPES)[:4],
+            colours=tuple(COLOURS),
+            sizes=("small", "large"),
+            textures=("plain",),
+            grid=(2, 2),
+            max_objects=2,
+            backgrounds=("black", "white"),
+            relations=False,
+            min_resolution=32,
+        ),
+        SceneLevel(
+            name="medium",
+            shapes=tuple(SHAPES)[:6],
+            colours=tuple(COLOURS),
+            sizes=("medium", "large"),
+            textures=("plain", "striped", "outlined"),
+            grid=(3, 3),
+            max_objects=3,
+            backgrounds=("black", "white", "grey"),
+            relations=False,
+            min_resolution=64,
+        ),
+        SceneLevel(
+            name="hard",
+            shapes=tuple(SHAPES),
+            colours=tuple(COLOURS),
+            sizes=("small", "medium", "large"),
+            textures=tuple(TEXTURES),
+            grid=(3, 3),
+            max_objects=4,
+            backgrounds=tuple(BACKGROUNDS),
+            relations=True,
+            min_resolution=128,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object; `place` is its (row, column) in the grid, from the top left."""
+
+    shape: str
+    colour: str
+    size: str
+    texture: str
+    place: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The full description of a picture. The first object is the main one; the others follow in no set order."""
+
+    level: str
+    background: str
+    objects: tuple[SceneObject, ...]
+
+    @property
+    def relation(self) -> str | None:
+        """How the first object lies to the second ("to the left of", "above and to the right of", ...), at levels
+        with relations and from two objects on; else `None`."""
+        if not get_level(self.level).relations or len(self.objects) < 2:
+            return None
+        return relation_between(self.objects[0].place, self.objects[1].place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain data, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Scene":
+        """The scene that `to_dict` was called on, also after JSON has turned its tuples into lists."""
+        objects = tuple(SceneObject(**{**item, "place": tuple(item["place"])}) for item in data["objects"])
+        return cls(level=data["level"], background=data["background"], objects=objects)
+
+
+def one_of(name: str, value: str, accepted: Sequence[str]) -> str:
+    """`value`, or a `ValueError` that says what `name` accepts."""
+    if value not in accepted:
+        raise ValueError(f"`{name}` is {value!r}; accepted: {', '.join(map(repr, accepted))}.")
+    return value
+
+
+def get_level(level: str) -> SceneLevel:
+    """The level of that name, or a `ValueError` that lists the names."""
+    return LEVELS[one_of("level", level, tuple(LEVELS))]
+
+
+def _places(level: SceneLevel) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(level.grid[0]) for column in range(level.grid[1])]
+
+
+def _check_resolution(resolution: int) -> None:
+    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
+        raise ValueError(f"`resolution` is {resolution}; accepted: {MIN_RESOLUTION} to {MAX_RESOLUTION} pixels.")
+
+
+def relation_between(first: tuple[int, int], second: tuple[int, int]) -> str:
+    """How the place `first` lies to the place `second`, in words."""
+    vertical = "above" if first[0] < second[0] else "below" if first[0] > second[0] else ""
+    side = "left" if first[1] < second[1] else "right" if first[1] > second[1] else ""
+    return " and ".join(filter(None, (vertical, f"to the {side} of" if side else "")))
+
+
+def _stream(*key: str | int) -> random.Random:
+    # Python promises the same random() for the same string on every version; so every draw below is a random().
+    return random.Random("/".join(map(str, key)))
+
+
+def _pick(rng: random.Random, options: Sequence[T]) -> T:
+    return options[int(rng.random() * len(options))]
+
+
+def _is_held_out(scene: Scene) -> bool:
+    """By a hash of the description in which the order of the objects does not count."""
+    objects = sorted(f"{o.shape} {o.colour} {o.size} {o.texture} {o.place[0]} {o.place[1]}" for o in scene.objects)
+    digest = hashlib.sha256("|".join((scene.level, scene.background, *objects)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
+
+
+@lru_cache(maxsize=8)
+def _choices(level: SceneLevel) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """The (colour, shape) pairs of the level: the held-out ones, and those of training."""
+    pairs = [(colour, shape) for colour in level.colours for shape in level.shapes]
+    return tuple(p for p in pairs if p in HELD_OUT_PAIRS), tuple(p for p in pairs if p not in HELD_OUT_PAIRS)
+
+
+def _draw(rng: random.Random, level: SceneLevel, novel: bool) -> Scene:
+    held_out, trained = map(list, _choices(level))
+    places = _places(level)
+    objects = []
+    for i in range(1 + int(rng.random() * level.max_objects)):
+        colour, shape = _pick(rng, held_out if novel and i == 0 else trained)
+        place = _pick(rng, places)
+        places.remove(place)
+        if (colour, shape) in trained:
+            trained.remove((colour, shape))  # "the red circle" names one object
+        objects.append(SceneObject(shape, colour, _pick(rng, level.sizes), _pick(rng, level.textures), place))
+    return Scene(level.name, _pick(rng, level.backgrounds), tuple(objects))
+
+
+def sample_scene(index: int, *, seed: int, level: str, split: str = "train") -> Scene:
+    """Scene `index` of the stream (`seed`, `level`, `split`).
+
+    One to `max_objects` objects, all counts equally likely; no two in one place, no two of the same colour and shape.
+
+    - `train`: no (colour, shape) pair of `HELD_OUT_PAIRS`.
+    - `heldout`: no such pair either. Disjoint from `train` of every seed by full description (background and the set
+      of objects with all attributes, in any order): one description in twenty is kept back, by a hash. Parts are
+      not disjoint: each single object of a heldout scene also occurs in training. The easy level is finite
+      (448 descriptions of one object and 36,288 of two outside the held-out pairs), so its heldout split has
+      only 21 different pictures of one object.
+    - `novel`: the first object has a pair of `HELD_OUT_PAIRS`, all others have trained pairs.
+
+    Raises `ValueError` for an unknown level or split and for a negative index.
+    """
+    definition = get_level(level)
+    one_of("split", split, SPLITS)
+    if index < 0:
+        raise ValueError(f"`index` is {index}; it must be 0 or more.")
+    rng = _stream("scene", level, split, seed, index)
+    while True:
+        scene = _draw(rng, definition, novel=split == "novel")
+        if split == "novel" or _is_held_out(scene) == (split == "heldout"):
+            return scene
+
+
+@lru_cache(maxsize=2048)
+def object_mask(shape: str, size: str, texture: str, cell: int) -> Image.Image:
+    """How much of each pixel an object covers: mode "L", `cell` x `cell` pixels, 0..255, the object in the middle."""
+    oversampling = 8 if cell <= 32 else 4
+    n = cell * oversampling
+    axis = ((np.arange(n) + 0.5) / n * 2 - 1) / SIZES[size]
+    v, u = np.meshgrid(axis, axis, indexing="ij")
+    covered = inside = SHAPES[shape](u, v)
+    if texture != "plain":
+        # The rim (what shrinking the shape cuts off) is always drawn, so that a texture does not hide the shape.
+        width = (0.28 if texture == "outlined" else 0.12) * SIZES[size] * n / 2
+        padded = np.pad(inside, n // 2)
+        core = inside.copy()
+        for turn in np.arange(32) * np.pi / 16:
+            y, x = n // 2 + round(width * np.sin(turn)), n // 2 + round(width * np.cos(turn))
+            core &= padded[y : y + n, x : x + n]
+        covered = inside & (TEXTURES[texture](u, v) | ~core)
+    share = covered.reshape(cell, oversampling, cell, oversampling).mean(axis=(1, 3))
+    return Image.fromarray(np.round(share * 255).astype(np.uint8))
+
+
+def cell_corner(place: tuple[int, int], grid: tuple[int, int], resolution: int) -> tuple[int, int, int]:
+    """(top, left, side) in pixels of the square that belongs to a place of the grid."""
+    cell = resolution // max(grid)
+    top, left = ((2 * place[i] + 1) * resolution / (2 * grid[i]) - cell / 2 for i in (0, 1))
+    return int(top + 0.5), int(left + 0.5), cell
+
+
+def render_scene(scene: Scene, resolution: int) -> Image.Image:
+    """Draws a scene: RGB, `resolution` x `resolution` pixels, antialiased, the same picture at every resolution up to
+    half a pixel. Nothing varies that the description does not say.
+
+    Raises `ValueError` for a resolution outside 32..256, an attribute or place that the level does not have, or two
+    objects in one place.
+    """
+    _check_resolution(resolution)
+    level = get_level(scene.level)
+    one_of("background", scene.background, level.backgrounds)
+    image = Image.new("RGB", (resolution, resolution), BACKGROUNDS[scene.background])
+    if len({thing.place for thing in scene.objects}) < len(scene.objects):
+        raise ValueError("Two objects of the scene are in one place; each needs its own.")
+    for thing in scene.objects:
+        one_of("shape", thing.shape, level.shapes)
+        one_of("colour", thing.colour, level.colours)
+        one_of("size", thing.size, level.sizes)
+        one_of("texture", thing.texture, level.textures)
+        if not all(0 <= thing.place[i] < level.grid[i] for i in (0, 1)):
+            raise ValueError(f"`place` is {thing.place}; the grid of level {level.name!r} is {level.grid}.")
+        top, left, cell = cell_corner(thing.place, level.grid, resolution)
+        image.paste(COLOURS[thing.colour], (left, top), object_mask(thing.shape, thing.size, thing.texture, cell))
+    return image
+
+
+# Wordings. `{things}` are "a large red circle in the top left corner" joined by commas and "and".
+_LONG_PATTERNS = (
+    "{things} on a {background} background.",
+    "{things} against a {background} background.",
+    "A picture of {things}, on a {background} background.",
+    "A {background} background with {things}.",
+    "On a {background} background, there is {things}.",
+)
+_SENTENCES = ("There is {thing} {place}.", "{place} there is {thing}.")
+_LAST_SENTENCE = "The background is {background}."
+_SHORT_PATTERNS = ("{things}.", "A picture of {things}.", "There is {things}.")
+_RELATION_SENTENCE = "The {first} is {relation} the {second}."
+_SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
+
+
+def _place_phrases(place: tuple[int, int], grid: tuple[int, int]) -> tuple[str, ...]:
+    row, column = ({0: 0, n - 1: 2}.get(at, 1) for at, n in zip(place, grid))
+    side = ("left", "centre", "right")[column]
+    if row == 1:
+        return (
+            ("in the centre", "in the middle") if column == 1 else (f"at the middle {side}", f"at the centre {side}")
+        )
+    end, other = (("top", "upper"), ("middle", "centre"), ("bottom", "lower"))[row]
+    if column == 1:
+        return f"at the {end} centre", f"at the {end} middle"
+    return (
+        f"at the {end} {side}",
+        f"at the {other} {side}",
+        f"in the {end} {side} corner",
+        f"in the {other} {side} corner",
+    )
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def _noun(thing: SceneObject, rng: random.Random) -> str:
+    texture = "" if thing.texture == "plain" else f"{thing.texture} "
+    return f"a {_pick(rng, _SIZE_WORDS[thing.size])} {texture}{thing.colour} {thing.shape}"
+
+
+def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
+    """A caption that states the background and every attribute of every object (texture where it is not plain), in
+    the order of `scene.objects`, and `scene.relation` where there is one. (seed, index) choose the wording."""
+    rng, grid = _stream("long", seed, index), get_level(scene.level).grid
+    nouns = [_noun(thing, rng) for thing in scene.objects]
+    places = [_pick(rng, _place_phrases(thing.place, grid)) for thing in scene.objects]
+    pattern = _pick(rng, _LONG_PATTERNS + _SENTENCES)
+    if pattern in _SENTENCES:
+        parts = [_capital(pattern.format(thing=noun, place=place)) for noun, place in zip(nouns, places)]
+        text = " ".join([*parts, _LAST_SENTENCE.format(background=scene.background)])
+    else:
+        things = [f"{noun} {place}" for noun, place in zip(nouns, places)]
+        joined = " and ".join(filter(None, (", ".join(things[:-1]), things[-1])))
+        text = _capital(pattern.format(things=joined, background=scene.background))
+    if scene.relation is not None:
+        # Said from either end: "A is above B" or "B is below A".
+        first, second = scene.objects[:2] if rng.random() < 0.5 else scene.objects[1::-1]
+        names = {"first": f"{first.colour} {first.shape}", "second": f"{second.colour} {second.shape}"}
+        text += " " + _RELATION_SENTENCE.format(relation=relation_between(first.place, second.place), **names)
+    return text
+
+
+def short_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
+    """A caption about the first object only: its size, texture (where not plain), colour, shape and place. It says
+    nothing about the background and the other objects. (seed, index) choose the wording."""
+    rng, thing = _stream("short", seed, index), scene.objects[0]
+    place = _pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))
+    return _capital(_pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
+
+
+def scene_words(level: str) -> list[str]:
+    """Every word that a caption of the level can contain, in lower case and sorted, and the signs "," and "." ."""
+    definition = get_level(level)
+    texts: list[str] = [*_LONG_PATTERNS, *_SENTENCES, _LAST_SENTENCE, *_SHORT_PATTERNS, "and , ."]
+    texts += [*definition.shapes, *definition.colours, *definition.backgrounds]
+    texts += [texture for texture in definition.textures if texture != "plain"]
+    texts += [word for size in definition.sizes for word in _SIZE_WORDS[size]]
+    places = _places(definition)
+    texts += [phrase for place in places for phrase in _place_phrases(place, definition.grid)]
+    if definition.relations:
+        texts += [_RELATION_SENTENCE]
+        texts += [relation_between(first, second) for first in places for second in places]
+    words = " ".join(texts).lower().replace(",", " , ").replace(".", " . ").split()
+    return sorted({word for word in words if "{" not in word})
+
+
+class ScenesDataset(torch.utils.data.Dataset):
+    """Map-style data set of `size` scenes. Item i is {"image": RGB picture of `resolution` pixels, "caption": str,
+    "scene": `Scene`}, drawn when asked for, and the same for the same arguments whatever `size` is.
+
+    Raises `ValueError` for an unknown level, split or caption, a resolution outside 32..256, or a size below one.
+    """
+
+    def __init__(
+        self,
+        level: str = "easy",
+        resolution: int = 32,
+        seed: int = 0,
+        split: str = "train",
+        caption: str = "long",
+        size: int = 1_000_000,
+    ) -> None:
+        get_level(level)
+        _check_resolution(resolution)
+        if size < 1:
+            raise ValueError(f"`size` is {size}; it must be 1 or more.")
+        self.level, self.resolution, self.seed, self.size = level, resolution, seed, size
+        self.split = one_of("split", split, SPLITS)
+        self.caption = one_of("caption", caption, CAPTIONS)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside the {self.size} scenes")
+        scene = sample_scene(index, seed=self.seed, level=self.level, split=self.split)
+        describe = long_caption if self.caption == "long" else short_caption
+        return {
+            "image": render_scene(scene, self.resolution),
+            "caption": describe(scene, seed=self.seed, index=index),
+            "scene": scene,
+        }

@@ -1,0 +1,233 @@
+import io
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from diffusers_prx.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    LEVELS,
+    SPLITS,
+    Scene,
+    SceneObject,
+    render_scene,
+    sample_scene,
+)
+from diffusers_prx.evaluation.scene_checker import UNKNOWN, attributes_right, read_scene, scene_matches
+
+
+def as_jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return Image.open(buffer).convert("RGB")
+
+
+def with_noise(image, sigma=4.0, seed=0):
+    noise = np.random.default_rng(seed).normal(0, sigma, (*image.size, 3))
+    return np.clip(np.round(np.asarray(image) + noise), 0, 255).astype(np.uint8)
+
+
+def samples(level, count, seed=11):
+    return [sample_scene(i, seed=seed, level=level, split=SPLITS[i % 3]) for i in range(count)]
+
+
+# How many scenes. Below 200 the bound of 99.5% means: not one wrong. A checker that is right for only 98% passes 100
+# scenes three times over (clean, JPEG, noise) once in 400 runs; the scenes are fixed, so the outcome is too.
+ACCURACY_RUNS = [
+    ("easy", 32, 400),
+    ("easy", 64, 200),
+    ("medium", 64, 200),
+    ("medium", 128, 100),
+    ("hard", 128, 100),
+    ("hard", 256, 20),
+]
+
+
+@pytest.mark.parametrize(("level", "resolution", "count"), ACCURACY_RUNS)
+def test_reads_at_least_995_in_1000(level, resolution, count):
+    assert resolution % LEVELS[level].min_resolution == 0
+    wrong = {"clean": 0, "jpeg": 0, "noise": 0}
+    for i, scene in enumerate(samples(level, count)):
+        image = render_scene(scene, resolution)
+        for name, picture in (("clean", image), ("jpeg", as_jpeg(image)), ("noise", with_noise(image, seed=i))):
+            wrong[name] += not scene_matches(read_scene(picture, level), scene)
+    assert max(wrong.values()) <= 0.005 * count, wrong
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_object_of_the_level_is_read_right(level):
+    """Every shape, size and texture, in every colour of the level in turn, on the lightest and the darkest ground."""
+    definition = LEVELS[level]
+    kinds = itertools.product(definition.shapes, definition.textures, definition.sizes, ("black", "white"))
+    for i, (shape, texture, size, background) in enumerate(kinds):
+        thing = SceneObject(shape, definition.colours[i * 3 // 2 % 8], size, texture, (i % 2, i // 2 % 2))
+        scene = Scene(level, background, (thing,))
+        assert read_scene(render_scene(scene, definition.min_resolution), level) == scene
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_odd_resolutions_are_read_too(level):
+    smallest = LEVELS[level].min_resolution
+    for i, scene in enumerate(samples(level, 30)):
+        resolution = (smallest + 1, smallest + 13, smallest * 3 // 2 + 1)[i % 3]
+        assert scene_matches(read_scene(render_scene(scene, resolution), level), scene)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_small_flaws_are_forgiven(level):
+    """What a small network does: a pixel off its place, every colour a little wrong."""
+    rng, count = np.random.default_rng(0), 40
+    smallest = LEVELS[level].min_resolution
+    right = 0
+    for scene in samples(level, count):
+        pixels = np.roll(np.asarray(render_scene(scene, smallest)), rng.integers(-1, 2, 2), (0, 1))
+        tint = rng.uniform(-20, 20, 3)
+        right += scene_matches(read_scene(np.clip(pixels + tint, 0, 255).astype(np.uint8), level), scene)
+    assert right >= 0.9 * count
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_blank_and_noise_images_hold_nothing(level):
+    rng, side = np.random.default_rng(0), LEVELS[level].min_resolution
+    for background in LEVELS[level].backgrounds:
+        blank = Image.new("RGB", (side, side), BACKGROUNDS[background])
+        for image in (blank, as_jpeg(blank), with_noise(blank), with_noise(blank, 30)):
+            assert read_scene(image, level) == Scene(level, background, ())
+    shape = (side, side, 3)
+    coarse = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    noises = [
+        rng.integers(0, 256, shape),
+        rng.normal(128, 50, shape),
+        rng.normal(128, 50, (side, side, 1)).repeat(3, axis=2),
+        rng.normal(255, 80, shape),
+        rng.normal(0, 80, shape),
+        np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)),
+        np.broadcast_to(np.asarray(COLOURS["red"]), shape),
+    ]
+    for noise in noises:
+        assert read_scene(np.clip(noise, 0, 255).astype(np.uint8), level) == Scene(level, UNKNOWN, ())
+
+
+def test_blobs_and_wrong_hues_are_seen_but_not_recognised():
+    thing = SceneObject("circle", "red", "large", "plain", (0, 1))
+    scene = Scene("easy", "white", (thing,))
+    blurred = read_scene(render_scene(scene, 32).filter(ImageFilter.GaussianBlur(4)), "easy")
+    assert not scene_matches(blurred, scene)
+    assert not scene_matches(blurred, scene, "short")
+    # Half way between red and blue, the right shape: no colour has that name.
+    pixels = np.asarray(render_scene(scene, 32)).astype(float)
+    covered = (255 - pixels[..., 1:2]) / (255 - COLOURS["red"][1])
+    between = np.array([120.0, 95.0, 110.0])
+    found = read_scene((255 + covered * (between - 255)).round().astype(np.uint8), "easy")
+    assert found.objects == (replace(thing, colour=UNKNOWN),)
+    # A Gaussian blob as large as a large circle, in the right place and colour.
+    y, x = np.mgrid[:32, :32] + 0.5
+    for sigma in (3, 4, 5):
+        blob = np.exp(-((y - 8) ** 2 + (x - 24) ** 2) / (2 * sigma**2))[..., None]
+        found = read_scene((255 + blob * (np.array(COLOURS["red"]) - 255)).round().astype(np.uint8), "easy")
+        assert {(o.shape, o.size, o.texture) for o in found.objects} <= {(UNKNOWN,) * 3}
+
+
+def two_objects(level="hard"):
+    circle = SceneObject("circle", "red", "small", "plain", (0, 0))
+    square = SceneObject("square", "blue", "large", "striped" if level == "hard" else "plain", (1, 1))
+    return Scene(level, "white", (circle, square))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("shape", "triangle"), ("colour", "orange"), ("size", "medium"), ("texture", "dotted"), ("place", (1, 0))],
+)
+def test_each_wrong_attribute_is_noticed_in_the_picture(attribute, value):
+    wanted = two_objects()
+    drawn = replace(wanted, objects=(replace(wanted.objects[0], **{attribute: value}), wanted.objects[1]))
+    found = read_scene(render_scene(drawn, 128), "hard")
+    assert not scene_matches(found, wanted)
+    assert not scene_matches(found, wanted, "short")
+    right = attributes_right(found, wanted)
+    # A wrong name or place also changes the relation, "the red circle is above and to the left of ...".
+    expected = dict.fromkeys(right, 1.0) | {attribute: 0.5}
+    if attribute in ("shape", "colour", "place"):
+        expected["relation"] = 0.0
+    assert right == expected
+    # Only the main object is in the short caption.
+    other = replace(wanted, objects=wanted.objects[::-1])
+    assert scene_matches(found, other, "short")
+
+
+def test_background_missing_and_extra_objects_are_noticed():
+    wanted = two_objects()
+    fewer = read_scene(render_scene(replace(wanted, objects=wanted.objects[:1]), 128), "hard")
+    assert not scene_matches(fewer, wanted)
+    assert scene_matches(fewer, wanted, "short")
+    assert attributes_right(fewer, wanted) == {
+        "count": 0.0, "background": 1.0, "shape": 0.5, "colour": 0.5, "size": 0.5, "texture": 0.5, "place": 0.5,
+        "relation": 0.0,
+    }  # fmt: skip
+    extra = SceneObject("star", "green", "medium", "plain", (2, 2))
+    more = read_scene(render_scene(replace(wanted, objects=(*wanted.objects, extra)), 128), "hard")
+    assert not scene_matches(more, wanted)
+    assert scene_matches(more, wanted, "short")
+    assert {name for name, value in attributes_right(more, wanted).items() if value != 1} == {"count"}
+    other = read_scene(render_scene(replace(wanted, background="beige"), 128), "hard")
+    assert not scene_matches(other, wanted)
+    assert {name for name, value in attributes_right(other, wanted).items() if value != 1} == {"background"}
+
+
+def test_something_unrecognisable_beside_the_right_object_is_an_extra_object():
+    wanted = Scene("easy", "black", (SceneObject("square", "cyan", "large", "plain", (0, 0)),))
+    pixels = np.array(render_scene(wanted, 32))
+    pixels[20:28, 18:21] = 255
+    found = read_scene(pixels, "easy")
+    assert len(found.objects) == 2
+    assert not scene_matches(found, wanted)
+    assert scene_matches(found, wanted, "short")
+
+
+def test_relation_can_hold_away_from_the_wanted_places():
+    wanted = two_objects()
+    moved = replace(
+        wanted,
+        objects=(replace(wanted.objects[0], place=(1, 1)), replace(wanted.objects[1], place=(2, 2))),
+    )
+    right = attributes_right(moved, wanted)
+    assert right["relation"] == 1.0
+    assert right["place"] == 0.0
+    assert right["shape"] == right["colour"] == 1.0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_shuffled_prompts_are_at_chance(level):
+    scenes = samples(level, 80, seed=4)
+    found = [read_scene(render_scene(scene, LEVELS[level].min_resolution), level) for scene in scenes]
+    shuffled = [scenes[(i + 1) % len(scenes)] for i in range(len(scenes))]
+    for caption in ("long", "short"):
+        assert all(scene_matches(a, b, caption) for a, b in zip(found, scenes))
+        # At the easy level about one short caption in 170 is true of another picture by chance.
+        assert sum(scene_matches(a, b, caption) for a, b in zip(found, shuffled)) <= 2
+    shares = [attributes_right(a, b)["colour"] for a, b in zip(found, shuffled)]
+    assert np.mean(shares) < 0.4
+
+
+def test_arrays_and_pictures_are_read_alike():
+    scene = two_objects()
+    image = render_scene(scene, 128)
+    assert read_scene(image, "hard") == read_scene(np.asarray(image), "hard") == scene
+
+
+def test_wrong_use_is_refused_with_what_is_accepted():
+    with pytest.raises(ValueError, match=r"`level` is 'x'; accepted: 'easy', 'medium', 'hard'"):
+        read_scene(np.zeros((32, 32, 3), np.uint8), "x")
+    for array in (np.zeros((32, 32, 3)), np.zeros((32, 32), np.uint8), np.zeros((32, 48, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"accepted: a square RGB picture"):
+            read_scene(array, "easy")
+    with pytest.raises(ValueError, match="readable from 64 on"):
+        read_scene(np.zeros((32, 32, 3), np.uint8), "medium")
+    with pytest.raises(ValueError, match=r"`caption` is 'tiny'; accepted: 'long', 'short'"):
+        scene_matches(two_objects(), two_objects(), "tiny")
+    for compare in (scene_matches, attributes_right):
+        with pytest.raises(ValueError, match="different levels"):
+            compare(two_objects(), two_objects("easy"))
