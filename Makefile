@@ -41,7 +41,8 @@ $(STAMP): pyproject.toml
 quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out prompts, leave it in outputs/quickstart
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) \
-		training/train_prx.py --config training/recipes/quickstart.yaml $(QUICKSTART_ARGS)
+		training/train_prx.py --config training/recipes/quickstart.yaml --resume_from_checkpoint latest \
+		$(QUICKSTART_ARGS)
 	$(BIN)/python training/evaluate_prx.py --model outputs/quickstart --scenes
 
 # worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do

@@ -1,0 +1,111 @@
+"""Tiny training runs, in this process: seconds each, with every part of a real one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+import tiny
+from diffusers_prx.training.config import TrainingConfig
+from diffusers_prx.training.nets import Nets, new_text_encoder, train_tokenizer
+from diffusers_prx.training.trainer import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD_TEMPLATE = ROOT / "model_cards" / "template.md"
+
+TRANSFORMER = {
+    "patch_size": 8,
+    "hidden_size": 32,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 2,
+    "axes_dim": [8, 8],
+    "bottleneck_size": 16,
+}
+TEXT_ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 32,
+    "query_pre_attn_scalar": 8,
+}
+CAPTIONS = ["a large red circle at the top left on a black background.", "a small blue square on a white background."]
+
+
+def settings(output_dir: Path | str, text_encoder: Path | str | None = None, **changes: Any) -> dict[str, Any]:
+    """Pixels of scenes, x-prediction, 4 steps of 4 images; `text_encoder` is a saved one, trained along."""
+    values = {
+        "output_dir": str(output_dir),
+        "dataset_name": "scenes",
+        "resolution": 32,
+        "prediction_type": "x_prediction",
+        "transformer_config": TRANSFORMER,
+        "text_encoder_name_or_path": None if text_encoder is None else str(text_encoder),
+        "train_text_encoder": True,
+        "max_sequence_length": 48,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 1,
+        "checkpointing_steps": 2,
+        "validation_steps": 100,
+        "logging_steps": 1,
+        "mixed_precision": "no",
+        "report_to": "none",
+    }
+    return values | changes
+
+
+def config(**changes: Any) -> TrainingConfig:
+    """A valid configuration for tests of single functions: nothing of it is loaded."""
+    return TrainingConfig(**settings("unused", "unused", **changes))
+
+
+def start(values: dict[str, Any]) -> Run:
+    """Everything up to the first step; accelerate keeps its state in the process, so it is forgotten first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Run(TrainingConfig(**values), CARD_TEMPLATE)
+
+
+def train(values: dict[str, Any]) -> Run:
+    run = start(values)
+    run.train()
+    return run
+
+
+def save_text_encoder(folder: Path) -> Path:
+    """An untrained text encoder with the tokenizer of `CAPTIONS`, in transformers' format."""
+    tokenizer = train_tokenizer(CAPTIONS * 20, 300, 48)
+    torch.manual_seed(0)
+    new_text_encoder(TEXT_ENCODER, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def nets(scheduler: Any, vae: Any = None, randomise: bool = True) -> Nets:
+    """Networks for a single training step, on the CPU."""
+    tokenizer = train_tokenizer(CAPTIONS * 20, 300, 48)
+    torch.manual_seed(0)
+    text_encoder = new_text_encoder(TEXT_ENCODER, tokenizer).eval()
+    transformer = tiny.PRXTransformer2DModel(
+        **TRANSFORMER | {"in_channels": 3 if vae is None else 4, "context_in_dim": 16, "patch_size": 4}
+    )
+    if randomise:
+        tiny.randomise(transformer)
+    return Nets(transformer, text_encoder, tokenizer, vae, scheduler)
+
+
+def batch(size: int = 4, resolution: int = 16) -> dict[str, Any]:
+    """What the data loader gives, with pictures of noise."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "pixels_uint8": torch.randint(
+            0, 256, (size, 3, resolution, resolution), dtype=torch.uint8, generator=generator
+        ),
+        "captions": [CAPTIONS[i % 2] + " and a star" * i for i in range(size)],
+        "sample_index": [10 + i for i in range(size)],
+    }

@@ -1,0 +1,100 @@
+"""The scripts as a user calls them: train on scenes from nothing, then grade what was saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+import runs
+import tiny
+from diffusers_prx import PRXPipeline, PRXPixelPipeline
+from diffusers_prx.schedulers import PRXFlowMatchScheduler
+from training import evaluate_prx, train_prx
+
+SCORES = ("scene_accuracy", "scene_accuracy_novel")
+QUICK = ["--scenes", "--num_prompts", "3", "--num_inference_steps", "2", "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A text encoder and its tokenizer made new, as in the quickstart."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    values = runs.settings(tmp_path_factory.mktemp("trained"), text_encoder_config=runs.TEXT_ENCODER)
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe.write_text(json.dumps(values | {"max_train_steps": 9, "tokenizer_vocab_size": 300}))
+    train_prx.main(["--config", str(recipe), "--max_train_steps", "1"])
+    return Path(values["output_dir"])
+
+
+def test_a_new_text_encoder_is_saved_in_the_standard_format(trained):
+    pipeline = PRXPixelPipeline.from_pretrained(trained)
+    assert type(pipeline.text_encoder).__name__ == "T5GemmaEncoderModel"
+    assert len(pipeline.tokenizer) == pipeline.text_encoder.config.encoder.vocab_size == 300
+    text = "A large red circle é at the top left; 2 λ"
+    ids = pipeline.tokenizer(text)["input_ids"]
+    assert ids[-1] == pipeline.tokenizer.eos_token_id  # an empty prompt has a token as well
+    assert pipeline.tokenizer.decode(ids, skip_special_tokens=True).strip() == text.lower()  # nothing is unknown
+    assert json.loads((trained / "training.json").read_text())["steps"] == 1
+
+
+def test_wrong_settings_end_the_script_with_one_line(capsys):
+    with pytest.raises(SystemExit, match=r"^error: `dataset_name` is None and `train_data_dir` is None"):
+        train_prx.main([])
+    with pytest.raises(SystemExit, match=r"^error: `seed` got 'x'; accepted: int\."):
+        train_prx.main(["--seed", "x"])
+
+
+def test_the_last_line_of_an_evaluation_is_json_with_the_scores(trained, tmp_path, capsys):
+    evaluate_prx.main(["--model", str(trained), *QUICK, "--output_dir", str(tmp_path / "graded")])
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in (*SCORES, *(f"scene_accuracy_{kind}" for kind in ("shuffled", "chance", "blank", "noise"))):
+        assert 0 <= scores[name] <= 1
+    assert (scores["level"], scores["seed"], scores["num_prompts"], scores["steps"]) == ("easy", 1, 3, 1)
+    report = json.loads((tmp_path / "graded" / "report.json").read_text())
+    assert scores.items() <= report.items()
+    assert report["config"]["resolution"] == 32
+    assert (tmp_path / "graded" / "samples.png").is_file()
+
+
+def test_a_pipeline_that_was_not_trained_here_is_graded_too(tmp_path, capsys):
+    vae = tiny.vae_kl()
+    nets = runs.nets(PRXFlowMatchScheduler(), vae)
+    PRXPipeline(nets.transformer, nets.scheduler, nets.text_encoder, nets.tokenizer, vae, 32).save_pretrained(tmp_path)
+    evaluate_prx.main(["--model", str(tmp_path), *QUICK])
+    assert set(SCORES) <= json.loads(capsys.readouterr().out.splitlines()[-1]).keys()
+    assert (tmp_path / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--level", "impossible"], "invalid choice: 'impossible'"),
+        (["--num_prompts", "1"], "--num_prompts must be at least 2"),
+        (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1"),
+        (["--model", "someone/prx"], "--output_dir is needed for a model from the Hub"),
+    ],
+)
+def test_wrong_flags_of_an_evaluation(trained, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_prx.main(["--model", str(trained), "--scenes", *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_graded(trained, tmp_path):
+    with pytest.raises(SystemExit, match="level medium can be read from 64 pixels on; the model draws 32"):
+        evaluate_prx.main(["--model", str(trained), "--scenes", "--level", "medium"])
+    with pytest.raises(SystemExit, match=r"error: .* holds no pipeline"):
+        evaluate_prx.main(["--model", str(tmp_path), "--scenes"])
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42.0"}')
+    with pytest.raises(SystemExit, match=r"holds a FluxPipeline; accepted: \['PRXPipeline', 'PRXPixelPipeline'\]"):
+        evaluate_prx.main(["--model", str(tmp_path), "--scenes"])
+
+
+@pytest.mark.parametrize("script", [train_prx, evaluate_prx])
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    assert "usage: " in capsys.readouterr().out

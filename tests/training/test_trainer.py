@@ -1,0 +1,445 @@
+"""Whole runs, tiny: exact resume, any split of the work, what is left behind, and what stops a run."""
+
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import debug_launcher
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import runs
+import tiny
+from diffusers_prx import PRXPipeline, PRXPixelPipeline
+from diffusers_prx.training.checkpoints import find_checkpoint
+
+PROMPTS = ["a red circle", "a blue square"]
+# everything at once: two optimizers, averages, a schedule, dropped captions, validation, a tracker
+EVERYTHING = {
+    "optimizer": "muon",
+    "use_ema": True,
+    "ema_update_every": 1,
+    "ema_decay": 0.3,
+    "max_train_steps": 8,
+    "lr_scheduler": "linear",
+    "lr_decay_steps": 2,
+    "caption_dropout": 0.3,
+    "validation_steps": 2,
+    "num_validation_samples": 3,
+    "validation_prompts": PROMPTS,
+    "validation_inference_steps": 2,
+    "checkpointing_steps": 1,
+    "report_to": "tensorboard",
+}
+# one optimizer whose update is a smooth function of the gradient, to compare sums in another order
+SMOOTH = {"adam_epsilon": 1e-4, "learning_rate": 1e-2, "checkpointing_steps": 1, "max_train_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return runs.save_text_encoder(tmp_path_factory.mktemp("text_encoder"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text_encoder):
+    """A finished run of eight steps."""
+    return runs.train(runs.settings(tmp_path_factory.mktemp("whole"), text_encoder, **EVERYTHING))
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory, text_encoder):
+    """A finished run of five steps."""
+    return runs.train(runs.settings(tmp_path_factory.mktemp("smooth"), text_encoder, **SMOOTH))
+
+
+def copy_checkpoint(run, step: int, folder: Path) -> None:
+    shutil.copytree(run.output_dir / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+
+
+def saved_state(folder: Path) -> dict:
+    """Every tensor and number of a checkpoint."""
+    found: dict = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    for file in sorted([*folder.glob("*.bin"), *folder.glob("custom*.pkl")]):
+        found[file.name] = torch.load(file, weights_only=False)
+    return found
+
+
+def assert_same(one, other, path: str = "") -> None:
+    """Equal to the last bit, through all nesting."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            # of the run's state what depends on the clock and on the folder
+            if key not in ("seconds", "images_per_second", "settings"):
+                assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for place, (a, b) in enumerate(zip(one, other)):
+            assert_same(a, b, f"{path}/{place}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def losses(run) -> list[float]:
+    return [entry["loss/flow"] for entry in run.state.history]
+
+
+# Exact resume
+
+
+def test_resuming_is_the_same_to_the_last_bit(whole, tmp_path, text_encoder):
+    """Also when validation runs at other steps: it touches no random number of the training."""
+    copy_checkpoint(whole, 5, tmp_path)
+    changes = {"resume_from_checkpoint": "latest", "validation_steps": 7, "output_dir": str(tmp_path)}
+    resumed = runs.train(whole.cfg.to_dict() | changes)
+    one, other = (saved_state(run.output_dir / "checkpoint-8") for run in (whole, resumed))
+    assert {"model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin"} <= one.keys()
+    for state in (one, other):
+        state_of_run = next(value for value in state.values() if "history" in value)
+        assert [entry["step"] for entry in state_of_run["history"]] == list(range(1, 9))
+        assert state_of_run["samples_read"] == 32
+        del state_of_run["validation_history"]
+    assert_same(one, other)
+    assert losses(resumed) == losses(whole)
+    assert resumed.state.validation_history[-1] == whole.state.validation_history[-1]
+    assert [e["step"] for e in resumed.state.validation_history] == [2, 4, 7, 8]
+    for name in ("model.safetensors", "model_1.safetensors"):  # both networks had learnt before and after it
+        steps = [load_file(whole.output_dir / f"checkpoint-{step}" / name) for step in (1, 5, 8)]
+        for early, late in itertools.pairwise(steps):
+            assert any(not torch.equal(early[key], late[key]) for key in early)
+
+
+def test_a_second_run_is_the_same_to_the_last_bit(smooth, tmp_path):
+    again = runs.train(smooth.cfg.to_dict() | {"output_dir": str(tmp_path)})
+    assert_same(saved_state(smooth.output_dir / "checkpoint-5"), saved_state(tmp_path / "checkpoint-5"))
+    assert losses(again) == losses(smooth)
+
+
+def test_a_finished_run_can_be_resumed_to_be_exported_again(smooth, tmp_path):
+    copy_checkpoint(smooth, 5, tmp_path)
+    runs.train(smooth.cfg.to_dict() | {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"})
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert_same(load_file(tmp_path / name), load_file(smooth.output_dir / name))
+
+
+def test_resuming_what_is_not_there_yet_starts_at_the_beginning(tmp_path, text_encoder, capsys):
+    run = runs.start(runs.settings(tmp_path, text_encoder, resume_from_checkpoint="latest"))
+    assert run.state.step == 0
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "`seed` 42, this run has 1"),
+        ({"train_batch_size": 8}, "`global_batch_size` 4, this run has 8"),
+        ({"gradient_accumulation_steps": 3}, "`global_batch_size` 4, this run has 12"),
+        ({"learning_rate": 0.5}, "`learning_rate` 0.01, this run has 0.5"),
+        ({"max_train_steps": 2}, "at step 5, beyond `max_train_steps` 2"),
+        ({"resume_from_checkpoint": None}, "has checkpoints that this run would not start from"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "which is no checkpoint"),
+    ],
+)
+def test_a_run_that_would_not_continue_is_refused(smooth, changes, message):
+    with pytest.raises(ValueError, match=message):
+        runs.start(smooth.cfg.to_dict() | {"resume_from_checkpoint": "latest"} | changes)
+
+
+# Any split of the work
+
+
+def test_accumulation_sees_the_same_step_also_from_the_middle_of_a_run(smooth, tmp_path):
+    """From an odd number of micro-batches: the count of them must begin anew."""
+    copy_checkpoint(smooth, 1, tmp_path)
+    changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
+    run = runs.train(smooth.cfg.to_dict() | changes | {"output_dir": str(tmp_path)})
+    assert losses(run) == pytest.approx(losses(smooth), rel=1e-5)
+    for name in ("model.safetensors", "model_1.safetensors"):
+        one, other = (load_file(r.output_dir / "checkpoint-5" / name) for r in (smooth, run))
+        start = load_file(smooth.output_dir / "checkpoint-1" / name)
+        for key in one:
+            torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=1e-5)
+        # a tolerance that can fail: the steps themselves are larger
+        assert max((one[key] - start[key]).abs().max() for key in one) > 3e-4
+
+
+def test_an_environment_variable_does_not_change_the_accumulation(smooth, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+    run = runs.start(smooth.cfg.to_dict() | {"output_dir": str(tmp_path)})
+    assert run.accelerator.gradient_accumulation_steps == 1
+
+
+def _train_in_two_processes(values: dict) -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("ACCELERATE_USE_CPU")  # the launcher's help; torchrun does not give it
+    run = runs.train(values)
+    if run.accelerator.is_main_process:
+        record = {"losses": losses(run), "lr": [e["lr"] for e in run.state.history], "n": run.state.samples_read}
+        (run.output_dir / "record.json").write_text(json.dumps(record))
+
+
+def test_two_processes_are_one_with_a_doubled_batch(smooth, tmp_path):
+    debug_launcher(
+        _train_in_two_processes,
+        (smooth.cfg.to_dict() | {"train_batch_size": 2, "output_dir": str(tmp_path)},),
+        num_processes=2,
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["losses"] == pytest.approx(losses(smooth), rel=1e-4)
+    assert record["lr"] == [entry["lr"] for entry in smooth.state.history]
+    assert record["n"] == smooth.state.samples_read == 20
+    one, other = (load_file(d / "checkpoint-5" / "model.safetensors") for d in (smooth.output_dir, tmp_path))
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-5)
+
+
+# Averages and validation
+
+
+def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
+    weights = [load_file(whole.output_dir / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 9)]
+    saved = load_file(whole.output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == weights[0].keys()
+    for key, wanted in weights[0].items():  # the first update takes the weights as they are
+        average = wanted.double()
+        for update, later in enumerate(weights[1:], start=1):
+            decay = min(0.3, (1 + update) / (10 + update))
+            average = decay * average + (1 - decay) * later[key]
+        torch.testing.assert_close(saved[key], average.float(), rtol=1e-5, atol=1e-7)
+    assert any(not torch.allclose(saved[key], weights[-1][key], rtol=1e-4) for key in saved)
+
+
+def test_without_averages_the_last_weights_are_saved(smooth):
+    for name, part in (("model", "transformer/diffusion_pytorch_model"), ("model_1", "text_encoder/model")):
+        last = load_file(smooth.output_dir / "checkpoint-5" / f"{name}.safetensors")
+        assert_same(load_file(smooth.output_dir / f"{part}.safetensors"), last)
+
+
+def test_validation_measures_and_changes_nothing(whole):
+    before = {name: value.clone() for name, value in whole.nets.transformer.state_dict().items()}
+    whole.nets.transformer.train()
+    history = whole.state.validation_history
+    whole._validate()
+    whole._validate()
+    again, last = history.pop(), history.pop()
+    assert again == last
+    assert {f"validation/loss_t{t:.2f}" for t in np.arange(0.05, 1, 0.1)} < last.keys()
+    levels = [value for name, value in last.items() if "_t" in name]
+    assert last["validation/loss"] == pytest.approx(np.mean(levels))
+    assert_same(dict(whole.nets.transformer.state_dict()), before)
+    assert whole.nets.transformer.training
+    assert [entry["step"] for entry in history] == [2, 4, 6, 8]
+
+
+# What is left behind
+
+
+def test_the_folder_of_a_finished_run(whole):
+    folder = whole.output_dir
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "PRXPixelPipeline"
+    record = json.loads((folder / "training.json").read_text())
+    assert record["steps"] == 8
+    assert record["config"] == whole.cfg.to_dict()
+    assert len(record["history"]) == 8
+    assert record["samples_read"] == 32
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert PIL.Image.open(folder / "loss_curve.png").size[0] > 400
+    for step in (2, 4, 6, 8):
+        assert PIL.Image.open(folder / "validation" / f"step-{step:07d}.png").size == (64, 32)
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+
+
+def test_the_model_card(whole):
+    card = ModelCard.load(whole.output_dir / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image"
+    assert card.data.base_model is None
+    assert "{{" not in card.text
+    assert f'PRXPixelPipeline.from_pretrained("{whole.output_dir}")' in card.text
+    for fact in ("8, batch 4", "muon", "32 px", "x_prediction", "| 0.3 |"):
+        assert fact in card.text
+
+
+def test_the_saved_pipeline_draws_what_the_trained_one_draws(whole):
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
+
+    loaded = PRXPixelPipeline.from_pretrained(whole.output_dir)
+    assert torch.equal(draw(loaded), draw(whole.nets.pipeline(whole.cfg)))
+    assert loaded.scheduler.config["clamp"] == 0.05
+    assert loaded.tokenizer.model_max_length == loaded.max_tokens == 48
+
+
+def test_no_tracker_leaves_no_logs(smooth):
+    assert not (smooth.output_dir / "logs").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, text_encoder):
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    with pytest.raises(ValueError, match="`report_to` is trackio, which is not installed: pip install trackio"):
+        runs.start(runs.settings(tmp_path, text_encoder, report_to="trackio"))
+
+
+# Other kinds of runs
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Six pictures; one is broken, one is small."""
+    folder = tmp_path_factory.mktemp("photos")
+    rows = []
+    for place in range(6):
+        noise = np.random.default_rng(place).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        size = (20, 30) if place == 1 else (36, 40)
+        PIL.Image.fromarray(noise).resize(size).save(folder / f"{place}.png")
+        rows.append({"file_name": f"{place}.png", "caption": f"a red circle {place}"})
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory, photos, text_encoder):
+    """A run on a folder of pictures in the latents of a VAE, with a frozen text encoder, in bf16."""
+    vae = tmp_path_factory.mktemp("vae")
+    tiny.vae_kl().save_pretrained(vae / "vae")
+    return runs.train(
+        runs.settings(
+            tmp_path_factory.mktemp("latent"), text_encoder,
+            dataset_name=None, train_data_dir=str(photos), caption_column="caption", random_flip=True,
+            vae_name_or_path=str(vae), prediction_type="velocity", train_text_encoder=False,
+            transformer_config=runs.TRANSFORMER | {"patch_size": 2}, mixed_precision="bf16", shift=3.0,
+            gradient_accumulation_steps=2, max_sequence_length=5, validation_prompts=PROMPTS, logging_steps=3,
+            num_validation_samples=1, validation_inference_steps=2, gradient_checkpointing=True,
+        )
+    )  # fmt: skip
+
+
+def test_latents_of_a_folder_of_pictures(latent, text_encoder):
+    state = latent.state
+    assert all(np.isfinite(losses(latent)))
+    assert [entry["step"] for entry in state.history] == [3, 4]
+    # 32 samples out of five, one of which is broken and replaced
+    assert state.unreadable > 3
+    assert state.samples_read == 32 + state.unreadable
+    assert 3 < state.upscaled < 10
+    assert state.truncated > 20
+    assert {p.dtype for p in latent.nets.transformer.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for m in (latent.nets.text_encoder, latent.nets.vae) for p in m.parameters())
+    pipeline = PRXPipeline.from_pretrained(latent.output_dir)
+    assert pipeline.scheduler.shift == 3.0
+    assert pipeline.max_tokens == 5
+    pairs = (
+        (load_file(latent.output_dir / "text_encoder" / "model.safetensors"), text_encoder / "model.safetensors"),
+        (pipeline.vae.state_dict(), latent.output_dir / "vae" / "diffusion_pytorch_model.safetensors"),
+    )
+    for found, file in pairs:
+        assert_same(dict(found), load_file(file))
+    assert_same(dict(pipeline.vae.state_dict()), dict(tiny.vae_kl().state_dict()))
+    drawn = pipeline(PROMPTS, height=32, width=32, num_inference_steps=1, output_type="pt").images
+    assert drawn.shape == (2, 3, 32, 32)
+    assert ModelCard.load(latent.output_dir / "README.md").text.count("photos") == 1  # not the path of this machine
+
+
+def fine_tuning(folder: Path, latent, **changes) -> dict:
+    values = latent.cfg.to_dict() | {
+        "pretrained_model_name_or_path": str(latent.output_dir), "transformer_config": {}, "vae_name_or_path": None,
+        "text_encoder_name_or_path": None, "output_dir": str(folder), "max_train_steps": 2, "learning_rate": 1e-8,
+        "validation_prompts": [], "num_validation_samples": 0,
+    }  # fmt: skip
+    return values | changes
+
+
+def test_starting_from_a_saved_pipeline(latent, tmp_path):
+    runs.train(fine_tuning(tmp_path, latent))
+    for part in ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        one, other = (load_file(d / f"{part}.safetensors") for d in (latent.output_dir, tmp_path))
+        for key in one:
+            torch.testing.assert_close(other[key], one[key], rtol=0, atol=1e-6)
+
+
+def test_starting_from_a_pipeline_in_pixel_space(whole, tmp_path):
+    values = whole.cfg.to_dict() | {
+        "pretrained_model_name_or_path": str(whole.output_dir), "transformer_config": {},
+        "text_encoder_name_or_path": None, "output_dir": str(tmp_path),
+    }  # fmt: skip
+    run = runs.start(values)
+    saved = load_file(whole.output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert_same(dict(run.nets.transformer.state_dict()), saved)
+    assert all(p.requires_grad for m in (run.nets.transformer, run.nets.text_encoder) for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction_type": "x_prediction"}, "`prediction_type` is x_prediction, but .* trained with velocity"),
+        ({"noise_scale": 2.0}, "`noise_scale` is 2.0, but the pretrained pipeline was trained with 1.0"),
+        ({"resolution": 34}, "`resolution` must be a multiple of 4 for these networks, got 34"),
+        ({"transformer_config": {"depht": 2}}, r"`transformer_config` has unknown keys \['depht'\]; known: "),
+        ({"transformer_config": runs.TRANSFORMER | {"in_channels": 3}}, "`in_channels` is 3, but .* need 4"),
+        ({"transformer_config": runs.TRANSFORMER | {"context_in_dim": 8}}, "`context_in_dim` is 8, but .* need 16"),
+        (
+            {"text_encoder_config": {"width": 8}, "train_text_encoder": True},
+            r"`text_encoder_config` has keys \['width'\] that T5GemmaModuleConfig does not have",
+        ),
+        ({"num_validation_samples": 4}, "`num_validation_samples` is 4, but the data set has 6 samples"),
+        ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has \['image', 'caption'\]"),
+    ],
+)
+def test_networks_and_data_that_do_not_fit(latent, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        runs.start(fine_tuning(tmp_path, latent, **changes))
+
+
+def test_another_shift_than_the_pretrained_one_is_said(latent, tmp_path, caplog):
+    run = runs.start(fine_tuning(tmp_path, latent, shift=1.5))
+    assert run.nets.scheduler.shift == 1.5
+    assert "`shift` is 1.5; the pretrained pipeline's is 3.0" in caplog.text
+
+
+# What stops a run
+
+
+def test_too_many_unreadable_samples(latent, tmp_path):
+    with pytest.raises(ValueError, match=r"of \d+ samples cannot be read, more than `max_corrupt_share` 0\.0 allows"):
+        runs.train(fine_tuning(tmp_path, latent, max_corrupt_share=0.0))
+
+
+def test_a_loss_that_is_no_number(tmp_path, text_encoder):
+    changes = {"learning_rate": 1e30, "lr_warmup_steps": 0, "max_train_steps": 9, "checkpointing_steps": 100}
+    with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step \d: lower `learning_rate`"):
+        runs.train(runs.settings(tmp_path, text_encoder, **changes))
+
+
+def test_a_killed_run_leaves_a_checkpoint_that_can_be_resumed(tmp_path, text_encoder):
+    values = runs.settings(tmp_path / "run", text_encoder, max_train_steps=10_000, checkpointing_steps=1)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    script = runs.ROOT / "training" / "train_prx.py"
+    command = [sys.executable, str(script), "--config", str(tmp_path / "recipe.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run" / "checkpoint-3").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        errors = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, errors
+    assert (tmp_path / "run" / "training.json").is_file()
+    newest = find_checkpoint(tmp_path / "run", "latest")
+    run = runs.start(values | {"resume_from_checkpoint": "latest", "checkpoints_total_limit": 1})
+    assert run.state.step == int(newest.name.removeprefix("checkpoint-")) >= 3

@@ -1,0 +1,21 @@
+"""Train PRX: `accelerate launch training/train_prx.py --config training/recipes/quickstart.yaml`."""
+
+import sys
+from pathlib import Path
+
+from diffusers_prx.training.config import parse_config
+from diffusers_prx.training.trainer import Run
+
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        cfg = parse_config(argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    Run(cfg, CARD_TEMPLATE).train()
+
+
+if __name__ == "__main__":
+    main()
