@@ -11,10 +11,10 @@ CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        cfg = parse_config(argv)
-    except ValueError as error:
+        run = Run(parse_config(argv), CARD_TEMPLATE)
+    except ValueError as error:  # settings, data or networks that do not fit: the message says what would
         sys.exit(f"error: {error}")
-    Run(cfg, CARD_TEMPLATE).train()
+    run.train()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ class TrainingConfig:
     ema_update_every: Annotated[int, "Steps between two updates of the moving average."] = 10
     mixed_precision: Annotated[Literal["no", "bf16"], "Type of the computation; weights are always float32."] = "bf16"
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
+    attention_backend: Annotated[
+        str | None, "diffusers' attention backend of the transformer, as `flash` or `_native_math`; none: its default."
+    ] = None
     compile: Annotated[bool, "Compile the transformer's blocks with torch.compile."] = False
 
     # validation

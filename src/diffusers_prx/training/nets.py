@@ -231,6 +231,8 @@ def build_nets(cfg: TrainingConfig, captions: Iterator[str]) -> Nets:
         module.requires_grad_(True).train()
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if cfg.attention_backend is not None:
+        transformer.set_attention_backend(cfg.attention_backend)
     return nets
 
 
