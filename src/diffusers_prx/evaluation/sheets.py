@@ -18,8 +18,8 @@ def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int 
     for place, scene in enumerate(graded):
         axes = figure.add_subplot(rows, columns, place + 1, xticks=[], yticks=[])
         axes.imshow(scene.image, interpolation="nearest")
-        axes.set_title(textwrap.fill(scene.prompt, 40), fontsize=6.5)
+        verdict, colour = ("right", RIGHT) if scene.right else ("wrong", WRONG)
+        axes.set_title(f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]", fontsize=6.5, color=colour)
         for spine in axes.spines.values():
-            spine.set(color=RIGHT if scene.right else WRONG, linewidth=3)
-        axes.set_xlabel("right" if scene.right else "wrong", color=RIGHT if scene.right else WRONG, fontsize=7)
+            spine.set(color=colour, linewidth=3)
     figure.savefig(path, dpi=130)

@@ -151,29 +151,15 @@ class PRXAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask)
 
 
-class PRXConditioningLinear(nn.Linear):
-    """A linear layer for the few rows of the conditioning vector; autocast leaves it alone.
-
-    Casting its matrix would cost more than multiplying some rows by it, and shifts, scales and gates stay exact.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return super().forward(x.to(self.weight.dtype))
-        return super().forward(x.to(self.weight.dtype))
-
-
 class PRXModulation(nn.Module):
     """Shift, scale and gate for the two halves of a block, from the conditioning vector (adaLN-Zero, 2212.09748)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.lin = PRXConditioningLinear(hidden_size, 6 * hidden_size)
+        self.lin = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, temb: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return self.lin(F.silu(temb)).to(dtype)[:, None, :].chunk(6, dim=-1)  # 6 x (B, 1, D)
+    def forward(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.lin(F.silu(temb))[:, None, :].chunk(6, dim=-1)  # 6 x (B, 1, D)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -204,7 +190,7 @@ class PRXBlock(nn.Module):
         image_rotary_emb: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(temb, hidden_states.dtype)
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(temb)  # (B, 1, D) each
 
         x = modulate(hidden_states, attn_shift, attn_scale)  # (B, N, D)
         x = self.attention(x, encoder_hidden_states, image_rotary_emb, attention_mask)  # (B, N, D)
@@ -220,8 +206,8 @@ class PRXMLPEmbedder(nn.Module):
 
     def __init__(self, in_size: int, hidden_size: int):
         super().__init__()
-        self.in_layer = PRXConditioningLinear(in_size, hidden_size)
-        self.out_layer = PRXConditioningLinear(hidden_size, hidden_size)
+        self.in_layer = nn.Linear(in_size, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -235,7 +221,7 @@ class PRXResolutionEmbedder(nn.Module):
         self.max_period = max_period
         self.mlp = PRXMLPEmbedder(TIME_EMBEDDING_SIZE, hidden_size)
 
-    def forward(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+    def forward(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         sizes = torch.tensor([height, width], device=device, dtype=torch.float32)  # (2,)
         features = get_timestep_embedding(
             sizes,
@@ -244,7 +230,7 @@ class PRXResolutionEmbedder(nn.Module):
             flip_sin_to_cos=True,
             downscale_freq_shift=0.0,
         )  # (2, 128)
-        return self.mlp(features.reshape(1, -1))  # (1, D)
+        return self.mlp(features.reshape(1, -1).to(dtype))  # (1, D)
 
 
 class PRXFinalLayer(nn.Module):
@@ -252,12 +238,11 @@ class PRXFinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_values: int):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), PRXConditioningLinear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self.linear = nn.Linear(hidden_size, patch_values)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        modulation = self.adaLN_modulation(temb).to(hidden_states.dtype)  # (B, 2 * D)
-        shift, scale = modulation[:, None, :].chunk(2, dim=-1)  # (B, 1, D) each
+        shift, scale = self.adaLN_modulation(temb)[:, None, :].chunk(2, dim=-1)  # (B, 1, D) each
         return self.linear(modulate(hidden_states, shift, scale))  # (B, N, C * p * p)
 
 
@@ -442,9 +427,9 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             flip_sin_to_cos=True,
             downscale_freq_shift=0.0,
         )  # (B, 256)
-        temb = self.time_in(temb)  # (B, D)
+        temb = self.time_in(temb.to(img.dtype))  # (B, D)
         if self.resolution_embedder is not None:
-            temb = temb + self.resolution_embedder(height, width, img.device)  # (B, D)
+            temb = temb + self.resolution_embedder(height, width, img.device, img.dtype)  # (B, D)
 
         joint_mask = None
         if attention_mask is not None:
