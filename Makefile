@@ -44,6 +44,10 @@ quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out 
 		training/train_prx.py --config training/recipes/quickstart.yaml --resume_from_checkpoint latest \
 		$(QUICKSTART_ARGS)
 	$(BIN)/python training/evaluate_prx.py --model outputs/quickstart --scenes
+	@echo; echo "Report and pictures: outputs/quickstart/report.json, samples.png, loss_curve.png. In $(BIN)/python:"; echo
+	@echo '    from diffusers_prx import PRXPixelPipeline'
+	@echo '    pipeline = PRXPixelPipeline.from_pretrained("outputs/quickstart")'
+	@echo '    pipeline("a big red circle at the top left on a white background.", guidance_scale=3.0).images[0].save("scene.png")'
 
 # worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do
 test: $(STAMP) ## run the whole test suite, offline, on two cores
