@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers import PRXTransformer2DModel as StockPRXTransformer2DModel
 from diffusers import PyramidAttentionBroadcastConfig
 from torch import nn
@@ -518,9 +519,16 @@ def test_mask_and_rotary_table_are_made_once_for_all_blocks():
     assert all(mask is None for mask in third)
     assert first[0].dtype == torch.bool
     assert first[0].shape == (3, 1, 1, TEXT_LENGTH + HEIGHT * WIDTH // 4)
+
+
+def test_one_model_serves_every_shape_with_its_own_table():
+    """Also two shapes with as many tokens, one after the other."""
+    model = make_model()
     with torch.no_grad():
-        model(**make_inputs(height=4, width=4))
-    assert len(model._rotary_tables) == 2
+        for height, width in ((8, 12), (12, 8), (4, 24), (8, 12)):
+            inputs = make_inputs(height=height, width=width)
+            assert relative_error(model(**inputs).sample, make_model()(**inputs).sample) < OUTPUT_TOLERANCE
+    assert len(model._rotary_tables) == 3
 
 
 def test_rotary_table_first_made_in_inference_mode_serves_training():
@@ -760,18 +768,30 @@ def test_pyramid_attention_broadcast_skips_attention_and_is_taken_off_again():
         assert len(recorder.tables) == 4 * BASE["depth"]
 
 
+class FusedAttentionCalls(TorchDispatchMode):
+    """Counts the calls of PyTorch's fused attention kernel for the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
 def test_attention_backends():
     model = make_model()
     inputs = make_inputs(padding="right")
     with torch.no_grad():
         expected = model(**inputs).sample
-        model.set_attention_backend("native")
-        assert torch.equal(model(**inputs).sample, expected)
-        model.set_attention_backend("_native_math")
-        assert all(p._attention_backend.value == "_native_math" for p in model.attn_processors.values())
-        assert relative_error(model(**inputs).sample, expected) < OUTPUT_TOLERANCE
-        model.set_attention_backend("native")  # diffusers remembers the last choice for the whole process
-        assert torch.equal(model(**inputs).sample, expected)
+        for backend, fused_layers in (("native", 2), ("_native_math", 0), ("native", 2)):
+            model.set_attention_backend(backend)  # ends as it began: diffusers remembers it for the whole process
+            with FusedAttentionCalls() as calls:
+                assert relative_error(model(**inputs).sample, expected) < OUTPUT_TOLERANCE
+            assert calls.count == fused_layers
+        model.blocks[0].attention.set_attention_backend("_native_math")
+        with FusedAttentionCalls() as calls:
+            assert relative_error(model(**inputs).sample, expected) < OUTPUT_TOLERANCE
+        assert calls.count == 1
     with pytest.raises(ValueError, match="backend"):
         model.set_attention_backend("no such backend")
 
