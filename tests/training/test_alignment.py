@@ -129,16 +129,18 @@ def test_spatial_normalisation_of_a_constant_channel_and_of_bfloat16():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "attention"])
-def test_projector_computes_in_float32_under_bf16_autocast(kind):
+def test_projector_is_stored_in_float32_and_computes_as_autocast_says(kind):
     module = projector(kind)
-    features = torch.randn(2, TOKENS, WIDTH).bfloat16()
-    plain = module(features.float(), None, GRID)
+    features = torch.randn(2, TOKENS, WIDTH)
+    plain = module(features, None, GRID)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = module(features, None, GRID)
-    assert mixed.shape == (2, TOKENS, TEACHER_WIDTH)
-    assert mixed.dtype == torch.float32
-    assert torch.equal(mixed, plain)
-    assert all(p.dtype == torch.float32 for p in module.parameters())
+    assert plain.dtype == torch.float32
+    assert mixed.dtype == torch.bfloat16
+    error = (mixed.float() - plain).norm() / plain.norm()
+    assert 0 < error < 0.01  # 0.003 to 0.005 by kind: the rounding of bf16, 2^-9 per value
+    alignment_loss(mixed, torch.randn(2, TOKENS, TEACHER_WIDTH), None).mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "attention"])

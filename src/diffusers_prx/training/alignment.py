@@ -27,7 +27,8 @@ from .teachers import VisionTeacher
 
 STD_EPS = 1e-6  # added to the standard deviation over patches; a channel may be constant
 
-# --- projectors: (features (B, K, D), indices (B, K) or None, grid) -> (B, K, E), in float32 whatever autocast says
+# --- projectors: (features (B, K, D), indices (B, K) or None, grid) -> (B, K, E). Stored in float32, as everything that
+# is trained; they compute in what autocast says, and the loss takes its cosine in float32
 
 
 class MLPProjector(nn.Module):
@@ -44,8 +45,7 @@ class MLPProjector(nn.Module):
         )
 
     def forward(self, features: torch.Tensor, indices: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return self.layers(features.float())  # (B, K, E)
+        return self.layers(features)  # (B, K, E)
 
 
 class ConvProjector(nn.Module):
@@ -61,9 +61,8 @@ class ConvProjector(nn.Module):
                 "The projector `conv` needs the whole grid, but tokens of this block were routed away; accepted with "
                 "routing: `mlp`, `attention`."
             )
-        with torch.autocast(features.device.type, enabled=False):
-            image = features.float().transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
-            return self.conv(image).flatten(2).transpose(1, 2)  # (B, N, E)
+        image = features.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
+        return self.conv(image).flatten(2).transpose(1, 2)  # (B, N, E)
 
 
 class AttentionProjector(nn.Module):
@@ -81,16 +80,16 @@ class AttentionProjector(nn.Module):
         self.out = nn.Linear(student_width, teacher_width)
 
     def forward(self, features: torch.Tensor, indices: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            rotary = rotary_table(*grid, self.axes_dim, self.theta, features.device)  # (N, d/2, 2)
-            if indices is not None:
-                rotary = rotary[indices]  # (B, K, d/2, 2)
-            qkv = self.qkv(features.float()).unflatten(-1, (3, self.num_heads, -1))  # (B, K, 3, h, d)
-            query, key, value = qkv.unbind(2)  # (B, K, h, d) each
-            query, key = rotate(query, rotary), rotate(key, rotary)  # (B, K, h, d) each
-            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, h, K, d) each
-            heads = F.scaled_dot_product_attention(query, key, value)  # (B, h, K, d)
-            return self.out(heads.transpose(1, 2).flatten(2))  # (B, K, E)
+        rotary = rotary_table(*grid, self.axes_dim, self.theta, features.device)  # (N, d/2, 2)
+        if indices is not None:
+            rotary = rotary[indices]  # (B, K, d/2, 2)
+        qkv = self.qkv(features).unflatten(-1, (3, self.num_heads, -1))  # (B, K, 3, h, d)
+        query, key, value = qkv.unbind(2)  # (B, K, h, d) each
+        query = rotate(query.float(), rotary).to(value.dtype)  # (B, K, h, d)
+        key = rotate(key.float(), rotary).to(value.dtype)  # (B, K, h, d)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, h, K, d) each
+        heads = F.scaled_dot_product_attention(query, key, value)  # (B, h, K, d)
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, K, E)
 
 
 def build_projector(
@@ -105,7 +104,7 @@ def build_projector(
     """A new projector, in float32; all are called as `projector(features, indices, grid)`.
 
     `features` (B, K, D) are the tokens that were in the block, `indices` (B, K) int64 their places in the grid (None:
-    all, in order), `grid` is (rows, columns). The result is (B, K, E) float32.
+    all, in order), `grid` is (rows, columns). The result is (B, K, E), of autocast's type.
 
     Args:
         kind: `mlp`, `conv` (raises ValueError if there are indices) or `attention`.
