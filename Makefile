@@ -61,10 +61,11 @@ quality: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time the model against the one in diffusers, the techniques and Muon; alternating in one run each
+bench: $(STAMP) ## time the model against the one in diffusers, the techniques, Muon and the loading of data
 	$(BIN)/python training/benchmarks/bench_model.py
 	$(BIN)/python training/benchmarks/bench_techniques.py
 	$(BIN)/python training/benchmarks/bench_muon.py
+	$(BIN)/python training/benchmarks/bench_loader.py
 
 clean: ## remove the environment and what tools leave behind; outputs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -137,7 +137,7 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
     assert type(one) is type(other), path
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
-        for key in one.keys() - {"seconds", "images_per_second", "settings"}:
+        for key in one.keys() - {"seconds", "seconds_waiting", "images_per_second", "waiting_share", "settings"}:
             assert_same(one[key], other[key], f"{path}/{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), path

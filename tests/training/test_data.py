@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -138,6 +139,30 @@ def test_the_same_data_make_the_same_run_whatever_they_are_stored_in(reference, 
     assert (tmp_path / "indices").exists() == (kind == "tars")
     shown = name if kind in ("parquet", "tars") else "photos"  # of a folder of this machine the last part
     assert f"| data | `{shown}` |" in (run.output_dir / "README.md").read_text()
+
+
+def test_the_time_spent_waiting_for_data_is_told(text_encoder, tmp_path):
+    class Slow:
+        """Takes 20 ms for every sample."""
+
+        def __init__(self, source):
+            self.source = source
+
+        def __len__(self):
+            return len(self.source)
+
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return self.source[index]
+
+    run = runs.start(runs.settings(tmp_path / "run", text_encoder))
+    run.stages[0].source = Slow(run.stages[0].source)
+    run.train()
+    assert run.state.samples_read == 16
+    assert 16 * 0.02 < run.state.seconds_waiting < run.state.seconds
+    assert run.state.history[-1]["waiting_share"] == run.state.seconds_waiting / run.state.seconds
+    record = json.loads((run.output_dir / "training.json").read_text())
+    assert record["seconds_waiting_for_data"] == round(run.state.seconds_waiting, 1)
 
 
 def test_sources_that_are_all_read_once_per_epoch(text_encoder, tmp_path):

@@ -16,9 +16,10 @@ from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.training.config import TrainingConfig, load_recipe, parse_config
 
 FOLDER = runs.ROOT / "training" / "recipes"
-FULL_SCALE = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "quickstart")
+EXAMPLES = [FOLDER / "quickstart.yaml", FOLDER / "openmoji.yaml"]  # of this project, not of the study
+FULL_SCALE = sorted(path for path in FOLDER.glob("*.yaml") if path not in EXAMPLES)
 TWINS = sorted((FOLDER / "cpu").glob("*.yaml"))
-EVERY = [*FULL_SCALE, FOLDER / "quickstart.yaml", *TWINS]
+EVERY = [*FULL_SCALE, *EXAMPLES, *TWINS]
 
 # what the networks on the Hub are like: channels of the latents, width of the text (from their configurations)
 LATENT_CHANNELS = {
@@ -46,10 +47,14 @@ PARAMETERS = {
 
 
 def flags(path: Path) -> list[str]:
-    """The built-in data for a recipe that names none."""
-    recipe = load_recipe(path)
-    named = recipe.get("dataset_name") or recipe.get("train_data_dir")
-    return ["--config", str(path), *([] if named else ["--dataset_name", "scenes"])]
+    """The built-in data, and some text encoder, for a recipe that names none."""
+    recipe, missing = load_recipe(path), []
+    if not any(recipe.get(name) for name in ("dataset_name", "train_data_dir")):
+        missing += ["--dataset_name", "scenes"]
+    text = ("text_encoder_name_or_path", "text_encoder_config", "pretrained_model_name_or_path")
+    if not any(recipe.get(name) for name in text):
+        missing += ["--text_encoder_name_or_path", "some/encoder"]
+    return ["--config", str(path), *missing]
 
 
 def comment(path: Path) -> str:

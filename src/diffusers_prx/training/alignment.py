@@ -27,8 +27,8 @@ from .teachers import VisionTeacher
 
 STD_EPS = 1e-6  # added to the standard deviation over patches; a channel may be constant
 
-# --- projectors: (features (B, K, D), indices (B, K) or None, grid) -> (B, K, E). Stored in float32, as everything that
-# is trained; they compute in what autocast says, and the loss takes its cosine in float32
+# --- projectors: (features (B, K, D), indices (B, K) or None, grid) -> (B, K, E). Stored in float32, as all that is
+# trained; they compute in what autocast says, and the loss takes its cosine in float32
 
 
 class MLPProjector(nn.Module):

@@ -31,6 +31,7 @@ class RunState:
             stages that have begun must be the same when the run is resumed.
         step: optimizer steps done.
         seconds: training time so far, without validation and checkpoints.
+        seconds_waiting: how much of it the main process has waited for data.
         samples_read, unreadable, unfit, upscaled, truncated: counts over all processes.
         stream: how far the workers of all processes have read the current stage's stream, and what that is; None: the
             data are not streamed. See `data.streaming.StreamedImages.record`.
@@ -43,6 +44,7 @@ class RunState:
     stages: list[dict[str, Any]]
     step: int = 0
     seconds: float = 0.0
+    seconds_waiting: float = 0.0
     samples_read: int = 0
     unreadable: int = 0
     unfit: int = 0

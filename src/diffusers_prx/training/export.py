@@ -39,6 +39,7 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, accelerator: Ac
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 1),
+        "seconds_waiting_for_data": round(state.seconds_waiting, 1),
         "parameters": sum(p.numel() for p in nets.transformer.parameters()),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),

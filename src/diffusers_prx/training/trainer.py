@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,10 @@ class Run:
         cfg, accelerator, state = stage.cfg, self.accelerator, self.state
         since_log: list[dict[str, torch.Tensor]] = []
         tick = time.perf_counter()
-        for batch in stage.training_batches(
+        batches = stage.training_batches(
             state.step, accelerator.process_index, accelerator.num_processes, accelerator.device
-        ):
+        )
+        for batch in self._waiting_for(batches):
             output, grad_norm = self._micro_step(batch)
             since_log.append({name: loss.detach() for name, loss in output.losses.items()})
             if not accelerator.sync_gradients:
@@ -223,6 +225,16 @@ class Run:
             if state.step % cfg.checkpointing_steps == 0 or last:
                 self._save()
             tick = time.perf_counter()
+
+    def _waiting_for(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; how long this process waits for them is added up."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.state.seconds_waiting += time.perf_counter() - asked
+            yield batch
 
     def _save(self) -> None:
         """Save a checkpoint, and the record of the run so far."""
@@ -330,6 +342,7 @@ class Run:
             "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
             "lr": self.lr_scheduler.get_last_lr()[0],
             "images_per_second": state.samples_read / state.seconds,
+            "waiting_share": state.seconds_waiting / state.seconds,
         }
         state.history.append(entry)
         accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)

@@ -1,0 +1,153 @@
+"""Time the loading of data: samples per second by kind of source, and what a training run waits for them.
+
+    python training/benchmarks/bench_loader.py                      # everything
+    python training/benchmarks/bench_loader.py --what sources --dataloader_num_workers 0
+
+- `sources`: the same 64 px pictures with long captions from a folder of PNGs, from parquet, from a WebDataset tar and
+  from the cache of `precompute_prx.py` (latents of 16 channels at an eighth of the side, text 384 wide), through the
+  loader of a training run. The clock starts with the first batch, so that the start of the workers does not count.
+  A number is the median over the repeats, in turns in random order.
+- `quickstart`: the first steps of `recipes/quickstart.yaml`, and what share of them is waiting for data.
+"""
+
+import argparse
+import io
+import json
+import random
+import statistics
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from diffusers import AutoencoderKL
+
+from diffusers_prx.data.scenes import ScenesDataset
+from diffusers_prx.training.config import TrainingConfig, parse_config
+from diffusers_prx.training.nets import build_nets, new_text_encoder, train_tokenizer
+from diffusers_prx.training.precompute import open_precomputed, precompute
+from diffusers_prx.training.stages import Stage, build_stages
+from diffusers_prx.training.trainer import Run
+
+TRAINING = Path(__file__).resolve().parents[1]
+RESOLUTION, BATCH_SIZE = 64, 32
+
+
+def write_sources(folder: Path, count: int) -> dict[str, Path]:
+    """The same samples in a folder, in a parquet file and in a tar; the name of each to train from."""
+    scenes = ScenesDataset(level="medium", resolution=RESOLUTION, size=count)
+    names = {"folder": folder / "images", "parquet": folder / "all.parquet", "tar": folder / "all.tar"}
+    names["folder"].mkdir()
+    rows = []
+    with tarfile.open(names["tar"], "w") as tar:
+        for index in range(count):
+            sample, png = scenes[index], io.BytesIO()
+            sample["image"].save(png, "PNG")
+            members = {"png": png.getvalue(), "txt": sample["caption"].encode()}
+            for ending, content in members.items():
+                (names["folder"] / f"{index:05}.{ending}").write_bytes(content)
+                member = tarfile.TarInfo(f"{index:05}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            rows.append({"image": {"bytes": members["png"], "path": None}, "text": sample["caption"]})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(names["parquet"])
+    return names
+
+
+def write_networks(folder: Path) -> dict[str, str]:
+    """Small random networks to precompute with, as settings of a run."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16,) * 4, norm_num_groups=8, latent_channels=16, scaling_factor=0.36, shift_factor=0.12,
+    )  # fmt: skip
+    tokenizer = train_tokenizer([ScenesDataset(level="medium", size=9)[i]["caption"] for i in range(9)], 320, 128)
+    text = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 6}
+    text |= {"head_dim": 64, "intermediate_size": 384, "query_pre_attn_scalar": 64}
+    vae.save_pretrained(folder / "vae")
+    new_text_encoder(text, tokenizer).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "text_encoder")
+    return {"vae_name_or_path": str(folder / "vae"), "text_encoder_name_or_path": str(folder / "text_encoder")}
+
+
+def open_stage(cfg: TrainingConfig) -> Stage:
+    """The data of a run, ready to be read."""
+    (stage,) = build_stages(cfg)
+    stage.sort(8, 1)
+    if cfg.precomputed_dir is not None:
+        open_precomputed([stage], build_nets(cfg, iter(())))
+    return stage
+
+
+def samples_per_second(stage: Stage) -> float:
+    batches = stage.training_batches(0, 0, 1, torch.device("cpu"))
+    next(batches)
+    start = time.perf_counter()
+    count = sum(len(batch["captions"]) for batch in batches)
+    return count / (time.perf_counter() - start)
+
+
+def bench_sources(count: int, workers: int, repeats: int) -> None:
+    transformer = {"patch_size": 1, "hidden_size": 64, "num_heads": 2, "depth": 1, "axes_dim": [16, 16]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = write_sources(folder, count)
+        settings = {
+            **write_networks(folder),
+            "output_dir": str(folder / "run"),
+            "transformer_config": transformer,
+            "resolution": RESOLUTION,
+            "center_crop": True,
+            "max_sequence_length": 128,
+            "train_batch_size": BATCH_SIZE,
+            "max_train_steps": count // BATCH_SIZE,
+            "lr_warmup_steps": 0,
+            "dataloader_num_workers": workers,
+        }  # fmt: skip
+        cached = {"dataset_name": str(sources["parquet"]), "precomputed_dir": str(folder / "cache")}
+        precompute(TrainingConfig(**settings | cached))
+        stages = {
+            kind: open_stage(TrainingConfig(**settings | {"dataset_name": str(path)}))
+            for kind, path in sources.items()
+        }
+        stages["cache"] = open_stage(TrainingConfig(**settings | cached))
+        order, rates = random.Random(0), {kind: [] for kind in stages}
+        for _ in range(repeats):
+            for kind in order.sample(list(stages), len(stages)):
+                rates[kind].append(samples_per_second(stages[kind]))
+    print(f"\n{count} samples of {RESOLUTION} px, batch {BATCH_SIZE}, {workers} workers, n = {repeats}\n")
+    print("| source | samples/s | slowest to fastest |\n|---|---|---|")
+    for kind, values in rates.items():
+        print(f"| {kind} | **{statistics.median(values):.0f}** | {min(values):.0f} to {max(values):.0f} |")
+
+
+def measure_quickstart(steps: int) -> None:
+    flags = ["--config", str(TRAINING / "recipes" / "quickstart.yaml"), "--max_train_steps", str(steps)]
+    flags += ["--lr_scheduler", "constant", "--lr_decay_steps", "null", "--lr_warmup_steps", "0"]
+    flags += ["--validation_steps", str(10 * steps), "--checkpointing_steps", str(10 * steps), "--report_to", "none"]
+    with tempfile.TemporaryDirectory() as folder:
+        Run(parse_config([*flags, "--output_dir", folder]), TRAINING.parent / "model_cards" / "template.md").train()
+        record = json.loads((Path(folder) / "training.json").read_text())
+    share = 100 * record["history"][-1]["waiting_share"]
+    print(f"\nquickstart: of {record['seconds']:.1f} s for {steps} steps {share:.2f}% were waiting for data")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=["sources", "quickstart", "all"], default="all")
+    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--dataloader_num_workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="of the quickstart")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.what in ("sources", "all"):
+        bench_sources(args.samples, args.dataloader_num_workers, args.repeats)
+    if args.what in ("quickstart", "all"):
+        measure_quickstart(args.steps)
+
+
+if __name__ == "__main__":
+    main()
