@@ -1,0 +1,619 @@
+"""The report of a study, from the files that its runs left: Markdown, one HTML file, small pictures."""
+
+import base64
+import html
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+from .paired import (
+    MIN_SEEDS,
+    Difference,
+    equal_time_steps,
+    holm,
+    mean_ratio,
+    paired_difference,
+    seeds_needed,
+    value_at,
+    verdict,
+)
+from .study import PLAN_FILE, TRAINING, VALIDATION_LOSS, Finding, Study, plan_text, read_record, scores
+
+THROUGHPUT_FILE = "throughput.json"
+TILE, LABEL = 64, 150  # pixels, of the sheet of pictures
+ARM_COLOUR, REFERENCE_COLOUR = "#0969da", "#8c959f"
+# what every run sets for itself
+OF_A_RUN = ("seed", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path")
+
+Curve = list[tuple[float, float]]
+
+
+class Page:
+    """What a report says, in order, written as Markdown and as HTML."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.markdown = [f"# {title}\n"]
+        self.html = [f"<h1>{html.escape(title)}</h1>"]
+
+    def _inline(self, text: str) -> str:
+        escaped = html.escape(text, quote=False)
+        escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
+        return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", escaped)
+
+    def heading(self, level: int, text: str) -> None:
+        self.markdown.append(f"{'#' * level} {text}\n")
+        self.html.append(f"<h{level}>{self._inline(text)}</h{level}>")
+
+    def text(self, text: str) -> None:
+        self.markdown.append(f"{text}\n")
+        self.html.append(f"<p>{self._inline(text)}</p>")
+
+    def items(self, items: list[str], numbered: bool = False) -> None:
+        self.markdown.append("".join(f"{f'{n}.' if numbered else '-'} {item}\n" for n, item in enumerate(items, 1)))
+        tag = "ol" if numbered else "ul"
+        self.html.append(f"<{tag}>" + "".join(f"<li>{self._inline(item)}</li>" for item in items) + f"</{tag}>")
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+        self.markdown.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+        def row(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{self._inline(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in rows)
+        self.html.append(f'<div class="wide"><table>{row(header, "th")}{body}</table></div>')
+
+    def picture(self, path: Path, alt: str) -> None:
+        """A PNG in the report's folder: linked in Markdown, inside the HTML."""
+        self.markdown.append(f"![{alt}]({path.parent.name}/{path.name})\n")
+        data = base64.b64encode(path.read_bytes()).decode()
+        self.html.append(f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>')
+
+    def code(self, text: str) -> None:
+        self.markdown.append(f"```\n{text.rstrip()}\n```\n")
+        self.html.append(f"<pre>{html.escape(text)}</pre>")
+
+    def write(self, folder: Path, name: str) -> Path:
+        style = (
+            "body{font:16px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1f2328}"
+            "table{border-collapse:collapse;font-size:14px}th,td{border:1px solid #d1d9e0;padding:4px 8px;"
+            "text-align:left;vertical-align:top}th{background:#f6f8fa}.wide{overflow-x:auto}img{max-width:100%}"
+            "pre{overflow-x:auto;font-size:12px;background:#f6f8fa;padding:1em;white-space:pre-wrap}"
+        )
+        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{style}</style>'
+        (folder / f"{name}.md").write_text("\n".join(self.markdown))
+        (folder / f"{name}.html").write_text(f"<!doctype html>{head}\n" + "\n".join(self.html) + "\n")
+        return folder / f"{name}.md"
+
+
+@dataclass
+class Row:
+    """Everything about one finding."""
+
+    name: str
+    finding: Finding
+    better: str
+    label: str
+    arm: dict[int, float]
+    reference: dict[int, float]
+    difference: Difference | None
+    verdict: str
+    failures: list[str]
+    ratio: tuple[float, float | None, float | None] | None
+    ratio_source: str
+    equal_time: Difference | None = None
+    equal_time_steps: tuple[float, float] | None = None
+
+
+class Results:
+    """The records of a study, and what is computed from them."""
+
+    def __init__(self, study: Study, report_dir: Path):
+        self.study, self.report_dir = study, report_dir
+        found = {(arm, seed): read_record(report_dir, arm, seed) for arm in study.arms for seed in study.seeds}
+        self.records = {key: record for key, record in found.items() if record is not None}
+        throughput = report_dir / THROUGHPUT_FILE
+        self.throughput = json.loads(throughput.read_text()) if throughput.is_file() else []
+        self.rows = [self.row(name, finding) for name, finding in study.findings.items()]
+        p_values = {row.name: row.difference.p for row in self.rows if row.difference is not None and decidable(row)}
+        self.adjusted = holm({name: p for name, p in p_values.items() if p is not None})
+
+    def of(self, arm: str) -> dict[int, dict[str, Any]]:
+        """The records of an arm by seed."""
+        return {seed: record for (name, seed), record in self.records.items() if name == arm}
+
+    def values(self, arm: str, metric: str) -> dict[int, float]:
+        """A metric of an arm's runs that did not fail, by seed."""
+        evaluation, key = self.study.split_metric(metric)
+        found = {s: scores(self.study, r, evaluation) for s, r in self.of(arm).items() if r["status"] != "failed"}
+        return {seed: values[key] for seed, values in found.items() if key in values}
+
+    def row(self, name: str, finding: Finding) -> Row:
+        metric, reference_metric = self.study.metrics_of(finding)
+        key = self.study.split_metric(metric)[1]
+        definition = self.study.metrics[key]
+        arm, reference = self.values(finding.arm, metric), self.values(finding.reference, reference_metric)
+        difference = paired_difference(arm, reference)
+        failures = [
+            f"{which}, seed {seed}: {record['failures'][-1]['message']}"
+            for which in (finding.arm, finding.reference)
+            for seed, record in self.of(which).items()
+            if record["status"] == "failed"
+        ]
+        said = verdict(difference, definition.better, finding.expected)
+        if difference is None and failures:
+            said = "failed"
+        ratio, source = self.ratio(finding)
+        row = Row(
+            name, finding, definition.better, definition.label or key, arm, reference, difference, said, failures,
+            ratio, source,
+        )  # fmt: skip
+        self.at_equal_time(row)
+        return row
+
+    def ratio(self, finding: Finding) -> tuple[tuple[float, float | None, float | None] | None, str]:
+        """Steps per second of the arm over those of the reference, and where they come from."""
+        pairs = [m for m in self.throughput if (m["arm"], m["reference"]) == (finding.arm, finding.reference)]
+        if pairs:
+            ratios = [pair["seconds_reference"] / pair["seconds_arm"] for pair in pairs]
+            return mean_ratio(ratios), f"{len(pairs)} timed pairs"
+        alone = [
+            {seed: r["seconds_per_step"] for seed, r in self.of(arm).items() if r["trained"] and r["jobs"] == 1}
+            for arm in (finding.reference, finding.arm)
+        ]
+        common = sorted(set(alone[0]) & set(alone[1]))
+        if common:
+            return mean_ratio([alone[0][seed] / alone[1][seed] for seed in common]), f"{len(common)} whole runs"
+        return None, "not measured"
+
+    def curve(self, record: dict[str, Any]) -> Curve:
+        return [(step, loss) for step, loss in record.get("curve", [])]
+
+    def comparable(self, finding: Finding) -> bool:
+        return all(self.study.arms[arm].comparable_loss for arm in (finding.arm, finding.reference))
+
+    def at_equal_time(self, row: Row) -> None:
+        """The validation loss after the same time, while the learning rate is constant: a run that stops earlier would
+        have decayed its rate earlier, so that of two decayed curves only the ends mean something."""
+        arms, references = self.of(row.finding.arm), self.of(row.finding.reference)
+        seeds = sorted(set(row.arm) & set(row.reference))
+        if not seeds or row.ratio is None or not self.comparable(row.finding):
+            return
+        last_arm = min(constant_until(arms[seed]) for seed in seeds)
+        last_reference = min(constant_until(references[seed]) for seed in seeds)
+        steps = equal_time_steps(1 / row.ratio[0], 1.0, last_arm, last_reference)
+        found = [
+            {seed: value_at(self.curve(records[seed]), step) for seed in seeds}
+            for records, step in ((arms, steps[0]), (references, steps[1]))
+        ]
+        known = [{seed: value for seed, value in values.items() if value is not None} for values in found]
+        row.equal_time, row.equal_time_steps = paired_difference(*known), steps
+
+
+def decidable(row: Row) -> bool:
+    return row.difference is not None and row.difference.n >= MIN_SEEDS
+
+
+def constant_until(record: dict[str, Any]) -> int:
+    """The step at which the decay of the learning rate begins."""
+    cfg = record["config"]
+    if cfg["lr_scheduler"] == "constant":
+        return cfg["max_train_steps"]
+    decay = cfg["lr_decay_steps"]
+    return cfg["lr_warmup_steps"] if decay is None else cfg["max_train_steps"] - decay
+
+
+# --- words and numbers
+
+
+def mean_of(values: dict[int, float]) -> str:
+    return f"{np.mean(list(values.values())):.4g}" if values else ""
+
+
+def signed(difference: Difference | None) -> str:
+    """`+0.031 [-0.010, +0.072]`."""
+    if difference is None:
+        return ""
+    if difference.low is None:
+        return f"{difference.mean:+.3g} [one seed: no interval]"
+    return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
+
+
+def times(ratio: tuple[float, float | None, float | None] | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio[0]:.2f}" + ("" if ratio[1] is None else f" [{ratio[1]:.2f}, {ratio[2]:.2f}]")
+
+
+def published(finding: Finding) -> str:
+    """`FID 18.2 → 14.64 (-3.56)`; of rates their ratio."""
+    parts = []
+    for name, (without, with_it) in finding.published.items():
+        if without is None or with_it is None:
+            parts.append(f"{name}: {with_it if without is None else without}")
+        else:
+            change = f"{with_it / without:.2f}x" if name.endswith("/s") else f"{with_it - without:+.2f}"
+            parts.append(f"{name} {without:g} → {with_it:g} ({change})")
+    return "; ".join(parts) or "no figure"
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def settings_that_differ(arm: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """`name`: of the reference → of the arm; inside mappings by key."""
+    found = []
+    for name in arm:
+        old, new = reference.get(name), arm[name]
+        if old == new or name in OF_A_RUN:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and old and new:
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            found += [f"`{name}.{key}`: {short(old.get(key))} → {short(new.get(key))}" for key in keys]
+        else:
+            found.append(f"`{name}`: {short(old)} → {short(new)}")
+    return found
+
+
+def why_undecided(row: Row) -> str:
+    """In words, what an interval that contains zero leaves open."""
+    difference = row.difference
+    if difference is None or difference.low is None or difference.high is None:
+        return ""
+    half = (difference.high - difference.low) / 2
+    needed = seeds_needed(difference)
+    more = (
+        f"If mean and spread stayed as they are, it would take about {needed} seeds."
+        if needed is not None
+        else "No number of seeds up to 1000 would decide a difference as small as this one."
+    )
+    return (
+        f"The interval reaches {half:.2g} to either side, so that only a difference beyond that would have been seen; "
+        f"what was measured is {difference.mean:+.2g}. {more} {row.finding.if_undecided}".rstrip()
+    )
+
+
+# --- pictures
+
+
+def curves_picture(results: Results, path: Path) -> list[str]:
+    """The validation loss of arm and reference of every finding whose losses can be compared; their names."""
+    rows = [
+        row
+        for row in results.rows
+        if results.comparable(row.finding)
+        and any(record.get("curve") for record in results.of(row.finding.arm).values())
+    ]
+    if not rows:
+        return []
+    columns = min(4, len(rows))
+    height = -(-len(rows) // columns)
+    figure = matplotlib.figure.Figure(figsize=(3.4 * columns, 2.5 * height), layout="constrained")
+    for place, row in enumerate(rows):
+        axes = figure.add_subplot(height, columns, place + 1, yscale="log")
+        axes.set_title(row.name, fontsize=9)
+        axes.tick_params(labelsize=7, which="both")
+        axes.grid(alpha=0.3)
+        for arm, colour in ((row.finding.reference, REFERENCE_COLOUR), (row.finding.arm, ARM_COLOUR)):
+            curves = [results.curve(record) for record in results.of(arm).values() if record.get("curve")]
+            for curve in curves:
+                axes.plot(*zip(*curve), color=colour, lw=0.6, alpha=0.6)
+            same = [curve for curve in curves if len(curve) == max(map(len, curves))]
+            if same:
+                axes.plot(
+                    [s for s, _ in same[0]], np.mean([[v for _, v in c] for c in same], 0), color=colour, label=arm
+                )
+        axes.legend(fontsize=7, frameon=False)
+    figure.supxlabel("optimizer step", fontsize=9)
+    figure.supylabel("loss on held-out images", fontsize=9)
+    figure.savefig(path, dpi=90)
+    return [row.name for row in rows]
+
+
+def differences_picture(results: Results, path: Path) -> bool:
+    """Every difference of a primary metric with its interval; one panel per metric."""
+    panels: dict[str, list[Row]] = {}
+    for row in results.rows:
+        if row.difference is not None:
+            panels.setdefault(row.label, []).append(row)
+    if not panels:
+        return False
+    heights = [len(rows) + 1 for rows in panels.values()]
+    figure = matplotlib.figure.Figure(figsize=(8, 0.3 * sum(heights) + 0.7 * len(panels)), layout="constrained")
+    grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
+    colours = {"agrees": "#1a7f37", "better": "#1a7f37", "disagrees": "#cf222e", "worse": "#cf222e"}
+    for place, (label, rows) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[place])
+        axes.axvline(0, color="#8c959f", lw=1)
+        for y, row in enumerate(reversed(rows)):
+            difference = row.difference
+            assert difference is not None
+            colour = colours.get(row.verdict, "#57606a")
+            if difference.low is not None and difference.high is not None:
+                axes.plot([difference.low, difference.high], [y, y], color=colour, lw=2)
+            axes.plot(difference.mean, y, "o", color=colour, ms=5)
+            axes.plot(list(difference.per_seed.values()), [y] * difference.n, "|", color=colour, ms=7, alpha=0.6)
+        axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8)
+        axes.set_ylim(-0.7, len(rows) - 0.3)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(f"difference of {label}; {rows[0].better} is better", fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def tiles(picture: PIL.Image.Image, count: int) -> list[PIL.Image.Image]:
+    """The first pictures of a validation's grid, which has rows of up to eight."""
+    columns = min(8, count)
+    side = picture.width // columns
+    places = [(n % columns * side, n // columns * side) for n in range(count)]
+    return [picture.crop((x, y, x + side, y + side)) for x, y in places]
+
+
+def samples_picture(results: Results, path: Path) -> dict[str, list[str]]:
+    """One line of pictures per arm, of the study's first seed; the prompts of each arm, in order."""
+    prompts, lines = {}, {}
+    for arm in results.study.arms:
+        file = results.report_dir / "runs" / arm / f"seed_{results.study.seeds[0]}.png"
+        record = results.records.get((arm, results.study.seeds[0]))
+        if file.is_file() and record is not None and record["config"]["validation_prompts"]:
+            prompts[arm] = record["config"]["validation_prompts"][:8]
+            with PIL.Image.open(file) as picture:
+                lines[arm] = tiles(picture.convert("RGB"), len(record["config"]["validation_prompts"]))[:8]
+    if not lines:
+        return {}
+    columns = max(map(len, lines.values()))
+    sheet = PIL.Image.new("RGB", (LABEL + columns * (TILE + 2), len(lines) * (TILE + 2)), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for y, (arm, pictures) in enumerate(lines.items()):
+        draw.text((4, y * (TILE + 2) + TILE // 2 - 6), arm, fill="black")
+        for x, picture in enumerate(pictures):
+            tile = picture.resize((TILE, TILE), PIL.Image.Resampling.NEAREST)
+            sheet.paste(tile, (LABEL + x * (TILE + 2), y * (TILE + 2)))
+    sheet.quantize(256).save(path, optimize=True)
+    return prompts
+
+
+# --- the parts of the report
+
+
+def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> None:
+    study, records = results.study, results.records
+    page.text(study.about)
+    failed = sum(record["status"] == "failed" for record in records.values())
+    page.text(
+        f"Of {len(study.arms) * len(study.seeds)} planned runs ({len(study.arms)} kinds, seeds "
+        f"{', '.join(map(str, study.seeds))}) {len(records)} were made; {failed} of them failed. What is judged by "
+        f"what was stated on {plan[0]['date']} (commit `{plan[0]['commit']}`), before the first run; the plan stands "
+        "at the end, with whatever changed since."
+    )
+    for entry in plan[1:]:
+        page.text(f"**Changed** on {entry['date']}, after {entry['runs_so_far']} runs: {'; '.join(entry['changes'])}.")
+    facts = []
+    for what, of in (
+        ("commit", lambda r: r.get("commit")),
+        ("machine", lambda r: ", ".join(f"{k} {v}" for k, v in r["machine"].items())),
+        ("versions", lambda r: ", ".join(f"{k} {v}" for k, v in (r.get("versions") or {}).items())),
+        ("runs at once", lambda r: f"{r['jobs']}, each with {r['threads']} thread{'s' * (r['threads'] > 1)}"),
+    ):
+        counts = Counter(of(record) or "unknown" for record in records.values())
+        facts.append(f"{what}: " + "; ".join(f"{v} ({n} runs)" if len(counts) > 1 else v for v, n in counts.items()))
+    page.items(facts)
+    for arm in study.arms:
+        configs = {
+            json.dumps({k: v for k, v in r["config"].items() if k not in OF_A_RUN}, sort_keys=True)
+            for r in results.of(arm).values()
+            if "config" in r
+        }
+        if len(configs) > 1:
+            page.text(f"**Warning**: the runs of {arm} do not have the same settings.")
+    page.heading(2, "How to read this")
+    page.items(
+        [
+            "Every finding compares one kind of runs, the arm, with another, the reference, after the same number of "
+            "steps. Runs of one seed start from the same weights and see the same samples and noise, so they are "
+            "compared seed by seed.",
+            "The difference is arm minus reference, averaged over the seeds, with its 95% interval (Student's t over "
+            "the seeds). It says how much another seed might change the result. The spread over the prompts or images "
+            "of one run is another matter, and is in no interval here.",
+            "**agrees**: the interval excludes zero and the sign is the published one. **disagrees**: it excludes "
+            "zero and the sign is the other one. **undecided**: it contains zero. **too few seeds**: fewer than "
+            f"{MIN_SEEDS}, nothing is concluded. For findings without a published direction: better, worse or "
+            "undecided.",
+            "Throughput is steps per second of the arm over those of the reference, above 1 is faster. Runs that "
+            "shared the machine do not count for it: it is timed in short runs, arm and reference in turns with "
+            "nothing of the study beside them, or taken from runs made one at a time. What other programs did is not "
+            "known.",
+            "At equal time: the loss on held-out images (the same images and noise for all runs), of the slower one "
+            "of the two where its learning rate begins to decay, and of the faster one after the same time. Later "
+            "points of the curves cannot be used, since a shorter run would have decayed earlier.",
+            "Published figures are of networks hundreds of times as large and of other data: their signs can be "
+            "compared with ours, their sizes cannot.",
+        ]
+    )
+
+
+def overview(page: Page, results: Results) -> None:
+    rows = results.rows
+    page.heading(2, "Findings")
+    counts = Counter(row.verdict for row in rows)
+    page.text(f"Of {len(rows)} findings: " + ", ".join(f"{n} {what}" for what, n in counts.most_common()) + ".")
+    decided = [row for row in rows if decidable(row) and row.difference is not None and row.difference.excludes_zero]
+    tested = sum(map(decidable, rows))
+    if tested:
+        kept = [row.name for row in decided if results.adjusted.get(row.name, 1.0) < 0.05]
+        page.text(
+            f"With {tested} intervals of 95%, about {tested / 20:.1f} would exclude zero by chance alone if no change "
+            f"had any effect; {len(decided)} do. After Holm's correction for asking {tested} questions, {len(kept)} "
+            f"of them remain{': ' + ', '.join(kept) if kept else ''}."
+        )
+    header = [
+        "finding", "arm against reference", "primary metric", "reference", "arm", "difference [95%]", "seeds",
+        "throughput ratio", "published", "verdict",
+    ]  # fmt: skip
+    body = []
+    for row in rows:
+        seeds = 0 if row.difference is None else row.difference.n
+        of = len(results.study.seeds)
+        body.append(
+            [
+                row.finding.text,
+                f"{row.finding.arm} against {row.finding.reference}",
+                f"{row.label}, {row.better} is better",
+                mean_of(row.reference),
+                mean_of(row.arm),
+                signed(row.difference),
+                f"{seeds}" if seeds == of else f"{seeds} of {of}",
+                times(row.ratio),
+                f"{row.finding.expected or 'no direction'}: {published(row.finding)}",
+                f"**{row.verdict}**" + ("; runs failed" if row.failures else ""),
+            ]
+        )
+    page.table(header, body)
+
+
+def details(page: Page, results: Results) -> None:
+    study = results.study
+    page.heading(2, "Each finding")
+    for row in results.rows:
+        finding = row.finding
+        page.heading(3, f"{row.name}: {row.verdict}")
+        page.text(finding.text)
+        facts = [f"published: {published(finding)}"]
+        for role, arm in (("arm", finding.arm), ("reference", finding.reference)):
+            facts.append(f"{role}: {arm}. {study.arms[arm].text}".rstrip())
+        metric, reference_metric = study.metrics_of(finding)
+        judged = metric if metric == reference_metric else f"{metric}, of the reference {reference_metric}"
+        facts.append(f"primary metric: {judged}; {row.better} is better")
+        records = [
+            next(iter(r for r in results.of(a).values() if "config" in r), None)
+            for a in (finding.arm, finding.reference)
+        ]
+        if records[0] is not None and records[1] is not None:
+            facts += settings_that_differ(records[0]["config"], records[1]["config"])
+        page.items(facts)
+        if finding.note:
+            page.text(finding.note)
+        for failure in row.failures:
+            page.text(f"**Failed**: {failure}")
+        per_seed = [
+            [str(seed), *(f"{of[seed]:.4g}" if seed in of else "" for of in (row.reference, row.arm)),
+             f"{row.difference.per_seed[seed]:+.3g}" if row.difference and seed in row.difference.per_seed else ""]
+            for seed in study.seeds
+        ]  # fmt: skip
+        page.table(
+            ["seed", "reference", "arm", "difference"],
+            [*per_seed, ["**mean**", mean_of(row.reference), mean_of(row.arm), signed(row.difference)]],
+        )
+        if row.verdict == "undecided":
+            page.text(f"Why undecided: {why_undecided(row)}")
+        if row.ratio is not None:
+            page.text(f"Throughput: {times(row.ratio)} times the reference's, from {row.ratio_source}.")
+        if row.equal_time is not None and row.equal_time_steps is not None:
+            page.text(
+                f"At equal time (arm at step {row.equal_time_steps[0]:.0f}, reference at step "
+                f"{row.equal_time_steps[1]:.0f}), the held-out loss differs by {signed(row.equal_time)}; lower is "
+                "better."
+            )
+        others(page, results, row)
+
+
+def others(page: Page, results: Results, row: Row) -> None:
+    """What else was measured of arm and reference alike."""
+    study, finding, body = results.study, row.finding, []
+    primary = study.metrics_of(finding)
+    names = [*study.evaluations, TRAINING]
+    for evaluation in names:
+        for key, metric in study.metrics.items():
+            full = f"{evaluation}/{key}"
+            if study.split_metric(primary[0]) == (evaluation, key) and primary[0] == primary[1]:
+                continue
+            if key == VALIDATION_LOSS and not results.comparable(finding):
+                continue
+            arm, reference = results.values(finding.arm, full), results.values(finding.reference, full)
+            difference = paired_difference(arm, reference)
+            if difference is not None:
+                label = f"{metric.label or key} ({evaluation}), {metric.better} is better"
+                body.append([label, mean_of(reference), mean_of(arm), signed(difference)])
+    if body:
+        page.text("Also measured, with nothing stated before and so nothing concluded:")
+        page.table(["metric", "reference", "arm", "difference [95%]"], body)
+
+
+def runs_table(page: Page, results: Results) -> None:
+    page.heading(2, "All runs")
+    page.text("Of runs that were not alone on the machine, seconds per step say little.")
+    body = []
+    for (arm, seed), record in results.records.items():
+        metric = results.study.metric
+        evaluation, key = results.study.split_metric(metric)
+        score = scores(results.study, record, evaluation).get(key)
+        message = record["failures"][-1]["message"] if record["status"] == "failed" else ""
+        retried = len(record["failures"]) - (record["status"] == "failed")
+        body.append(
+            [
+                arm,
+                str(seed),
+                record["status"]
+                + (f": {message}" if message else "")
+                + (f" (after {retried} failures)" if retried else ""),
+                str(record.get("steps", "")),
+                f"{record['seconds_per_step']:.3f}" if "seconds_per_step" in record else "",
+                "" if score is None else f"{score:.4g}",
+            ]
+        )
+    missing = [(a, s) for a in results.study.arms for s in results.study.seeds if (a, s) not in results.records]
+    body += [[arm, str(seed), "not run", "", "", ""] for arm, seed in missing]
+    page.table(["arm", "seed", "outcome", "steps", "seconds per step", results.study.metric], body)
+
+
+def write_report(study: Study, report_dir: Path) -> Path:
+    """Write report.md, report.html and pictures into the report's folder, from what is there.
+
+    Raises:
+        ValueError: if the study was never started: without a plan there is nothing to judge by.
+    """
+    path = report_dir / PLAN_FILE
+    if not path.is_file():
+        raise ValueError(f"{report_dir} has no {PLAN_FILE}: the study was not started there.")
+    plan = json.loads(path.read_text())
+    results, page = Results(study, report_dir), Page(f"Study {study.name}")
+    pictures = report_dir / "pictures"
+    pictures.mkdir(exist_ok=True)
+    introduction(page, results, plan)
+    overview(page, results)
+    if differences_picture(results, pictures / "differences.png"):
+        page.text("Dots are means, bars the intervals, ticks the single seeds; green agrees, red disagrees.")
+        page.picture(pictures / "differences.png", "differences with intervals")
+    details(page, results)
+    if curves_picture(results, pictures / "curves.png"):
+        page.heading(2, "Learning curves")
+        page.text("Loss on held-out images over the steps: thin lines are seeds, thick ones their mean.")
+        page.picture(pictures / "curves.png", "learning curves")
+    if prompts := samples_picture(results, pictures / "samples.png"):
+        page.heading(2, "Pictures")
+        page.text(
+            f"The first prompts of the list, seed {study.seeds[0]}, the same noise in every column; none was picked."
+        )
+        page.picture(pictures / "samples.png", "pictures of every arm")
+        first = next(iter(prompts.values()))
+        page.items(first, numbered=True)
+        for arm, own in prompts.items():
+            if own != first:
+                page.text(f"{arm} was given its own prompts:")
+                page.items(own, numbered=True)
+    runs_table(page, results)
+    page.heading(2, "Plan")
+    page.code(plan_text(study, plan))
+    return page.write(report_dir, "report")
