@@ -137,7 +137,9 @@ def sort_slowly(image_sizes, sizes, minimum, max_upscale, max_crop):
 
 
 @pytest.mark.parametrize("minimum", [0, 1, 12, 40, 10**6])
-@pytest.mark.parametrize(("max_upscale", "max_crop"), [(1.0, 0.5), (1.5, 0.2), (1.0, 1.0), (100.0, 0.0)])
+@pytest.mark.parametrize(
+    ("max_upscale", "max_crop"), [(1.0, 0.5), (1.5, 0.2), (1.0, 1.0), (100.0, 0.0), (math.inf, 0.3)]
+)
 def test_sorting_agrees_with_one_image_after_another(minimum, max_upscale, max_crop):
     rng = np.random.default_rng(2)
     found = np.concatenate(
@@ -194,7 +196,7 @@ def test_a_square_needs_no_sizes():
 
 def test_limits_that_make_no_sense_and_images_that_all_do_not_fit():
     found = np.array([[10, 10], [0, 0]], dtype=np.int32)
-    for changes in ({"max_upscale": 0.5}, {"max_upscale": math.inf}, {"max_crop": -0.1}, {"max_crop": 1.5}):
+    for changes in ({"max_upscale": 0.5}, {"max_upscale": math.nan}, {"max_crop": -0.1}, {"max_crop": 1.5}):
         with pytest.raises(ValueError, match=f"`{next(iter(changes))}`.* got {next(iter(changes.values()))}"):
             sort_into_buckets(found, [(8, 8)], 1, **changes)
     with pytest.raises(ValueError, match=r"None of the 2 images fits any of the buckets \[\(64, 64\)\]: .*small.*: 1"):

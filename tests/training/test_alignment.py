@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import threading
 
 import numpy as np
@@ -518,6 +519,21 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="directory"):
         cache.write(path, torch.zeros(TOKENS, 16, dtype=torch.bfloat16))
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    net, pixels, cache = teacher(), pictures(1), FeatureCache(tmp_path)
+    path = cache.path(net, pixels[0], GRID)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # writing more fails as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"Teacher features cannot be kept in .*`repa_cache_dir`.*make room"):
+            cache.features(net, pixels, GRID)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [item for item in tmp_path.rglob("*") if item.is_file()] == []
+    assert torch.equal(cache.features(net, pixels, GRID), teacher_features(net, pixels, GRID).bfloat16().float())
+    assert path.is_file()
 
 
 def test_cache_of_another_type(tmp_path):

@@ -299,8 +299,9 @@ DINO = {"dino_weight": 0.01, "dino_teacher": "dino"}
         (REPA, {"repa_spatial_gamma": 1.2}, r"`repa_spatial_gamma` must be in \[0, 1\], got 1.2"),
         (REPA | {"repa_projector": "conv"}, {"route_ratio": 0.5}, "`repa_projector` conv needs every token"),
         ({}, {"lpips_backbone": "x"}, "`lpips_backbone` is x, but `lpips_weight` is 0"),
-        ({"lpips_weight": 0.1}, {"resolution": 30}, "LPIPS needs 16 pixels, but `resolution` 30 times"),
-        ({"dino_crop": True} | DINO, {"dino_size": 280}, "`dino_crop` cuts 280 pixels .* out of images of 256"),
+        ({"lpips_weight": 0.1}, {"resolution": 30}, "LPIPS needs 16 pixels, but `lpips_scale` 0.5 times the 30"),
+        ({"dino_crop": True} | DINO, {"dino_size": 280}, "`dino_crop` cuts 280 pixels .* shorter side has 256"),
+        ({}, {"transformer_config": {"fusion_range": 3}}, "`fusion_range` of the transformer must be a range"),
         ({}, {"perceptual_decode_latents": True}, "`perceptual_decode_latents` is set, but `lpips_weight`"),
         ({"vae_name_or_path": "vae"}, {"lpips_weight": 0.1}, "`vae_name_or_path` makes this a run in latents"),
         ({"vae_name_or_path": "vae"}, DINO, "`vae_name_or_path` makes this a run in latents"),
@@ -354,6 +355,8 @@ def test_a_stage_changes_the_run_and_nothing_else(tmp_path):
         ([{"max_train_steps": 10}], r"Stage 0: Warm-up \(1000\) and decay \(0\) must fit in `max_train_steps` \(10\)"),
         ([{}, REPA | {"repa_projector": "conv", "route_ratio": 0.5}], "Stage 1: `repa_projector` conv needs"),
         ([3], "`stages` must be a list of mappings of settings, got 3"),
+        ([{"max_train_steps": 2000}, REPA | {"repa_until_step": 2000}],
+         "Stage 1: `repa_until_step` 2000 counts the steps of the run, of which this stage begins with 2000"),
     ],
 )  # fmt: skip
 def test_a_stage_that_is_refused(stages, message):

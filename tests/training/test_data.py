@@ -61,6 +61,14 @@ def write_folder(folder: Path) -> str:
     return str(folder)
 
 
+def write_two_shapes(folder: Path) -> str:
+    """Every other photo stands upright: 33 x 70 pixels."""
+    write_folder(folder)
+    for place in range(0, PHOTOS, 2):
+        PIL.Image.open(io.BytesIO(photo(place))).resize((33, 70)).save(folder / f"{place:02}.png")
+    return str(folder)
+
+
 def write_beside(folder: Path) -> str:
     folder.mkdir()
     for place in range(PHOTOS):
@@ -163,6 +171,53 @@ def test_the_time_spent_waiting_for_data_is_told(text_encoder, tmp_path):
     assert run.state.history[-1]["waiting_share"] == run.state.seconds_waiting / run.state.seconds
     record = json.loads((run.output_dir / "training.json").read_text())
     assert record["seconds_waiting_for_data"] == round(run.state.seconds_waiting, 1)
+
+
+def test_held_out_images_that_cannot_be_used_are_refused_before_training(text_encoder, tmp_path):
+    name = write_folder(tmp_path / "photos")
+    for place in (10, 11):
+        PIL.Image.new("RGB", (20, 20)).save(tmp_path / "photos" / f"{place}.png")
+    values = runs.settings(tmp_path / "run", text_encoder, **FIELDS, dataset_name=name)
+    with pytest.raises(ValueError, match=r"Held-out images \(`num_validation_samples`\): None of 2 samples in a row"):
+        runs.start(values)
+    runs.start(values | {"max_upscale": 1.6})
+
+
+def test_perceptual_losses_are_refused_for_buckets_that_are_too_narrow(text_encoder, tmp_path):
+    name, teacher = write_two_shapes(tmp_path / "photos"), runs.save_teacher(tmp_path / "teacher")
+    changes = {"dataset_name": name, "aspect_ratio_buckets": "computed", "max_upscale": None, "max_aspect_ratio": 4.0}
+    changes |= {"dino_weight": 0.01, "dino_teacher": str(teacher), "dino_size": 32, "train_batch_size": 1}
+    values = runs.settings(tmp_path / "run", text_encoder, **FIELDS | changes)
+    runs.start(values)  # resized, and not cropped
+    narrow = r"`dino_crop` cuts 32 pixels \(`dino_size`\) out of images whose shorter side has 24"
+    with pytest.raises(ValueError, match=narrow):
+        runs.start(values | {"dino_crop": True})
+    runs.start(values | {"dino_crop": True, "dino_size": 24})
+
+
+def test_a_run_over_buckets_resumes_exactly(text_encoder, tmp_path):
+    changes = {
+        "dataset_name": write_two_shapes(tmp_path / "photos"),
+        "aspect_ratio_buckets": "computed",
+        "max_aspect_ratio": 4.0,
+    }
+    changes |= {"train_batch_size": 2, "max_train_steps": 6, "checkpointing_steps": 3, "num_validation_samples": 0}
+    whole = runs.train(runs.settings(tmp_path / "whole", text_encoder, **FIELDS | changes))
+    assert len(whole.stages[0].buckets.sizes) == 2
+    runs.copy_checkpoint(whole, 3, tmp_path / "resumed")
+    again = {"resume_from_checkpoint": "latest"}
+    resumed = runs.train(runs.settings(tmp_path / "resumed", text_encoder, **FIELDS | changes | again))
+    runs.assert_same(*(runs.saved_state(run.output_dir / "checkpoint-6") for run in (whole, resumed)))
+
+
+def test_a_caption_of_ten_thousand_words_is_cut_and_counted(text_encoder, tmp_path):
+    folder = Path(write_folder(tmp_path / "photos"))
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({"file_name": "00.png", "text": "word " * 10_000})
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    changes = {"dataset_name": str(folder), "train_batch_size": 12, "max_train_steps": 1, "num_validation_samples": 0}
+    run = runs.train(runs.settings(tmp_path / "run", text_encoder, **FIELDS | changes | {"caption_dropout": 0.0}))
+    assert (run.state.truncated, run.state.samples_read, run.state.unreadable) == (1, 12, 0)
 
 
 def test_sources_that_are_all_read_once_per_epoch(text_encoder, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import runs
 import tiny
+import zoo
 from diffusers_prx.training import optimizers
 from diffusers_prx.training.optimizers import (
     MuonAdamW,
@@ -281,6 +283,17 @@ def test_muon_gets_exactly_the_linear_layers_of_the_repeated_layers(networks, fu
     assert "text_encoder.encoder.embed_tokens.weight" in rest
     assert "transformer.final_layer.linear.weight" in rest
     assert "transformer.txt_in.weight" in rest
+
+
+@pytest.mark.parametrize("make", [zoo.t5_encoder, zoo.clip_text, zoo.bert])
+def test_muon_gets_the_layers_of_every_kind_of_text_encoder(make):
+    encoder = make()
+    linear = [f"text_encoder.{name}.weight" for name, part in encoder.named_modules() if isinstance(part, nn.Linear)]
+    repeated = [name for name in linear if re.search(r"\.\d+\.", name)]  # BERT's pooler is none
+    assert len(repeated) >= 6
+    groups = build_optimizer(runs.config(optimizer="muon"), {"text_encoder": encoder}).param_groups
+    assert names_of(groups[0], {"text_encoder": encoder}) == sorted(repeated)
+    assert [group["kind"] for group in groups] == ["muon", "adamw"]
 
 
 def test_frozen_parameters_are_left_out(networks):

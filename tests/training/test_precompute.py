@@ -367,6 +367,26 @@ def test_the_script(cached, tmp_path, capsys):
     assert_same_contents(tmp_path / "32", Path(cached["precomputed_dir"]) / "32")
 
 
+def test_a_dry_run_computes_nothing(cached, tmp_path, capsys):
+    forget_processes()
+    precompute(TrainingConfig(**cached | {"precomputed_dir": str(tmp_path / "cache"), "dry_run": True}))
+    shown = capsys.readouterr().out
+    assert "11 samples, 11 images in 1 buckets" in shown
+    assert "a dry run: nothing is computed" in shown
+    assert not (tmp_path / "cache").exists()
+
+
+def test_data_of_which_much_cannot_be_read_make_no_cache(cached, parts, tmp_path):
+    images = make_images(tmp_path / "images")
+    for file in images.glob("*.png"):
+        file.write_bytes(b"no image")
+    forget_processes()
+    values = cached | {"train_data_dir": str(images), "precomputed_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"11 of 11 samples cannot be read, more than `max_corrupt_share` 0\.5"):
+        precompute(TrainingConfig(**values))
+    assert not (tmp_path / "cache" / "32" / "index.json").exists()
+
+
 def test_a_whole_run_from_the_cache(parts, tmp_path):
     """Every loss of four steps is that of the run on the fly, and so is what is counted."""
     changes = aligned(parts) | {"num_validation_samples": 2, "validation_steps": 4, "learning_rate": 1e-3}

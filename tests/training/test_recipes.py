@@ -47,10 +47,10 @@ PARAMETERS = {
 
 
 def flags(path: Path) -> list[str]:
-    """The built-in data, and some text encoder, for a recipe that names none."""
+    """Some data and some text encoder, for a recipe that names none."""
     recipe, missing = load_recipe(path), []
     if not any(recipe.get(name) for name in ("dataset_name", "train_data_dir")):
-        missing += ["--dataset_name", "scenes"]
+        missing += ["--dataset_name", "some/images"]
     text = ("text_encoder_name_or_path", "text_encoder_config", "pretrained_model_name_or_path")
     if not any(recipe.get(name) for name in text):
         missing += ["--text_encoder_name_or_path", "some/encoder"]

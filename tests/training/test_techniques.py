@@ -457,6 +457,15 @@ def test_resuming_across_the_automatic_end_is_the_same_to_the_last_bit(measured,
 EXPORTED = ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
+@pytest.mark.parametrize(("resolution", "told"), [(64, True), (192, False)])
+def test_a_route_over_few_tokens_says_what_the_study_found(resolution, told, folders, tmp_path, capsys):
+    """64 pixels are 64 patches of 8, 192 are 576."""
+    changes = {"route_ratio": 0.5, "route_range": [0, 1], "max_train_steps": 1, "train_batch_size": 1}
+    runs.train(runs.settings(tmp_path / "run", folders["text_encoder"], **changes, resolution=resolution))
+    finding = "`route_ratio` is 0.5 on 64 image tokens: the PRX study found that routing costs quality below about 512"
+    assert (finding in capsys.readouterr().out) == told
+
+
 def test_the_average_covers_the_fusion_and_its_mask_token(whole):
     run, _ = whole
     weights = [load_file(run.output_dir / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 7)]

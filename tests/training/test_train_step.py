@@ -230,6 +230,15 @@ def test_the_text_encoder_need_not_see_padding(encoder, side):
     torch.testing.assert_close(short[trimmed], whole[mask], rtol=1e-5, atol=1e-5)
 
 
+def test_captions_that_cleaning_makes_equal_are_no_negatives():
+    nets, cfg = make(contrastive_weight=0.05)
+    written = ["Cats &amp; dogs", "Cats & dogs ", "Cats &amp;amp; dogs", "Cats & dogs"]
+    output = train_step(runs.batch() | {"captions": written}, nets, cfg, rng())
+    assert output.losses["contrastive"] == 0
+    output = train_step(runs.batch() | {"captions": [*written[:3], "a bird"]}, nets, cfg, rng())
+    assert output.losses["contrastive"] > 0
+
+
 def test_the_step_fits_on_one_screen():
     function = ast.parse(textwrap.dedent(inspect.getsource(train_step))).body[0]
     assert isinstance(function, ast.FunctionDef)

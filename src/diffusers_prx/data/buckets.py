@@ -172,14 +172,14 @@ def sort_into_buckets(
         image_sizes: (N, 2), width and height in pixels, 0 where an image cannot be read.
         sizes: (height, width) of the buckets.
         minimum: images of a bucket; the images of an optimizer step over all processes.
-        max_upscale: images that would be enlarged more are left out.
+        max_upscale: images that would be enlarged more are left out; infinite: none is.
         max_crop: images of which a larger share would be cropped are left out.
 
     Raises:
         ValueError: for limits outside their range, or if no image fits.
     """
-    if not 1 <= max_upscale < math.inf:
-        raise ValueError(f"`max_upscale` must be finite and at least 1 (nothing is enlarged), got {max_upscale}.")
+    if not max_upscale >= 1:
+        raise ValueError(f"`max_upscale` must be at least 1 (nothing is enlarged), got {max_upscale}.")
     if not 0 <= max_crop <= 1:
         raise ValueError(f"`max_crop` is a share in [0, 1], got {max_crop}.")
     readable = np.flatnonzero((image_sizes > 0).all(axis=1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .captions import read_captions
-from .images import UnreadableSample, image_size, read_image
+from .images import UnreadableSample, image_hash, image_size, read_image
 
 
 class CaptionedImages(Protocol):
@@ -20,11 +20,13 @@ class CaptionedImages(Protocol):
 
 
 class ListedImages(CaptionedImages, Protocol):
-    """A source that also tells captions and sizes without decoding an image."""
+    """A source that also tells captions, sizes and hashes (16 bytes) of the stored images without decoding any."""
 
     def captions(self, index: int) -> dict[str, str]: ...
 
     def size(self, index: int) -> tuple[int, int]: ...
+
+    def image_hash(self, index: int) -> bytes: ...
 
 
 def read_sample(image: bytes | str | None, captions: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +77,13 @@ class StoredImages(ABC):
         except (UnreadableSample, OSError, UnicodeDecodeError) as error:
             raise self._unreadable(index, error) from error
 
+    def image_hash(self, index: int) -> bytes:
+        """A hash (16 bytes) of the image as it is stored; nothing is decoded."""
+        try:
+            return image_hash(self.stored_image(index))
+        except (UnreadableSample, OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(index, error) from error
+
     def _unreadable(self, index: int, error: Exception) -> UnreadableSample:
         reason = error if isinstance(error, UnreadableSample) else f"no readable data: {error!r}"
         return UnreadableSample(f"sample {index} has {reason} ({self.place(index)})")
@@ -99,6 +108,9 @@ class Slice:
 
     def size(self, index: int) -> tuple[int, int]:
         return self.source.size(self.start + index)
+
+    def image_hash(self, index: int) -> bytes:
+        return self.source.image_hash(self.start + index)
 
 
 class JoinedSource:
@@ -127,3 +139,7 @@ class JoinedSource:
     def size(self, index: int) -> tuple[int, int]:
         source, inside = self.locate(index)
         return self.sources[source].size(inside)
+
+    def image_hash(self, index: int) -> bytes:
+        source, inside = self.locate(index)
+        return self.sources[source].image_hash(inside)

@@ -1,6 +1,7 @@
 """From the bytes of one picture to RGB, or the reason why not."""
 
 import functools
+import hashlib
 import io
 from typing import IO, Any
 
@@ -81,6 +82,18 @@ def image_size(source: bytes | str | None) -> tuple[int, int]:
             return opened.size[::-1] if turned else opened.size
     except Exception as error:
         raise UnreadableSample(f"no readable image: {error!r}") from error
+
+
+def image_hash(source: bytes | str | None) -> bytes:
+    """A hash (16 bytes) of a picture as it is stored.
+
+    Raises:
+        UnreadableSample: if there is none.
+    """
+    if source is None:
+        raise UnreadableSample("no image")
+    with _open(source) as file:
+        return hashlib.blake2b(file.read(), digest_size=16).digest()
 
 
 def image_value(value: Any) -> bytes | str | None:

@@ -110,6 +110,10 @@ class MixedSource:
         source, index = self.locate(place)
         return self.sources[source].size(index)
 
+    def image_hash(self, place: int) -> bytes:
+        source, index = self.locate(place)
+        return self.sources[source].image_hash(index)
+
 
 def combine(sources: Sequence[ListedImages], weights: Sequence[float | None], seed: int) -> ListedImages:
     """One source of several: all samples once per epoch where no source has a weight, else in the given shares.

@@ -17,7 +17,7 @@ The columns of a sample (k captions, T tokens of all of them together):
 |---|---|---|
 | index | () | int64, its place in the data set |
 | size | (2,) | int64, height and width in pixels |
-| pixels_hash | (16,) | uint8, of the pixels after resizing and cropping |
+| image_hash | (16,) | uint8, of the image's bytes as they are stored |
 | upscaled | () | bool, whether the image was enlarged |
 | latent_mean, latent_std | (C, h, w) | float32: the distribution, from which training draws |
 | pixels_uint8 | (3, H, W) | uint8, where there is no VAE or a loss looks at pixels |
@@ -45,7 +45,7 @@ from torch.utils.data import Dataset
 
 from ..latents import EncodedImages
 from .buckets import Buckets, cover
-from .captioned import CaptionedImages, ListedImages
+from .captioned import ListedImages
 from .images import UnfitSample, UnreadableSample
 from .samples import TrainingSamples, collate_record, fit_image
 from .stream import Position
@@ -60,16 +60,14 @@ IMAGES_COMPARED = 16
 OPEN_SHARDS = 256
 
 
-def pixels_hash(pixels_uint8: torch.Tensor) -> torch.Tensor:
-    """A hash (16,) of an image (3, H, W) as the networks see it: uint8."""
-    digest = hashlib.blake2b(str(tuple(pixels_uint8.shape)).encode(), digest_size=16)
-    digest.update(pixels_uint8.contiguous().numpy().data)
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+def as_tensor(digest: bytes) -> torch.Tensor:
+    """A hash as uint8 (16,)."""
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 
 def caption_hash(caption: str) -> torch.Tensor:
     """A hash (16,) of a caption, before it is cleaned: uint8."""
-    return torch.frombuffer(bytearray(hashlib.blake2b(caption.encode(), digest_size=16).digest()), dtype=torch.uint8)
+    return as_tensor(hashlib.blake2b(caption.encode(), digest_size=16).digest())
 
 
 # --- writing
@@ -183,6 +181,14 @@ def done_samples(folder: Path, count: int) -> np.ndarray:
     return done
 
 
+def skipped_samples(folder: Path) -> dict[int, tuple[str, str]]:
+    """The samples noted as not usable, by place in the data set: "unreadable" or "unfit", and why."""
+    found: dict[int, tuple[str, str]] = {}
+    for path in shard_files(folder):
+        found |= Shard(path).skipped
+    return found
+
+
 def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
     """Say that the cache is complete: index.json, from the headers of all shards.
 
@@ -224,12 +230,12 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
 class ImagesToEncode(Dataset):
     """Reads the samples that the networks are to see: always the centre of the image, never flipped.
 
-    An item is asked for as (index in the source, bucket). It has "index", "size", "pixels_hash", "upscaled" and
+    An item is asked for as (index in the source, bucket). It has "index", "size", "image_hash", "upscaled" and
     "caption_hash" as in the table above, "pixels_uint8" (3, H, W) and "captions", the different ones of the sample; or
     "index" and "skipped", ("unreadable" or "unfit", the reason).
     """
 
-    def __init__(self, source: CaptionedImages, buckets: Buckets):
+    def __init__(self, source: ListedImages, buckets: Buckets):
         self.source, self.buckets = source, buckets
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
@@ -247,7 +253,7 @@ class ImagesToEncode(Dataset):
         return {
             "index": torch.tensor(index),
             "size": torch.tensor(size),
-            "pixels_hash": pixels_hash(pixels_uint8),
+            "image_hash": as_tensor(self.source.image_hash(index)),
             "upscaled": torch.tensor(bool(cover(image.width, image.height, size)[0] > 1)),
             "caption_hash": torch.stack([caption_hash(caption) for caption in captions]),
             "pixels_uint8": pixels_uint8,
@@ -409,9 +415,26 @@ class PrecomputedImages:
         text = self.value(index, "text")[start : start + lengths[place]]  # (T, E)
         return text, bool(self.value(index, "cut")[place])
 
-    def check(self, source: CaptionedImages, buckets: Buckets) -> None:
-        """Compare the cache with the data set: that every sample is there in its size, and pixels and captions of
-        some, spread over it.
+    def check_sample(self, source: ListedImages, index: int) -> dict[str, str]:
+        """The captions of a sample, after comparing its image, as it is stored, with the one that was encoded.
+
+        Raises:
+            ValueError: if it is another one, or cannot be read any more.
+        """
+        try:
+            digest, captions = source.image_hash(index), source.captions(index)
+        except UnreadableSample as error:
+            raise ValueError(f"{error}; when {self.folder} was made, it could be read.") from error
+        if not torch.equal(as_tensor(digest), self.value(index, "image_hash")):
+            raise ValueError(
+                f"The image of sample {index} is not the one that {self.folder} was made from: the data have "
+                "changed, or are in another order. Precompute them into another `precomputed_dir`."
+            )
+        return captions
+
+    def check(self, source: ListedImages, buckets: Buckets) -> None:
+        """Compare the cache with the data set: that every sample is there in its size, and images and captions of
+        some, spread over it; those of the others are compared when they are read.
 
         Raises:
             ValueError: with what is different.
@@ -436,28 +459,16 @@ class PrecomputedImages:
         readable = np.flatnonzero(used)
         for place in np.linspace(0, len(readable) - 1, min(IMAGES_COMPARED, len(readable))).astype(int):
             index = int(readable[place])
-            try:
-                sample = source[index]
-            except UnreadableSample as error:
-                raise ValueError(f"{error}; when {self.folder} was made, it could be read.") from error
-            height, width = self.sizes[index].tolist()
-            if not torch.equal(
-                pixels_hash(centre(sample["image"], (height, width))), self.value(index, "pixels_hash")
-            ):
-                raise ValueError(
-                    f"The image of sample {index} is not the one that {self.folder} was made from: the data have "
-                    "changed, or are in another order. Precompute them into another `precomputed_dir`."
-                )
-            for caption in sample["captions"].values():
+            for caption in self.check_sample(source, index).values():
                 self.caption(index, caption)
 
 
 class PrecomputedSamples(TrainingSamples):
-    """As `TrainingSamples`, from a cache: captions are read and compared with those embedded, images are not read.
+    """As `TrainingSamples`, from a cache: images and captions are compared with those encoded, and not decoded.
 
     Args:
         images: the cache.
-        source: the data set that it was made from, for its captions.
+        source: the data set that it was made from.
         buckets, derive_seed, caption_weights: see `TrainingSamples`.
     """
 
@@ -471,13 +482,13 @@ class PrecomputedSamples(TrainingSamples):
     ):
         super().__init__(source, buckets, True, False, derive_seed, caption_weights)
         self.images = images
-        self.texts = source
+        self.stored = source
 
     def _read(self, index: int, position: Position) -> dict[str, Any]:
         if index in self.images.skipped:
             kind, reason = self.images.skipped[index]
             raise {"unreadable": UnreadableSample, "unfit": UnfitSample}[kind](reason)
-        texts = self.texts.captions(index)
+        texts = self.images.check_sample(self.stored, index)
         caption = self._caption({"captions": texts, "caption": next(iter(texts.values()))}, position)
         text, cut = self.images.caption(index, caption)
         return {

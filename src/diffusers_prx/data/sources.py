@@ -16,6 +16,7 @@ Patterns have `*`, `?`, `{a,b}` and `{000..123}`; http cannot list files and tak
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -164,6 +165,9 @@ class SceneImages:
 
     def size(self, index: int) -> tuple[int, int]:
         return self.scenes.resolution, self.scenes.resolution
+
+    def image_hash(self, index: int) -> bytes:
+        return hashlib.blake2b(self.scenes[index]["image"].tobytes(), digest_size=16).digest()
 
 
 def expand(pattern: str) -> list[str]:

@@ -322,11 +322,21 @@ class FeatureCache:
         return features
 
     def write(self, path: Path, features: torch.Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Keep the features (N, E) of one sample.
+
+        Raises:
+            OSError: if there is no room, or another reason not to.
+        """
         unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"features": features.contiguous()}, unfinished)
             os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
+            raise OSError(
+                f"Teacher features cannot be kept in {self.folder} (`repa_cache_dir`): {error}. What is there is "
+                "whole: make room and resume, or leave the setting out."
+            ) from error
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -24,6 +24,8 @@ STAGE_SETTINGS = (
     "lpips_weight", "lpips_backbone", "lpips_scale", "dino_weight", "dino_teacher", "dino_size", "dino_crop",
     "perceptual_max_timestep", "perceptual_decode_latents", "precomputed_dir",
 )  # fmt: skip
+# The share of unreadable samples is judged over at least this many, so that a single one does not stop a run.
+SAMPLES_BEFORE_JUDGING = 1000
 
 
 @dataclass(frozen=True)
@@ -417,6 +419,8 @@ class TrainingConfig:
                 f"`route_range` must be a half-open range [start, stop) of blocks, got {self.route_range}."
             )
         fusion_range = self.transformer_config.get("fusion_range")
+        if fusion_range is not None and not isinstance(fusion_range, (list, tuple)):
+            raise ValueError(f"`fusion_range` of the transformer must be a range [start, stop), got {fusion_range!r}.")
         if self.route_ratio and fusion_range is not None and list(fusion_range) != list(self.route_range):
             raise ValueError(
                 f"`route_range` is {self.route_range}, but the transformer's `fusion_range` is {fusion_range}: "
@@ -441,24 +445,39 @@ class TrainingConfig:
         perceptual = self.lpips_weight or self.dino_weight
         if not 0 < self.lpips_scale <= 1:
             raise ValueError(f"`lpips_scale` must be in (0, 1], got {self.lpips_scale}.")
-        if self.lpips_weight and round(self.resolution * self.lpips_scale) < 16:
-            raise ValueError(
-                f"LPIPS needs 16 pixels, but `resolution` {self.resolution} times `lpips_scale` {self.lpips_scale} is "
-                "less."
-            )
         if not 0 < self.perceptual_max_timestep <= 1:
             raise ValueError(f"`perceptual_max_timestep` must be in (0, 1], got {self.perceptual_max_timestep}.")
-        if self.dino_crop and self.dino_weight and self.dino_size > self.resolution:
-            raise ValueError(
-                f"`dino_crop` cuts {self.dino_size} pixels (`dino_size`) out of images of {self.resolution} "
-                "(`resolution`): make `dino_size` smaller, or leave out `dino_crop`."
-            )
+        self.check_perceptual_size(self.resolution)
         if self.perceptual_decode_latents and not perceptual:
             raise ValueError("`perceptual_decode_latents` is set, but `lpips_weight` and `dino_weight` are 0.")
         if perceptual and self.vae_name_or_path is not None and not self.perceptual_decode_latents:
             raise ValueError(
                 "`lpips_weight` and `dino_weight` compare pixels, but `vae_name_or_path` makes this a run in latents: "
                 "set `perceptual_decode_latents` to decode the predicted latents in every step."
+            )
+
+    def too_many_unreadable(self, unreadable: int, read: int) -> bool:
+        """Whether more samples could not be read than `max_corrupt_share` allows of those tried."""
+        return unreadable > self.max_corrupt_share * max(read, SAMPLES_BEFORE_JUDGING)
+
+    def check_perceptual_size(self, side: int) -> None:
+        """Refuse perceptual losses that need larger images than these.
+
+        Args:
+            side: the shorter one of the images, in pixels.
+
+        Raises:
+            ValueError: if LPIPS or the crop for DINO does not fit.
+        """
+        if self.lpips_weight and round(side * self.lpips_scale) < 16:
+            raise ValueError(
+                f"LPIPS needs 16 pixels, but `lpips_scale` {self.lpips_scale} times the {side} of the images' shorter "
+                "side is less: make `lpips_scale` or `resolution` larger."
+            )
+        if self.dino_weight and self.dino_crop and self.dino_size > side:
+            raise ValueError(
+                f"`dino_crop` cuts {self.dino_size} pixels (`dino_size`) out of images whose shorter side has {side}: "
+                "make `dino_size` smaller, or leave out `dino_crop`."
             )
 
     @property
@@ -480,18 +499,25 @@ class TrainingConfig:
             ValueError: for a stage that changes what a stage may not, or that is illegal by itself.
         """
         hints = typing.get_type_hints(TrainingConfig)
-        configs = []
+        configs: list[TrainingConfig] = []
         for number, stage in enumerate(self.stages):
             if not isinstance(stage, dict):
                 raise ValueError(f"`stages` must be a list of mappings of settings, got {stage!r}.")
             refused = sorted(set(stage) - set(STAGE_SETTINGS))
             if refused:
                 raise ValueError(f"Stage {number} changes {refused}; a stage may change {sorted(STAGE_SETTINGS)}.")
+            first_step = sum(earlier.max_train_steps for earlier in configs)
             try:
                 settings = {name: _check(name, value, hints[name]) for name, value in stage.items()}
                 configs.append(dataclasses.replace(self, stages=[], **settings))
             except ValueError as error:
                 raise ValueError(f"Stage {number}: {error}") from error
+            until = configs[-1].repa_until_step
+            if until is not None and until <= first_step:
+                raise ValueError(
+                    f"Stage {number}: `repa_until_step` {until} counts the steps of the run, of which this stage "
+                    f"begins with {first_step}: nothing would be aligned. Make it larger, or `repa_weight` 0."
+                )
         return configs or [self]
 
     def to_dict(self) -> dict[str, Any]:

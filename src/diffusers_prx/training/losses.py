@@ -42,7 +42,7 @@ def negatives(captions: Sequence[str]) -> torch.Tensor:
     whose caption was dropped may be one that the other caption describes.
 
     Args:
-        captions: B captions as the network saw them, after dropping.
+        captions: B captions as the network saw them, after dropping and cleaning.
 
     Returns:
         (B,) int64 indices into the micro-batch, -1 where there is no such sample.
@@ -69,7 +69,7 @@ def contrastive_loss(
     Args:
         predicted_velocity: (B, C, h, w), carries the gradient.
         velocity: (B, C, h, w) targets, detached here.
-        captions: B captions as the network saw them, after dropping.
+        captions: B captions as the network saw them, after dropping and cleaning.
 
     Returns:
         A scalar, at least 0; 0 where no sample has a negative.

@@ -21,8 +21,8 @@ from transformers import get_constant_schedule_with_warmup, get_wsd_schedule
 from ..models.transformer_prx import PRXAttention
 from .config import TrainingConfig
 
-# module of a run -> its repeated layers, whose matrices are Muon's
-REPEATED_LAYERS = {"transformer": "blocks", "text_encoder": "layers"}
+# modules of a run whose repeated layers, those in an nn.ModuleList, have matrices for Muon
+WITH_REPEATED_LAYERS = ("transformer", "text_encoder")
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://kellerjordan.github.io/posts/muon, as in PyTorch
@@ -393,12 +393,11 @@ def muon_weights(modules: Mapping[str, nn.Module], fused: bool) -> dict[torch.Te
     projections to query, key and value as one weight: three matrices (two for the text), or one if `fused`.
     """
     found: dict[torch.Tensor, int] = {}
-    for name, layers in REPEATED_LAYERS.items():
-        parts = dict(modules[name].named_modules()) if name in modules else {}
-        for path, part in parts.items():
-            if isinstance(part, nn.Linear) and f".{layers}." in f".{path}":
-                found[part.weight] = 1
-        for part in parts.values():
+    for name in WITH_REPEATED_LAYERS:
+        parts = list(modules[name].modules()) if name in modules else []
+        repeated = chain.from_iterable(part.modules() for part in parts if isinstance(part, nn.ModuleList))
+        found |= {part.weight: 1 for part in repeated if isinstance(part, nn.Linear)}
+        for part in parts:
             if isinstance(part, PRXAttention) and not fused:
                 found |= {part.img_qkv_proj.weight: 3, part.txt_kv_proj.weight: 2}
     return found

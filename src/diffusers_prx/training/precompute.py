@@ -2,8 +2,8 @@
 
 `data/precomputed.py` says what a cache looks like. A run from a cache checks, before its first step: that the cache is
 complete and every shard can be read; that all settings below are the same, those of the networks by a hash of their
-weights; the number of samples, and the size in pixels of each; pixels and captions of `IMAGES_COMPARED` samples. For
-every sample that it reads it compares the caption's hash. The pixels of the other samples are not looked at again.
+weights; the number of samples, and the size in pixels of each; images and captions of `IMAGES_COMPARED` samples. Of
+every sample that it reads it compares the hashes of the stored image and of the caption.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from ..data.precomputed import (
     check_settings,
     done_samples,
     next_number,
+    skipped_samples,
     write_empty_text,
     write_index,
     write_json,
@@ -39,6 +40,7 @@ from ..text import count_cut, encode_text, tokenize_prompts, trim_tokens
 from .alignment import teacher_features
 from .config import TrainingConfig
 from .nets import Nets, build_nets
+from .preflight import outline
 from .stages import Stage, build_stages
 from .teachers import NOT_COMPUTED
 
@@ -184,16 +186,23 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
             shared.setdefault(cache_folder(stage.cfg), []).append(stage)
     if not shared:
         raise ValueError("`precomputed_dir` is None: give the folder that the results are to be written to.")
+    pixels_per_token = outline(cfg).pixels_per_token
     for folder, stages in shared.items():
         _check_shared(folder, stages)
+        with accelerator.main_process_first():  # reads the sizes of all images, the others find them
+            stages[0].sort(pixels_per_token, accelerator.num_processes)
+        assert stages[0].buckets is not None
+        accelerator.print(f"{folder}: {len(stages[0].source)} samples, {stages[0].buckets.summary()}")
+    if cfg.dry_run:
+        accelerator.print("a dry run: nothing is computed")
+        accelerator.end_training()
+        return
     nets = replace(build_nets(cfg, iter(())), transformer=None, projector=None, lpips=None, dino=None)
     networks = network_settings(nets)
     for module in (nets.vae, nets.text_encoder, nets.teacher):
         if module is not None:
             module.to(accelerator.device)
     for folder, stages in shared.items():
-        with accelerator.main_process_first():  # reads the sizes of all images, the others find them
-            stages[0].sort(nets.pixels_per_token, accelerator.num_processes)
         _precompute_folder(folder, stages, nets, networks, accelerator, shard_samples)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -266,7 +275,22 @@ def _precompute_folder(
     writer.write()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        _check_readable(folder, len(source), cfg)
         print(summary(folder, write_index(folder, begun["settings"], begun["made_from"])))
+
+
+def _check_readable(folder: Path, samples: int, cfg: TrainingConfig) -> None:
+    """Do not call a cache complete of which much could not be read; the shards stay.
+
+    Raises:
+        ValueError: with the first reason.
+    """
+    reasons = [reason for kind, reason in skipped_samples(folder).values() if kind == "unreadable"]
+    if reasons and (len(reasons) == samples or cfg.too_many_unreadable(len(reasons), samples)):
+        raise ValueError(
+            f"{len(reasons)} of {samples} samples cannot be read, more than `max_corrupt_share` "
+            f"{cfg.max_corrupt_share} allows; the first: {reasons[0]}."
+        )
 
 
 def _begin(folder: Path, begun: dict[str, Any]) -> None:
@@ -310,7 +334,7 @@ def encode_samples(
     for row, item in enumerate(items):
         own = [next(texts) for _ in item["captions"]]
         samples.append(
-            {name: item[name] for name in ("index", "size", "pixels_hash", "upscaled", "caption_hash")}
+            {name: item[name] for name in ("index", "size", "image_hash", "upscaled", "caption_hash")}
             | {name: values[row] for name, values in images.items()}
             | {
                 "text": torch.cat([text for text, _ in own]),  # (T, E)

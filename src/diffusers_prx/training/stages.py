@@ -84,14 +84,32 @@ class Stage:
             self.buckets = Buckets.square(cfg.resolution, count, **limits)
             if self.held_out is not None:
                 self.held_out_buckets = Buckets.square(cfg.resolution, len(self.held_out), **limits)
-            return
-        if cfg.aspect_ratio_buckets == "study":
-            sizes = study_buckets(cfg.resolution, multiple)
         else:
-            sizes = compute_buckets(cfg.resolution, multiple, cfg.max_aspect_ratio)
-        self.buckets = self._sort(self.source, "train", sizes, self.step_size(processes), limits)
-        if self.held_out is not None:
-            self.held_out_buckets = self._sort(self.held_out, "held_out", self.buckets.sizes, 1, limits)
+            if cfg.aspect_ratio_buckets == "study":
+                sizes = study_buckets(cfg.resolution, multiple)
+            else:
+                sizes = compute_buckets(cfg.resolution, multiple, cfg.max_aspect_ratio)
+            self.buckets = self._sort(self.source, "train", sizes, self.step_size(processes), limits)
+            if self.held_out is not None:
+                self.held_out_buckets = self._sort(self.held_out, "held_out", self.buckets.sizes, 1, limits)
+        for size in self.buckets.sizes:
+            cfg.check_perceptual_size(min(size))
+        if self.held_out_buckets is not None:
+            self._check_held_out(self.held_out_buckets)
+
+    def _check_held_out(self, buckets: Buckets) -> None:
+        """Refuse held-out images none of which can be used: validation would find out only after hours of training.
+
+        Raises:
+            ValueError: with the reasons.
+        """
+        samples = self._samples(self.held_out, buckets, True, False)
+        for bucket, members in enumerate(buckets.members):
+            if len(members):
+                try:
+                    samples[Position(-1, int(members[0]), int(members[0]), bucket)]
+                except ValueError as error:
+                    raise ValueError(f"Held-out images (`num_validation_samples`): {error}") from error
 
     def _sort(self, source: Any, name: str, sizes: Any, minimum: int, limits: dict[str, float]) -> Buckets:
         cache = Path(self.cfg.output_dir) / "image_sizes" / f"{name}-{self.first_step}.npy"
@@ -177,8 +195,7 @@ class Stage:
         self, stream: StreamedImages, buckets: Buckets, start_step: int, device: torch.device
     ) -> Iterator[dict[str, Any]]:
         cfg = self.cfg
-        seeds = partial(derive_seed, cfg.seed)
-        samples = TrainingSamples([], buckets, cfg.center_crop, cfg.random_flip, seeds, cfg.caption_weights or None)
+        samples = self._samples([], buckets, cfg.center_crop, cfg.random_flip)
         batches = StreamedBatches(
             stream,
             samples.make,
@@ -210,9 +227,12 @@ class Stage:
         random_flip: bool,
         device: torch.device,
     ) -> Iterator[dict[str, Any]]:
-        seeds, weights = partial(derive_seed, self.cfg.seed), self.cfg.caption_weights or None
-        samples = TrainingSamples(source, buckets, center_crop, random_flip, seeds, weights)
+        samples = self._samples(source, buckets, center_crop, random_flip)
         return _moved(build_loader(samples, batches, self.cfg.dataloader_num_workers), device)
+
+    def _samples(self, source: Any, buckets: Buckets, center_crop: bool, random_flip: bool) -> TrainingSamples:
+        seeds, weights = partial(derive_seed, self.cfg.seed), self.cfg.caption_weights or None
+        return TrainingSamples(source, buckets, center_crop, random_flip, seeds, weights)
 
 
 def _moved(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:

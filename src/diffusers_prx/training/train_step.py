@@ -94,7 +94,8 @@ def train_step(
     loss_per_sample = F.mse_loss(predicted_velocity, velocity, reduction="none").mean(dim=(1, 2, 3))  # (B,)
     losses = {"flow": loss_per_sample.mean()}
     if cfg.contrastive_weight > 0:
-        losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, captions)
+        seen = [nets.clean_caption(caption) for caption in captions]
+        losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, seen)
     if nets.projector is not None:
         features, indices = tapped
         if "teacher_features" in batch:

@@ -38,8 +38,6 @@ from .validation import validation_images, validation_loss
 
 # what is counted of the data, by its name in `RunState`
 COUNTS = ("samples_read", "unreadable", "unfit", "upscaled", "truncated")
-# the share of unreadable samples is judged over at least this many, so that a single one does not stop a run
-SAMPLES_BEFORE_JUDGING = 1000
 # fewer image tokens than this, and a route costs quality: FID 18.20 became 21.61 (TREAD) and 22.56 (SPRINT) at 256
 # tokens, while at 1024 it became 14.10 and 16.90 from 17.42 (PRX study)
 TOKENS_FOR_A_ROUTE = 512
@@ -315,7 +313,7 @@ class Run:
         for name, count in zip(COUNTS, self.accelerator.reduce(counts, "sum").tolist()):
             setattr(state, name, getattr(state, name) + count)
         self.counts.clear()
-        if state.unreadable > cfg.max_corrupt_share * max(state.samples_read, SAMPLES_BEFORE_JUDGING):
+        if cfg.too_many_unreadable(state.unreadable, state.samples_read):
             raise ValueError(
                 f"{state.unreadable} of {state.samples_read} samples cannot be read, more than `max_corrupt_share` "
                 f"{cfg.max_corrupt_share} allows."
