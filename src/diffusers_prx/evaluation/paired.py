@@ -7,6 +7,8 @@ difference varies less than either score; how much it still varies over seeds is
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 
 import mpmath
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 LEVEL = 0.95  # of every interval
 # From fewer seeds nothing is concluded: t is 12.7 for two, which says little whatever was measured.
 MIN_SEEDS = 3
+NORMAL_QUANTILE = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def student_t_p(t: float, dof: int) -> float:
@@ -23,6 +26,7 @@ def student_t_p(t: float, dof: int) -> float:
     return float(mpmath.betainc(dof / 2, 0.5, 0, dof / (dof + t * t), regularized=True))
 
 
+@lru_cache(maxsize=1024)
 def student_t_quantile(level: float, dof: int) -> float:
     """The t beyond which, on both sides together, 1 - `level` of Student's distribution lies: 4.303 for 0.95 and 2.
 
@@ -102,7 +106,11 @@ def seeds_needed(difference: Difference, most: int = 1000) -> int | None:
     if difference.n < 2:
         return None
     spread = float(np.std(list(difference.per_seed.values()), ddof=1))
-    for n in range(2, most + 1):
+    if abs(difference.mean) * math.sqrt(most) < NORMAL_QUANTILE * spread:
+        return None
+    # t is larger than the normal quantile, so that fewer cannot do
+    fewest = int((NORMAL_QUANTILE * spread / difference.mean) ** 2) if difference.mean else 0
+    for n in range(max(2, fewest), most + 1):
         if student_t_quantile(LEVEL, n - 1) * spread / math.sqrt(n) < abs(difference.mean):
             return n
     return None
