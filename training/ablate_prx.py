@@ -321,6 +321,15 @@ class Runner:
 
     # --- all runs
 
+    def print_commands(self, arms: list[str], seeds: list[int]) -> None:
+        """What `run_all` would run, in its order."""
+        for seed in seeds:
+            for arm in [arm for arm in arms if not self.is_done(arm, seed)]:
+                print(shlex.join(["python", "training/train_prx.py", *self.training_flags(arm, seed)]))
+                for evaluation in self.study.evaluations_of(arm):
+                    flags = self.evaluation_flags(arm, seed, evaluation)
+                    print(shlex.join(["python", "training/evaluate_prx.py", *flags]))
+
     def run_all(self, arms: list[str], seeds: list[int]) -> None:
         """All arms with the first seed, then with the second: so that arms can be left out before seeds are.
 
@@ -434,20 +443,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"report: {write_report(study, report_dir)}")
         return
     runner = Runner(study, output_dir, report_dir, args)
-    check_settings(runner, arms)
-    if args.dry_run:
-        for seed in seeds:
-            for arm in [arm for arm in arms if not runner.is_done(arm, seed)]:
-                print(shlex.join(["python", "training/train_prx.py", *runner.training_flags(arm, seed)]))
-                for evaluation in study.evaluations_of(arm):
-                    flags = runner.evaluation_flags(arm, seed, evaluation)
-                    print(shlex.join(["python", "training/evaluate_prx.py", *flags]))
-        return
-    register(study, report_dir, now(), commit_of_this_package())
-    if args.measure_throughput:
-        runner.measure_throughput(arms)
-    else:
-        runner.run_all(arms, seeds)
+    with runner.lock:
+        check_settings(runner, arms)
+        if args.dry_run:
+            runner.print_commands(arms, seeds)
+            return
+        register(study, report_dir, now(), commit_of_this_package())
+        if args.measure_throughput:
+            runner.measure_throughput(arms)
+        else:
+            runner.run_all(arms, seeds)
     print(f"report: {write_report(study, report_dir)}")
 
 
@@ -457,13 +462,15 @@ def interrupt(number: int, frame: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         run(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, Stopped, CancelledError):
         sys.exit("stopped; the same command goes on")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":
