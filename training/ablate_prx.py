@@ -247,6 +247,8 @@ class Runner:
                 "failures": [] if old is None else old["failures"],
             }
             failure = self.train(arm, seed, record)
+        elif not (self.folder(arm, seed) / "model_index.json").is_file():
+            return f"not evaluated further: {self.folder(arm, seed)} holds no pipeline any more"
         else:
             record, failure = old, None
         for evaluation in self.study.evaluations_of(arm):
@@ -299,8 +301,6 @@ class Runner:
             ValueError: if the report lacks a metric that a finding is judged by: it would be missing everywhere.
         """
         folder = self.folder(arm, seed)
-        if not (folder / "model_index.json").is_file():
-            return {"stage": evaluation, "exit_code": None, "message": f"{folder} holds no pipeline any more"}
         flags, log = self.evaluation_flags(arm, seed, evaluation), folder / "log.txt"
         code = self.call(FOLDER / "evaluate_prx.py", flags, log, self.study.threads)
         if code != 0:

@@ -243,6 +243,24 @@ def test_the_plan_is_stated_once_and_its_changes_are_kept(tmp_path):
     )
 
 
+def test_what_may_be_added_to_a_study_that_has_run(tmp_path):
+    report_dir = tmp_path / "report"
+    register(save_study(tmp_path), report_dir, "2026-01-01", "abc")
+    write_json(record_path(report_dir, "good", 1), {})
+    values = study_values()
+    values["findings"]["gain"]["text"] = "It helps a lot."
+    values["findings"]["other"] = {"text": "It helps with short captions.", "arm": "good", "metric": "short/score"}
+    register(save_study(tmp_path, **values), report_dir, "2026-01-02", "def")
+    changes = json.loads((report_dir / "plan.json").read_text())[-1]["changes"]
+    assert changes == ["arm good also evaluated as short", "finding gain reworded", "finding other added"]
+    values["findings"].pop("other")
+    with pytest.raises(ValueError, match="arm good has been run"):  # an evaluation that was stated is made
+        register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
+    values["evaluations"] = {"long": {"num_prompts": 4}, "short": {}}
+    with pytest.raises(ValueError, match="arm good has been run"):
+        register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
+
+
 @pytest.mark.parametrize("kind", ["arms", "findings"])
 def test_what_has_been_run_stays_as_it_was_planned(tmp_path, kind):
     report_dir = tmp_path / "report"

@@ -39,7 +39,7 @@ def test_flags_of_an_evaluation():
     assert flags == ["--scenes", "--num_prompts", "8", "--metrics", "fid", "cmmd"]
 
 
-# what has to be decided, by the arm that is judged
+# what the study over scenes has to decide, by the arm that is judged
 FINDINGS = {
     "short_captions", "weights_bf16", "baseline", "repa", "repa_expiring", "irepa", "contrastive", "x_prediction",
     "tread", "tread_256", "sprint", "sprint_256", "ema", "sft", "dino_perceptual", "everything", "latents_kl",
@@ -51,16 +51,27 @@ def test_every_study_in_the_repository_can_be_started(path, tmp_path):
     study = load_study(path)
     runner = ablate_prx.Runner(study, tmp_path, tmp_path / "report", ablate_prx.parse_args(["--study", str(path)]))
     ablate_prx.check_settings(runner, list(study.arms))
-    assert {finding.arm for finding in study.findings.values()} == FINDINGS
-    assert len(study.seeds) >= 3
     for need in study.needs.values():
         script, *arguments = need.command.split()
         assert (runs.ROOT / script).is_file()
         assert need.makes in arguments
-    for name, finding in study.findings.items():
-        assert finding.expected or finding.note or finding.if_undecided, name
     for seed_dependent in ("seed", "output_dir", "resume_from_checkpoint"):
         assert all(seed_dependent not in study.settings_of(arm) for arm in study.arms)
+
+
+def test_the_study_over_scenes_asks_what_the_published_one_did():
+    study = load_study(runs.ROOT / "training" / "studies" / "scenes.yaml")
+    assert {finding.arm for finding in study.findings.values()} == FINDINGS
+    assert len(study.seeds) >= 3
+    for name, finding in study.findings.items():
+        assert finding.expected or finding.note or finding.if_undecided, name
+        figures = [pair[1] - pair[0] for figure, pair in finding.published.items() if not figure.endswith("/s")]
+        if figures and all(change > 0 for change in figures):  # FID and the MMDs: lower is better
+            assert finding.expected == "worse", name
+        elif figures and all(change < 0 for change in figures):
+            assert finding.expected == "better", name
+        else:
+            assert figures == [] or finding.expected is None, name  # the published metrics disagree
 
 
 def save_study(folder: Path, **changes) -> Path:

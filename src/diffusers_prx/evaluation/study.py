@@ -358,14 +358,32 @@ def numbers(values: dict[str, Any], above: str = "") -> dict[str, float]:
 
 
 def scores(study: Study, record: dict[str, Any], evaluation: str) -> dict[str, float]:
-    """The numbers of one evaluation of a run, by key; empty where it is missing."""
+    """The numbers of one evaluation of a run, by key; empty where it is missing, and of a training that failed."""
     if evaluation == TRAINING:
         curve = record.get("curve") or []
-        return {VALIDATION_LOSS: curve[-1][1]} if curve else {}
+        return {VALIDATION_LOSS: curve[-1][1]} if curve and record["trained"] else {}
     return numbers(record.get("evaluations", {}).get(evaluation, {}))
 
 
 # --- the plan
+
+
+def what_changed(old: dict[str, Any] | None, new: dict[str, Any] | None) -> tuple[str, bool]:
+    """What became of an arm or a finding of a plan, in words; and whether runs that were made by then still hold."""
+    if old is None:
+        return "added", True
+    if new is None:
+        return "taken out", False
+    if "evaluations" in old:
+        more = [name for name in new["evaluations"] if name not in old["evaluations"]]
+        if (
+            new == old | {"evaluations": new["evaluations"]}
+            and new["evaluations"].items() >= old["evaluations"].items()
+        ):
+            return f"also evaluated as {', '.join(more)}", True
+    elif new == old | {"text": new["text"]}:
+        return "reworded", True
+    return "changed", False
 
 
 def register(study: Study, report_dir: Path, date: str, commit: str | None) -> None:
@@ -378,32 +396,30 @@ def register(study: Study, report_dir: Path, date: str, commit: str | None) -> N
     """
     path = report_dir / PLAN_FILE
     entries = json.loads(path.read_text()) if path.is_file() else []
-    plan = json.loads(json.dumps(study.plan()))  # as it is read back: numbers as keys, tuples
+    plan = json.loads(json.dumps(study.plan()))  # as it is read back
     runs = sorted((report_dir / "runs").glob("*/seed_*.json"))
-    if entries and entries[-1]["plan"] == plan:
-        return
+    run_arms = {run.parent.name for run in runs}
+    before = entries[-1]["plan"] if entries else plan
     changes = []
-    if entries:
-        before, run_arms = entries[-1]["plan"], {run.parent.name for run in runs}
-        for kind in ("arms", "findings"):
-            for name in sorted({*before[kind], *plan[kind]}):
-                old, new = before[kind].get(name), plan[kind].get(name)
-                if old == new:
-                    continue
-                arms = {name} if kind == "arms" else {finding["arm"] for finding in (old, new) if finding}
-                if arms & run_arms and old is not None:
-                    raise ValueError(
-                        f"{kind[:-1]} {name} has been run as {path} states it, and is now another one ({old} became "
-                        f"{new}): give another --output_dir and --report_dir, or leave it as it was."
-                    )
-                changes.append(
-                    f"{kind[:-1]} {name} {'added' if old is None else 'taken out' if new is None else 'changed'}"
+    for kind in ("arms", "findings"):
+        for name in dict.fromkeys([*before[kind], *plan[kind]]):
+            old, new = before[kind].get(name), plan[kind].get(name)
+            if old == new:
+                continue
+            change, holds = what_changed(old, new)
+            has_run = (name if kind == "arms" else (old or new)["arm"]) in run_arms
+            if has_run and not holds:
+                raise ValueError(
+                    f"{kind[:-1]} {name} has been run as {path} states it, and is now another one ({old} became "
+                    f"{new}): give another --output_dir and --report_dir, or leave it as it was."
                 )
-        if before["seeds"] != plan["seeds"]:
-            changes.append(f"seeds {before['seeds']} became {plan['seeds']}")
-    entries.append({"date": date, "commit": commit, "runs_so_far": len(runs), "changes": changes, "plan": plan})
-    write_json(path, entries)
-    (report_dir / PLAN_TEXT).write_text(plan_text(study, entries))
+            changes.append(f"{kind[:-1]} {name} {change}")
+    if before["seeds"] != plan["seeds"]:
+        changes.append(f"seeds {before['seeds']} became {plan['seeds']}")
+    if changes or not entries:
+        entry = {"date": date, "commit": commit, "runs_so_far": len(runs), "changes": changes, "plan": plan}
+        write_json(path, [*entries, entry])
+        (report_dir / PLAN_TEXT).write_text(plan_text(study, [*entries, entry]))
 
 
 def plan_text(study: Study, entries: list[dict[str, Any]]) -> str:

@@ -132,9 +132,9 @@ class Results:
         return {seed: record for (name, seed), record in self.records.items() if name == arm}
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
-        """A metric of an arm's runs that did not fail, by seed."""
+        """A metric of an arm's runs that have it, by seed."""
         evaluation, key = self.study.split_metric(metric)
-        found = {s: scores(self.study, r, evaluation) for s, r in self.of(arm).items() if r["status"] != "failed"}
+        found = {seed: scores(self.study, record, evaluation) for seed, record in self.of(arm).items()}
         return {seed: values[key] for seed, values in found.items() if key in values}
 
     def row(self, name: str, finding: Finding) -> Row:
