@@ -293,7 +293,7 @@ def save_run(report_dir, arm, seed, score, loss, short=None, failed=None, **conf
         "status": "failed" if failed else "finished",
         "trained": not failed,
         "failures": [{"stage": "training", "message": failed}] if failed else [],
-        "jobs": 2,
+        "jobs": 1,
         "threads": 1,
         "machine": {"cpu": "abacus", "cores": 2},
         "commit": "abc",
@@ -335,17 +335,17 @@ def table_row(text, start):
 
 def test_the_table_of_findings(reported):
     text = reported[0]
-    gain = table_row(text, "It helps.")
+    gain = table_row(text, "`gain`: It helps.")
     assert gain[1:5] == ["good against baseline", "score, higher is better", "0.52", "0.624"]
     # 0.102, 0.104, 0.106: standard error 0.002/sqrt(3)
     half = 4.30265 * 0.002 / math.sqrt(3)
     low, high = (f"{bound:+.3g}" for bound in (0.104 - half, 0.104 + half))
     assert gain[5:8] == [f"+0.104 [{low}, {high}]", "3", "0.50 [0.50, 0.50]"]
     assert gain[8:] == ["better: FID 18.2 → 14.64 (-3.56)", "**agrees** |"]
-    harm = table_row(text, "It helps, too.")
-    assert harm[7:] == ["", "better: no figure", "**undecided** |"]  # runs that shared the machine are no throughput
-    assert table_row(text, "It runs.")[-1] == "**failed**; runs failed |"
-    tuned = table_row(text, "Tuning helps.")
+    harm = table_row(text, "`harm`: It helps, too.")
+    assert harm[7:] == ["", "better: no figure", "**undecided** |"]  # the seconds of its runs are no throughput
+    assert table_row(text, "`crash`: It runs.")[-1] == "**failed**; runs failed |"
+    tuned = table_row(text, "`tuned`: Tuning helps.")
     assert tuned[3:7] == ["0.25", "0.75", "+0.5 [one seed: no interval]", "1 of 3"]
     assert tuned[-1] == "**too few seeds** |"
     assert "Of 4 findings: 1 agrees, 1 undecided, 1 failed, 1 too few seeds." in text
@@ -378,7 +378,7 @@ def test_no_run_is_left_out(reported):
     assert table_row(text, "lost | 1")[2] == "failed: The loss is not finite at step 3"
     assert [table_row(text, f"lost | {seed}")[2] for seed in (2, 3)] == ["not run", "not run"]
     assert "machine: cpu abacus, cores 2" in text
-    assert "runs at once: 2, each with 1 thread" in text
+    assert "runs at once: 1, each with 1 thread" in text
     assert "stated on 2026-01-01 (commit `abc`), before the first run" in text
 
 

@@ -109,7 +109,6 @@ class Row:
     verdict: str
     failures: list[str]
     ratio: tuple[float, float | None, float | None] | None
-    ratio_source: str
     equal_time: Difference | None = None
     equal_time_steps: tuple[float, float] | None = None
 
@@ -152,28 +151,18 @@ class Results:
         said = verdict(difference, definition.better, finding.expected)
         if difference is None and failures:
             said = "failed"
-        ratio, source = self.ratio(finding)
         row = Row(
             name, finding, definition.better, definition.label or key, arm, reference, difference, said, failures,
-            ratio, source,
+            self.ratio(finding),
         )  # fmt: skip
         self.at_equal_time(row)
         return row
 
-    def ratio(self, finding: Finding) -> tuple[tuple[float, float | None, float | None] | None, str]:
-        """Steps per second of the arm over those of the reference, and where they come from."""
+    def ratio(self, finding: Finding) -> tuple[float, float | None, float | None] | None:
+        """Steps per second of the arm over those of the reference, from the pairs that were timed in turns: seconds of
+        whole runs, hours apart, tell more about what else the machine did (once, 2.1 for a change that costs time)."""
         pairs = [m for m in self.throughput if (m["arm"], m["reference"]) == (finding.arm, finding.reference)]
-        if pairs:
-            ratios = [pair["seconds_reference"] / pair["seconds_arm"] for pair in pairs]
-            return mean_ratio(ratios), f"{len(pairs)} timed pairs"
-        alone = [
-            {seed: r["seconds_per_step"] for seed, r in self.of(arm).items() if r["trained"] and r["jobs"] == 1}
-            for arm in (finding.reference, finding.arm)
-        ]
-        common = sorted(set(alone[0]) & set(alone[1]))
-        if common:
-            return mean_ratio([alone[0][seed] / alone[1][seed] for seed in common]), f"{len(common)} whole runs"
-        return None, "not measured"
+        return mean_ratio([pair["seconds_reference"] / pair["seconds_arm"] for pair in pairs]) if pairs else None
 
     def curve(self, record: dict[str, Any]) -> Curve:
         return [(step, loss) for step, loss in record.get("curve", [])]
@@ -431,10 +420,10 @@ def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> No
             "zero and the sign is the other one. **undecided**: it contains zero. **too few seeds**: fewer than "
             f"{MIN_SEEDS}, nothing is concluded. For findings without a published direction: better, worse or "
             "undecided.",
-            "Throughput is steps per second of the arm over those of the reference, above 1 is faster. Runs that "
-            "shared the machine do not count for it: it is timed in short runs, arm and reference in turns with "
-            "nothing of the study beside them, or taken from runs made one at a time. What other programs did is not "
-            "known.",
+            "Throughput is steps per second of the arm over those of the reference, above 1 is faster. It is timed in "
+            "short runs, arm and reference in turns with nothing of the study beside them; its interval is over the "
+            "timed pairs. What other programs did meanwhile is not known. The seconds of the runs themselves are not "
+            "used: they were made at different times, and some shared the machine.",
             "At equal time: the loss on held-out images (the same images and noise for all runs), of the slower one "
             "of the two where its learning rate begins to decay, and of the faster one after the same time. Later "
             "points of the curves cannot be used, since a shorter run would have decayed earlier.",
@@ -468,7 +457,7 @@ def overview(page: Page, results: Results) -> None:
         of = len(results.study.seeds)
         body.append(
             [
-                row.finding.text,
+                f"`{row.name}`: {row.finding.text}",
                 f"{row.finding.arm} against {row.finding.reference}",
                 f"{row.label}, {row.better} is better",
                 mean_of(row.reference),
@@ -490,6 +479,9 @@ def details(page: Page, results: Results) -> None:
         finding = row.finding
         page.heading(3, f"{row.name}: {row.verdict}")
         page.text(finding.text)
+        if not results.of(finding.arm):
+            page.text(f"No run of {finding.arm} was made.")
+            continue
         facts = [f"published: {published(finding)}"]
         for role, arm in (("arm", finding.arm), ("reference", finding.reference)):
             facts.append(f"{role}: {arm}. {study.arms[arm].text}".rstrip())
@@ -519,7 +511,7 @@ def details(page: Page, results: Results) -> None:
         if row.verdict == "undecided":
             page.text(f"Why undecided: {why_undecided(row)}")
         if row.ratio is not None:
-            page.text(f"Throughput: {times(row.ratio)} times the reference's, from {row.ratio_source}.")
+            page.text(f"Throughput: {times(row.ratio)} times the reference's.")
         if row.equal_time is not None and row.equal_time_steps is not None:
             page.text(
                 f"At equal time (arm at step {row.equal_time_steps[0]:.0f}, reference at step "
@@ -553,7 +545,7 @@ def others(page: Page, results: Results, row: Row) -> None:
 
 def runs_table(page: Page, results: Results) -> None:
     page.heading(2, "All runs")
-    page.text("Of runs that were not alone on the machine, seconds per step say little.")
+    page.text("Seconds per step are those of the run, whatever else the machine did; throughput is measured apart.")
     body = []
     for (arm, seed), record in results.records.items():
         metric = results.study.metric
