@@ -411,8 +411,8 @@ def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> No
     page.items(
         [
             "Every finding compares one kind of runs, the arm, with another, the reference, after the same number of "
-            "steps. Runs of one seed start from the same weights and see the same samples and noise, so they are "
-            "compared seed by seed.",
+            "steps. Runs of one seed start from the same weights, where their networks are the same, and see the same "
+            "samples and noise where their data are, so they are compared seed by seed.",
             "The difference is arm minus reference, averaged over the seeds, with its 95% interval (Student's t over "
             "the seeds). It says how much another seed might change the result. The spread over the prompts or images "
             "of one run is another matter, and is in no interval here.",
