@@ -511,7 +511,7 @@ def test_the_memory_is_what_training_keeps(text_encoder, tmp_path, optimizer, we
         "optimizer": sum(value.nbytes for value in state if torch.is_tensor(value) and value.dim() > 0),
         "average": sum(value.nbytes for value in run.averages[0].shadow_params),
     }
-    assert memory(run.cfg, outline(run.cfg).transformer) == kept
+    assert memory(run.cfg, {"transformer": outline(run.cfg).transformer}) == kept
 
 
 def test_a_mixture_has_no_epoch(tmp_path):

@@ -4,7 +4,7 @@ Gradients flow through the prediction only: targets are detached, networks are f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,14 +86,14 @@ class LPIPSLoss(nn.Module):
 
     Args:
         scale: images are resized by this factor in (0, 1] first, antialiased; the study uses 0.5.
-        backbone: a file with torchvision's VGG-16 weights (vgg16-397923af.pth); by default torchvision finds it in its
-            cache or downloads it, 528 MB.
+        backbone: a file with torchvision's VGG-16 weights (vgg16-397923af.pth), or the weights themselves; by default
+            torchvision finds it in its cache or downloads it, 528 MB.
 
     Raises:
         ValueError: for a scale outside (0, 1], a backbone that is no such file, or a download that fails.
     """
 
-    def __init__(self, scale: float = 0.5, backbone: str | Path | None = None):
+    def __init__(self, scale: float = 0.5, backbone: str | Path | Mapping[str, torch.Tensor] | None = None):
         super().__init__()
         # here, not above: a torchvision that does not fit torch fails at import, and only this loss needs it
         from torchmetrics.functional.image.lpips import _NoTrainLpips
@@ -101,7 +101,7 @@ class LPIPSLoss(nn.Module):
         if not 0 < scale <= 1:
             raise ValueError(f"`scale` is a factor in (0, 1], got {scale}.")
         self.scale = scale
-        weights = _vgg16_weights(backbone)
+        weights = backbone if isinstance(backbone, Mapping) else _vgg16_weights(backbone)
         # The public class downloads a backbone and takes none. This one is filled with random weights first; what it
         # draws is nobody else's: switching the loss on leaves the other new networks as they are.
         with torch.random.fork_rng(devices=[]):

@@ -1,13 +1,14 @@
 """What a run would be, told before any weights are loaded: from configurations, data and captions alone."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
 from ..data.captions import CaptionStatistics, caption_statistics
@@ -17,7 +18,8 @@ from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
 from .config import TrainingConfig, sources_of
-from .nets import find_vae, new_transformer, pipeline_class_of
+from .known_networks import autoencoder_outline, text_config
+from .nets import new_transformer, pipeline_class_of
 from .optimizers import muon_weights
 from .stages import Stage
 
@@ -30,18 +32,26 @@ class Outline:
     """The networks of a run without their weights.
 
     Args:
-        transformer: on the meta device.
-        in_pixels: there is no autoencoder.
+        transformer, vae: on the device that was asked for; no autoencoder in pixel space.
         pixels_per_token: see `Nets.pixels_per_token`.
     """
 
     transformer: Any
-    in_pixels: bool
+    vae: Any
     pixels_per_token: int
 
+    @property
+    def in_pixels(self) -> bool:
+        return self.vae is None
 
-def outline(cfg: TrainingConfig) -> Outline:
+
+def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> Outline:
     """Read the configurations of the networks, and no weights.
+
+    Args:
+        cfg: of the run.
+        device: where the weights would be; they are drawn there, so take one that keeps none.
+        tables: take from `known_networks` what is there, instead of asking the Hub.
 
     Raises:
         ValueError: for an autoencoder of a class that `latents.py` does not know, or an unknown key of
@@ -50,46 +60,52 @@ def outline(cfg: TrainingConfig) -> Outline:
     vae, saved = None, cfg.pretrained_model_name_or_path
     where: dict[str, Any] = {"subfolder": "transformer", "revision": cfg.revision}
     stored = {} if saved is None else dict(PRXTransformer2DModel.load_config(saved, **where))
-    with torch.device("meta"):
+    with torch.device(device):
         if cfg.vae_name_or_path is not None:
-            vae_class, vae_config, _ = find_vae(cfg.vae_name_or_path)
-            vae = vae_class.from_config(vae_config)
+            vae = autoencoder_outline(cfg.vae_name_or_path, tables=tables)
         elif saved is not None and pipeline_class_of(cfg) is PRXPipeline:
-            vae_class, vae_config, _ = find_vae(saved, cfg.revision)
-            vae = vae_class.from_config(vae_config)
+            vae = autoencoder_outline(saved, cfg.revision)
         transformer: Any
         if cfg.transformer_config:
             # a saved pipeline's text encoder is as wide as its transformer says
-            width = stored["context_in_dim"] if _keeps_text_encoder(cfg) else _text_width(cfg)
+            width = stored["context_in_dim"] if _keeps_text_encoder(cfg) else _text_width(cfg, tables)
             transformer = new_transformer(cfg.transformer_config, latent_channels(vae), width)
         else:
             transformer = PRXTransformer2DModel.from_config(stored)
-    return Outline(transformer, vae is None, transformer.config["patch_size"] * vae_scale_factor(vae))
+    return Outline(transformer, vae, transformer.config["patch_size"] * vae_scale_factor(vae))
 
 
 def _keeps_text_encoder(cfg: TrainingConfig) -> bool:
     return not cfg.text_encoder_config and cfg.text_encoder_name_or_path is None
 
 
-def _text_width(cfg: TrainingConfig) -> int:
+def _text_width(cfg: TrainingConfig, tables: bool) -> int:
     """Width of the text encoder's hidden states; T5Gemma keeps it in the configuration of its encoder half."""
     if cfg.text_encoder_config:
         return T5GemmaModuleConfig(**cfg.text_encoder_config).hidden_size
-    config: Any = AutoConfig.from_pretrained(str(cfg.text_encoder_name_or_path))
+    config = text_config(str(cfg.text_encoder_name_or_path), tables=tables)
     config = getattr(config, "text_config", config)
     return getattr(config, "encoder", config).hidden_size
 
 
-def memory(cfg: TrainingConfig, transformer: Any) -> dict[str, int]:
-    """Bytes that a process keeps for training the transformer, without activations and other networks."""
-    sizes = [weight.numel() for weight in transformer.parameters()]
-    moments = 2 * sum(sizes)
-    if cfg.optimizer == "muon":  # which keeps a momentum and no second moment
-        moments -= sum(weight.numel() for weight in muon_weights({"transformer": transformer}, cfg.muon_fused))
-    values = {"weights": sum(sizes), "gradients": sum(sizes), "optimizer": moments}
-    if cfg.use_ema:
-        values["average"] = sum(sizes)
-    return {name: count * BYTES[cfg.weights_dtype] for name, count in values.items()}
+def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes that a process keeps for what it trains, without activations and other networks.
+
+    Args:
+        cfg: of the run.
+        trained: modules with parameters, on any device, by their names in the run (see `Nets.trainable`).
+    """
+    kept: Counter[str] = Counter()
+    with_momentum = muon_weights(trained, cfg.muon_fused) if cfg.optimizer == "muon" else {}
+    for name, module in trained.items():
+        size = BYTES[cfg.weights_dtype if name == "transformer" else "float32"]
+        values = size * sum(weight.numel() for weight in module.parameters())
+        # Muon keeps a momentum and no second moment
+        second = size * sum(weight.numel() for weight in module.parameters() if weight not in with_momentum)
+        kept.update(weights=values, gradients=values, optimizer=values + second)
+        if cfg.use_ema and name != "projector":
+            kept["average"] += values
+    return dict(kept)
 
 
 def caption_figures(cfg: TrainingConfig, stage: Stage, in_pixels: bool) -> CaptionStatistics | None:
@@ -128,7 +144,7 @@ def report(
         processes: of the run.
     """
     count = sum(weight.numel() for weight in transformer.parameters())
-    parts = memory(cfg, transformer)
+    parts = memory(cfg, {"transformer": transformer})
     shown = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
     rows = [
         ("transformer", f"{count:,} parameters"),
