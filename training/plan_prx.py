@@ -1,0 +1,95 @@
+"""What a run would take, before a GPU is rented: operations, memory, traffic between GPUs, hours and dollars.
+
+`python training/plan_prx.py --config training/recipes/speedrun.yaml --gpu h200 --num_gpus 32 [--json]`
+
+Any setting of the trainer may follow as a flag over the recipe, as `--train_batch_size 16`. No data set has to be
+named, and neither the Hub nor weights are asked for the networks of the study's recipes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from diffusers_prx.training.gpus import GPUS, PRICES
+from diffusers_prx.training.planner import (
+    CAPTION_TOKENS,
+    STRATEGIES,
+    UTILISATION,
+    UTILISATION_SOURCE,
+    Cluster,
+    plan,
+    published_run,
+    read_config,
+    table,
+)
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    kinds = ", ".join(
+        f"{key}: {gpu.name}, {gpu.memory_gb:g} GB, ${gpu.price_per_hour:.2f}" for key, gpu in GPUS.items()
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="A recipe.")
+    parser.add_argument("--gpu", choices=list(GPUS), required=True, help=kinds)
+    parser.add_argument("--num_gpus", type=int, required=True, help="Of all nodes together.")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="That share the fast link.")
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default="ddp",
+        help="Copies of all weights, shards over all GPUs, or shards within each node and copies between nodes.",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=UTILISATION,
+        help=f"Share of the peak that all operations of a step reach. Default {UTILISATION}: {UTILISATION_SOURCE}.",
+    )
+    parser.add_argument("--price_per_hour", type=float, help=f"Of one GPU in US dollars; the defaults: {PRICES}.")
+    parser.add_argument("--num_images", type=int, help="Of the data set: adds its epochs and the size of its caches.")
+    parser.add_argument(
+        "--text_tokens",
+        type=int,
+        help="Of the longest caption of a micro-batch, to which the others are padded; default: max_sequence_length.",
+    )
+    parser.add_argument(
+        "--caption_tokens", type=float, default=CAPTION_TOKENS, help="Of the mean caption, for the cache of the text."
+    )
+    parser.add_argument("--json", action="store_true", help="Everything as one JSON object, in place of the table.")
+    args, flags = parser.parse_known_args(argv)
+    for name in ("num_gpus", "gpus_per_node", "num_images", "text_tokens", "caption_tokens"):
+        value = getattr(args, name)
+        if value is not None and not value >= 1:
+            sys.exit(f"error: --{name} must be at least 1, got {value}.")
+    if not 0 < args.utilisation <= 1:
+        sys.exit(f"error: --utilisation is a share in (0, 1], got {args.utilisation}.")
+    if args.price_per_hour is not None and not 0 <= args.price_per_hour < float("inf"):
+        sys.exit(f"error: --price_per_hour must be finite and not negative, got {args.price_per_hour}.")
+    return args, flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, flags = parse_args(argv)
+    gpu = GPUS[args.gpu]
+    price = gpu.price_per_hour if args.price_per_hour is None else args.price_per_hour
+    cluster = Cluster(gpu, args.num_gpus, args.gpus_per_node, args.strategy, args.utilisation, price)
+    try:
+        cfg = read_config(args.config, flags)
+        told = plan(
+            cfg,
+            cluster,
+            published=published_run(args.config, cfg),
+            text_tokens=args.text_tokens,
+            caption_tokens=args.caption_tokens,
+            num_images=args.num_images,
+        )
+    except (ValueError, OSError) as error:  # settings that do not fit, a file that cannot be read
+        sys.exit(f"error: {error}")
+    print(json.dumps(told, indent=2) if args.json else table(told, str(args.config)))
+
+
+if __name__ == "__main__":
+    main()
