@@ -1,0 +1,777 @@
+"""Conversion of original checkpoints, against a network that is written from what the original computes.
+
+`OriginalPRX` has the original's names and arithmetic, in float32 and one step after the other. It shares no code with
+the package; a checkpoint of it, converted, has to predict the same.
+"""
+
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+import tiny
+import zoo
+from diffusers_prx.convert import convert_transformer, find_network, list_tensors, main, read_config
+from diffusers_prx.models.token_routing import TokenRoute
+from diffusers_prx.pipelines import PRXPipeline, PRXPixelPipeline
+
+HIDDEN, HEADS, DEPTH, MLP, HEIGHT, WIDTH, TOKENS = 32, 2, 4, 72, 8, 12, 5
+
+# --- the original
+
+
+def waves(values: torch.Tensor, size: int, factor: float) -> torch.Tensor:
+    """(B,) -> (B, size): cosines, then sines, of falling frequencies, rounded as there: angles go up to 1000."""
+    frequencies = (torch.arange(size // 2) * -math.log(10_000) / (size // 2)).exp()
+    angles = factor * values.float().reshape(-1, 1) * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def normed(x: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+class Scale(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return self.scale * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, size, hidden):
+        super().__init__()
+        self.in_layer, self.out_layer = nn.Linear(size, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, x):
+        x = self.in_layer(x)
+        return self.out_layer(x * torch.sigmoid(x))
+
+
+class OriginalBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.img_qkv_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.txt_kv_proj = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.attn_out = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.qk_norm = nn.ModuleDict({"query_norm": Scale(HIDDEN // HEADS), "key_norm": Scale(HIDDEN // HEADS)})
+        self.k_norm = Scale(HIDDEN // HEADS)
+        self.gate_proj = nn.Linear(HIDDEN, MLP, bias=False)
+        self.up_proj = nn.Linear(HIDDEN, MLP, bias=False)
+        self.down_proj = nn.Linear(MLP, HIDDEN, bias=False)
+        self.modulation = nn.ModuleDict({"lin": nn.Linear(HIDDEN, 6 * HIDDEN)})
+
+    def forward(self, img, txt, vec, places, mask):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
+            part[:, None] for part in self.modulation["lin"](vec * torch.sigmoid(vec)).split(HIDDEN, dim=1)
+        )
+        x = normed(img) * (1 + scale) + shift
+        query, key, value = (self.heads(part) for part in self.img_qkv_proj(x).split(HIDDEN, dim=2))
+        text_key, text_value = (self.heads(part) for part in self.txt_kv_proj(txt).split(HIDDEN, dim=2))
+        query, key = turned(self.qk_norm["query_norm"](query), places), turned(self.qk_norm["key_norm"](key), places)
+        key = torch.cat((self.k_norm(text_key), key), dim=2)
+        value = torch.cat((text_value, value), dim=2)
+        logits = torch.einsum("bhqd,bhkd->bhqk", query, key) / math.sqrt(HIDDEN // HEADS)
+        seen = torch.cat((mask, torch.ones(len(img), img.shape[1], dtype=torch.bool)), dim=1)
+        weights = logits.masked_fill(~seen[:, None, None, :], -1e30).softmax(dim=-1)
+        x = torch.einsum("bhqk,bhkd->bqhd", weights, value).reshape(img.shape)
+        img = img + gate * self.attn_out(x)
+        x = normed(img) * (1 + scale_mlp) + shift_mlp
+        gated = self.gate_proj(x)
+        gated = 0.5 * gated * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gated + 0.044715 * gated**3)))
+        return img + gate_mlp * self.down_proj(gated * self.up_proj(x))
+
+    @staticmethod
+    def heads(x):
+        return torch.stack(x.split(HIDDEN // HEADS, dim=2), dim=1)  # (B, h, N, d)
+
+
+def turned(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x (B, h, N, d), by the row (first half of the features) and the column of each token, `places` (B, N, 2)."""
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    for axis in range(2):
+        for pair in range(half // 2):
+            angle = places[..., axis].double() * 10_000 ** (-2 * pair / half)  # (B, N)
+            cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+            a, b = axis * half + 2 * pair, axis * half + 2 * pair + 1
+            out[..., a] = cos * x[..., a] - sin * x[..., b]
+            out[..., b] = sin * x[..., a] + cos * x[..., b]
+    return out
+
+
+class OriginalPRX(nn.Module):
+    """`sprint` is the original's (route_start, route_end): both ends are routed blocks."""
+
+    def __init__(self, channels=4, patch=2, bottleneck=None, sprint=None):
+        super().__init__()
+        self.channels, self.patch, self.sprint = channels, patch, sprint
+        size = channels * patch**2
+        self.img_in = nn.Linear(size, HIDDEN)
+        if bottleneck is not None:
+            self.img_in = nn.Sequential(nn.Linear(size, bottleneck), nn.Linear(bottleneck, HIDDEN))
+        self.time_in = TwoLayers(256, HIDDEN)
+        self.txt_in = nn.Linear(tiny.TEXT_WIDTH, HIDDEN)
+        self.blocks = nn.ModuleList([OriginalBlock() for _ in range(DEPTH)])
+        modulation = nn.Sequential(nn.SiLU(), nn.Linear(HIDDEN, 2 * HIDDEN))
+        self.final_layer = nn.ModuleDict({"linear": nn.Linear(HIDDEN, size), "adaLN_modulation": modulation})
+        if sprint is not None:
+            self.sprint_fuse = nn.Linear(2 * HIDDEN, HIDDEN)
+            self.sprint_mask_token = nn.Parameter(torch.zeros(1, 1, HIDDEN))
+
+    def forward(self, image, t, text, mask, resolution=None, visible=None):
+        batch, _, height, width = image.shape
+        p = self.patch
+        patches = nn.functional.unfold(image, p, stride=p).transpose(1, 2)  # (B, N, C * p * p), row after row
+        img, txt = self.img_in(patches), self.txt_in(text)
+        places = torch.tensor([[row, column] for row in range(height // p) for column in range(width // p)])
+        places = all_places = places.expand(batch, -1, -1)
+        vec = self.time_in(waves(t, 256, 1000.0))
+        if resolution is not None and resolution.mode == "vec":
+            vec = vec + resolution(height, width)
+        if resolution is not None and resolution.mode == "token":
+            txt = torch.cat((resolution(height, width).expand(batch, 2, -1), txt), dim=1)
+            mask = torch.cat((torch.ones(batch, 2, dtype=torch.bool), mask), dim=1)
+        for number, block in enumerate(self.blocks):
+            if self.sprint is not None and number == self.sprint[0]:
+                dense = img
+                if visible is not None:
+                    img = torch.stack([row[kept] for row, kept in zip(img, visible)])
+                    places = torch.stack([row[kept] for row, kept in zip(all_places, visible)])
+            img = block(img, txt, vec, places, mask)
+            if self.sprint is not None and number == self.sprint[1]:
+                deep = img
+                if visible is not None:
+                    deep = self.sprint_mask_token.expand(dense.shape).clone()
+                    for row, (kept, tokens) in enumerate(zip(visible, img)):
+                        deep[row, kept] = tokens
+                img, places = self.sprint_fuse(torch.cat((dense, deep), dim=2)), all_places
+        shift, scale = self.final_layer["adaLN_modulation"](vec)[:, None].split(HIDDEN, dim=2)
+        patches = self.final_layer["linear"](normed(img) * (1 + scale) + shift)
+        return nn.functional.fold(patches.transpose(1, 2), (height, width), p, stride=p)
+
+
+class OriginalResolution(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+        if mode == "vec":
+            self.mlp = TwoLayers(256, HIDDEN)
+        else:
+            self.h_embedder, self.w_embedder = TwoLayers(128, HIDDEN), TwoLayers(128, HIDDEN)
+
+    def forward(self, height, width):
+        rows, columns = waves(torch.tensor([height]), 128, 1.0), waves(torch.tensor([width]), 128, 1.0)
+        if self.mode == "vec":
+            return self.mlp(torch.cat((rows, columns), dim=1))
+        return torch.stack((self.h_embedder(rows), self.w_embedder(columns)), dim=1)
+
+
+class Averaged(nn.Module):
+    def __init__(self, model, active=True):
+        super().__init__()
+        self.register_buffer("_is_active", torch.tensor(active))
+        self.model = model
+
+
+class Run(nn.Module):
+    """What the original trains: the network, beside it its moving average, the resolution embedder and a projector."""
+
+    def __init__(self, resolution=None, active=True, **changes):
+        super().__init__()
+        self.denoiser = OriginalPRX(**changes)
+        self.ema_denoiser = Averaged(OriginalPRX(**changes), active)
+        self.repa_loss = nn.ModuleDict({"projector": nn.Linear(HIDDEN, HIDDEN)})
+        if resolution is not None:
+            self.resolution_embedder = OriginalResolution(resolution)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                around = 1.0 if name.endswith(".scale") else 0.0
+                size = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+                parameter.copy_(around + size * torch.randn(parameter.shape, generator=generator))
+
+    def predict(self, network, **changes):
+        with torch.no_grad():
+            return network(
+                **inputs(network.channels), resolution=getattr(self, "resolution_embedder", None), **changes
+            )
+
+    def checkpoint(self) -> dict:
+        """The nested dictionary that the trainer saves."""
+        moments = {name: {"step": torch.tensor(3.0), "exp_avg": p.detach()} for name, p in self.named_parameters()}
+        return {"state": {"model": self.state_dict(), "optimizers": {"AdamW": {"state": moments}}, "run_name": "a"}}
+
+
+def inputs(channels=4):
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.ones(2, TOKENS, dtype=torch.bool)
+    mask[1, 3:] = False
+    return {
+        "image": torch.randn(2, channels, HEIGHT, WIDTH, generator=generator),
+        # powers of two: (1000 t) w of the original and 1000 (t w) of diffusers then round alike, which elsewhere moves
+        # angles of up to 1000 by 1e-4 and predictions by 1e-5
+        "t": torch.tensor([0.25, 0.5]),
+        "text": torch.randn(2, TOKENS, tiny.TEXT_WIDTH, generator=generator),
+        "mask": mask,
+    }
+
+
+def converted_prediction(transformer, **changes):
+    given = inputs(transformer.config["in_channels"])
+    with torch.no_grad():
+        return transformer(given["image"], given["t"], given["text"], given["mask"], **changes).sample
+
+
+def difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def saved(run: Run, folder: Path, form: str) -> Path:
+    """The checkpoint in one of the forms that are read."""
+    if form == "folder":
+        dcp.save(run.checkpoint(), checkpoint_id=folder / "folder", no_dist=True)
+        return folder / "folder"
+    if form == "nested.pt":
+        state = run.checkpoint() | {"rng": [{"numpy": np.random.get_state(), "torch": torch.get_rng_state()}]}  # noqa: NPY002
+        torch.save(state, folder / form)
+    elif form == "old.pt":  # before torch 1.6
+        torch.save({"state_dict": run.state_dict()}, folder / form, _use_new_zipfile_serialization=False)
+    elif form == "flat.safetensors":
+        save_file({f"state.model.{name}": tensor for name, tensor in run.state_dict().items()}, folder / form)
+    else:  # the network alone
+        save_file(run.denoiser.state_dict(), folder / form)
+    return folder / form
+
+
+VARIANTS = {
+    "plain": ({}, {}),
+    "bottleneck": ({"channels": 3, "patch": 4, "bottleneck": 6}, {}),
+    "resolution": ({"resolution": "vec"}, {}),
+    "size_tokens": ({"resolution": "token"}, {}),
+    "sprint": ({"sprint": (1, 2)}, {"fusion_range": (1, 3)}),
+}
+TOLERANCE = 2e-6  # relative, float32; measured: 2e-7 to 5e-7
+
+
+# --- the same predictions
+
+
+@pytest.mark.parametrize("form", ["nested.pt", "flat.safetensors", "folder"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_converted_network_predicts_what_the_original_does(variant, form, tmp_path):
+    settings, given = VARIANTS[variant]
+    run = Run(**settings)
+    path = saved(run, tmp_path, form)
+    for ema in (False, True):
+        network = run.ema_denoiser.model if ema else run.denoiser
+        transformer = convert_transformer(path, ema, in_channels=settings.get("channels", 4), **given)
+        assert difference(converted_prediction(transformer), run.predict(network)) < TOLERANCE
+    assert difference(run.predict(run.ema_denoiser.model), run.predict(run.denoiser)) > 0.1
+
+
+@pytest.mark.parametrize("form", ["old.pt", "alone.safetensors"])
+def test_other_files_are_read(form, tmp_path):
+    run = Run()
+    transformer = convert_transformer(saved(run, tmp_path, form), in_channels=4)
+    assert difference(converted_prediction(transformer), run.predict(run.denoiser)) < TOLERANCE
+
+
+def test_the_mask_token_of_sprint_is_converted(tmp_path):
+    run = Run(sprint=(1, 2))
+    transformer = convert_transformer(saved(run, tmp_path, "folder"), in_channels=4, fusion_range=(1, 3))
+    visible = torch.tensor([[0, 3, 4, 20], [1, 2, 8, 23]])
+    ours = converted_prediction(transformer, route=TokenRoute(1, 3, visible))
+    assert difference(ours, run.predict(run.denoiser, visible=visible)) < TOLERANCE
+
+
+def test_the_comparison_feels_every_tensor():
+    """Another value in any one tensor of the original has to change its prediction by far more than the tolerance."""
+    added = ("denoiser.img_in", "resolution_embedder", "denoiser.sprint")
+    for settings, _ in VARIANTS.values():
+        run = Run(**settings)
+        changes = {"visible": torch.tensor([[0, 3], [1, 2]])} if run.denoiser.sprint else {}
+        before = run.predict(run.denoiser, **changes)
+        for name, parameter in run.named_parameters():
+            if name.startswith(("ema_denoiser", "repa_loss")) or (settings and not name.startswith(added)):
+                continue
+            kept = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.copy_(kept.flip(0) + 0.1)
+            assert difference(run.predict(run.denoiser, **changes), before) > 100 * TOLERANCE, name
+            with torch.no_grad():
+                parameter.copy_(kept)
+
+
+def test_norms_under_their_later_name(tmp_path):
+    run = Run()
+    save_file({k.removesuffix("scale") + "weight" if k.endswith(".scale") else k: v
+               for k, v in run.denoiser.state_dict().items()}, tmp_path / "a.safetensors")  # fmt: skip
+    transformer = convert_transformer(tmp_path / "a.safetensors", in_channels=4)
+    assert difference(converted_prediction(transformer), run.predict(run.denoiser)) < TOLERANCE
+
+
+def test_a_resolution_embedder_inside_the_network(tmp_path):
+    """So it is in the checkpoint of the released pixel model, and then has a moving average."""
+    run = Run(resolution="vec")
+    state = run.state_dict()
+    for name in [name for name in state if name.startswith("resolution_embedder.")]:
+        tensor = state.pop(name)
+        state |= {f"denoiser.{name}": tensor, f"ema_denoiser.model.{name}": -tensor}
+    torch.save(state, tmp_path / "a.pt")
+    plain = convert_transformer(tmp_path / "a.pt", in_channels=4)
+    averaged = convert_transformer(tmp_path / "a.pt", ema=True, in_channels=4)
+    assert difference(converted_prediction(plain), run.predict(run.denoiser)) < TOLERANCE
+    bias = run.resolution_embedder.mlp.out_layer.bias
+    assert torch.equal(averaged.resolution_embedder.mlp.out_layer.bias, -bias)
+
+
+# --- configuration and dtype
+
+
+def test_the_configuration_of_the_study_is_read():
+    """Shapes of the 1.2B model and of the released 7B pixel model, see the figures of the study."""
+    assert sizes(1792, 64, 6272, 16, 64, 2304, None, in_channels=16) == {
+        "in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792, "mlp_ratio": 3.5,
+        "num_heads": 28, "depth": 16, "axes_dim": [32, 32], "bottleneck_size": None, "resolution_embeds": False,
+        "resolution_tokens": False,
+    }  # fmt: skip
+    assert sizes(3584, 128, 12544, 24, 768, 2048, 768, in_channels=3) == {
+        "in_channels": 3, "patch_size": 16, "context_in_dim": 2048, "hidden_size": 3584, "mlp_ratio": 3.5,
+        "num_heads": 28, "depth": 24, "axes_dim": [64, 64], "bottleneck_size": 768, "resolution_embeds": False,
+        "resolution_tokens": False,
+    }  # fmt: skip
+
+
+def sizes(hidden, head, mlp, depth, values, text, bottleneck, **given):
+    shapes = {
+        "txt_in.weight": (hidden, text),
+        "final_layer.linear.weight": (values, hidden),
+        "blocks.0.attention.norm_q.weight": (head,),
+        "blocks.0.gate_proj.weight": (mlp, hidden),
+        f"blocks.{depth - 1}.gate_proj.weight": (mlp, hidden),
+        "img_in.weight" if bottleneck is None else "img_in.0.weight": (bottleneck or hidden, values),
+    }
+    return read_config(shapes, given)
+
+
+def test_any_mlp_size_survives_the_ratio():
+    """The model cuts hidden_size * mlp_ratio, which may fall below the size that the ratio was computed from."""
+    for hidden in (32, 48, 96, 1792):
+        for mlp in range(hidden, 4 * hidden, 7):
+            assert int(hidden * sizes(hidden, 16, mlp, 1, 4, 8, None, patch_size=1)["mlp_ratio"]) == mlp
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"16 x 1\^2, 4 x 2\^2, 1 x 4\^2: give `in_channels` or `patch_size`"),
+        ({"in_channels": 3}, "`in_channels` 3 and `patch_size` None .* do not fit"),
+        ({"in_channels": 16, "patch_size": 2}, "do not fit"),
+        ({"patch_size": 2, "fusion_range": (1, 3)}, "no fusion layer"),
+        ({"patch_size": 2, "axes_dim": (8, 4)}, "`axes_dim` must be"),
+        ({"patch_size": 2, "axes": (8, 8)}, "axes"),
+    ],
+)
+def test_what_shapes_do_not_tell_has_to_be_given(given, message, tmp_path):
+    path = saved(Run(), tmp_path, "alone.safetensors")
+    with pytest.raises((ValueError, TypeError), match=message):
+        convert_transformer(path, **given)
+
+
+def test_sprint_needs_its_range(tmp_path):
+    path = saved(Run(sprint=(1, 2)), tmp_path, "alone.safetensors")
+    with pytest.raises(ValueError, match=r"Give `fusion_range`.*`route_end` \+ 1"):
+        convert_transformer(path, in_channels=4)
+
+
+def test_dtypes(tmp_path):
+    run = Run(sprint=(1, 2))
+    given = {"in_channels": 4, "fusion_range": (1, 3)}
+    run.denoiser.to(torch.bfloat16)
+    path = saved(run, tmp_path, "nested.pt")
+    assert convert_transformer(path, **given).dtype is torch.bfloat16
+    widened = convert_transformer(path, dtype=torch.float32, **given)
+    for name, tensor in convert_transformer(path, **given).state_dict().items():
+        assert tensor.dtype is torch.bfloat16
+        assert torch.equal(widened.state_dict()[name], tensor.float())
+    run.denoiser.sprint_fuse.float()  # as the original adds it to a bfloat16 network
+    path = saved(run, tmp_path, "folder")
+    with pytest.raises(ValueError, match=r"'bfloat16': .*'float32': 2.*say with `dtype`"):
+        convert_transformer(path, **given)
+    assert {t.dtype for t in convert_transformer(path, dtype=torch.float16, **given).parameters()} == {torch.float16}
+    run.denoiser.txt_in.weight.data = run.denoiser.txt_in.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*accepted"):
+        convert_transformer(saved(run, tmp_path, "nested.pt"), dtype=torch.float32, **given)
+
+
+# --- which network
+
+
+def test_networks_are_found_by_their_tensors():
+    names = {f"{start}{end}" for start in ("a.denoiser.", "a.ema_denoiser.model.") for end in ("txt_in.weight", "b")}
+    names |= {"a.optimizers.denoiser.txt_in.weight.exp_avg", "a.denoiser_b"}
+    listed = dict.fromkeys(sorted(names))
+    assert find_network(listed) == {"b": "a.denoiser.b", "txt_in.weight": "a.denoiser.txt_in.weight"}
+    assert find_network(listed, ema=True)["b"] == "a.ema_denoiser.model.b"
+    assert find_network(listed, prefix="a.denoiser") == find_network(listed)
+    assert find_network({"txt_in.weight": 0, "b": 0}) == {"txt_in.weight": "txt_in.weight", "b": "b"}
+    with pytest.raises(ValueError, match=r"several networks; `prefix` says which: one of .'a.denoiser.', 'teacher.'"):
+        find_network(listed | {"teacher.txt_in.weight": None})
+    with pytest.raises(ValueError, match=r"no `prefix` 'other'; it has networks under .'a.denoiser.'"):
+        find_network(listed, prefix="other")
+    with pytest.raises(ValueError, match=r"no moving average .`ema`.; it has networks under .''"):
+        find_network({"txt_in.weight": 0}, ema=True)
+    with pytest.raises(ValueError, match=r"no trained weights"):
+        find_network({"ema_denoiser.model.txt_in.weight": 0})
+    with pytest.raises(ValueError, match=r"There is no PRX in the checkpoint; it holds 2 entries: .'a', 'b'"):
+        find_network({"a": 0, "b": 0})
+    inside_and_beside = ["denoiser.resolution_embedder.mlp", "resolution_embedder.mlp"]
+    with pytest.raises(ValueError, match=r"a resolution embedder under denoiser. and one under"):
+        find_network(dict.fromkeys(["denoiser.txt_in.weight", *inside_and_beside]))
+
+
+@pytest.mark.parametrize("form", ["nested.pt", "folder"])
+def test_an_average_that_has_not_begun_is_refused(form, tmp_path):
+    path = saved(Run(active=False), tmp_path, form)
+    with pytest.raises(ValueError, match="the moving average had not begun"):
+        convert_transformer(path, ema=True, in_channels=4)
+    convert_transformer(path, in_channels=4)
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    run = Run(resolution="vec")
+    convert_transformer(saved(run, tmp_path, "folder"), ema=True, in_channels=4)
+    printed = capsys.readouterr().out
+    network = len(run.denoiser.state_dict())
+    assert f"network: {network + 4} tensors" in printed
+    assert f"left out: {network} entries under state.model.denoiser\n" in printed
+    assert "left out: 1 entries under state.model.ema_denoiser\n" in printed  # the flag
+    assert "left out: 2 entries under state.model.repa_loss\n" in printed
+    assert f"left out: {2 * len(list(run.parameters()))} entries under state.optimizers.AdamW\n" in printed
+    assert "averages no resolution embedder: the trained one is taken (4 tensors)" in printed
+
+
+# --- exactly a PRX
+
+
+def edited(tmp_path, edit):
+    state = dict(Run().denoiser.state_dict())
+    edit(state)
+    torch.save(state, tmp_path / "edited.pt")
+    return tmp_path / "edited.pt"
+
+
+def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
+    def edit(state):
+        del state["blocks.1.attn_out.weight"], state["time_in.in_layer.bias"]
+        state["blocks.2.extra"] = torch.ones(3)
+        state["txt_in.bias"] = torch.ones(HIDDEN + 1)
+
+    with pytest.raises(ValueError, match="not exactly a PRX") as caught:
+        convert_transformer(edited(tmp_path, edit), in_channels=4)
+    assert str(caught.value).splitlines() == [
+        "The network in the checkpoint is not exactly a PRX:",
+        f"  missing: time_in.in_layer.bias [{HIDDEN}]",
+        f"  missing: blocks.1.attention.to_out.0.weight [{HIDDEN}, {HIDDEN}]",
+        "  unknown: blocks.2.extra [3]",
+        f"  txt_in.bias (txt_in.bias) has the shape [{HIDDEN + 1}] instead of [{HIDDEN}]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1.")], "missing: blocks.1.gate_proj.weight"),
+        (lambda s: s.pop("img_in.weight"), "lacks tensors that tell its configuration: .'img_in.weight'"),
+        (lambda s: s.update({"txt_in.weight": torch.ones(3)}), "impossible shapes: .'txt_in.weight': .3,."),
+        (lambda s: s.update({"blocks.0.qk_norm.query_norm.scale": torch.ones(5)}), "32 is no multiple of .* 5"),
+        (lambda s: s.update({"blocks.0.qk_norm.query_norm.weight": torch.ones(16)}), "are the same tensor"),
+        (lambda s: s.update({"txt_in.note": "text"}), "Not tensors, of the network: .'txt_in.note'"),
+        (lambda s: s.update({"sprint_mask_token": torch.ones(HIDDEN)}), "unknown: sprint_mask_token"),
+    ],
+)
+def test_a_wrong_network_is_refused(edit, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert_transformer(edited(tmp_path, edit), in_channels=4)
+
+
+# --- broken and hostile files
+
+
+@pytest.mark.parametrize("form", ["nested.pt", "old.pt", "flat.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_truncated_file_is_refused(form, share, tmp_path):
+    path = saved(Run(), tmp_path, form)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="is broken or not a"):
+        convert_transformer(path, in_channels=4)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("share", [None, 0.0, 0.1])
+def test_a_broken_folder_is_refused(name, share, tmp_path):
+    path = saved(Run(), tmp_path, "folder")
+    data = (path / name).read_bytes()
+    (path / name).unlink() if share is None else (path / name).write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=r"has no .metadata|is broken or not the index|is missing or broken"):
+        convert_transformer(path, in_channels=4)
+
+
+def test_no_file_and_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        convert_transformer(tmp_path / "none.pt", in_channels=4)
+    with pytest.raises(ValueError, match=r"has no .metadata; accepted is"):
+        convert_transformer(tmp_path, in_channels=4)
+
+
+class Hostile:
+    """Unpickled without care it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_hostile_pickle_would_run(tmp_path):
+    """Else the tests below show nothing."""
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("where", ["beside", "in the network", "alone"])
+def test_a_hostile_file_does_not_run(where, legacy, tmp_path):
+    hostile = Hostile(tmp_path / "ran")
+    state = Run().checkpoint()
+    if where == "beside":
+        state["callbacks"] = hostile
+    else:
+        state["state"]["model"]["denoiser.txt_in.note"] = hostile
+    torch.save(hostile if where == "alone" else state, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"holds a posix.mkdir. Only tensors and plain values are read"):
+        convert_transformer(tmp_path / "a.pt", in_channels=4)
+    assert not (tmp_path / "ran").exists()
+
+
+def index_of(path):
+    return pickle.loads((path / ".metadata").read_bytes())
+
+
+def with_index(path, index):
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    return path
+
+
+@pytest.mark.parametrize("where", ["alone", "inside", "method"])
+def test_a_hostile_index_does_not_run(where, tmp_path):
+    path, hostile = saved(Run(), tmp_path, "folder"), tmp_path / "ran"
+    index = index_of(path)
+    if where == "inside":
+        index.planner_data["x"] = Hostile(hostile)
+    elif where == "alone":
+        index = Hostile(hostile)
+    with_index(path, index)
+    if where == "method":  # a dotted name would lead from an allowed class to anything
+        words = "".join(f"\x8c{chr(len(word))}{word}" for word in ("torch", "serialization.os.mkdir"))
+        argument = f"\x8c{chr(len(str(hostile)))}{hostile}"
+        (path / ".metadata").write_bytes(f"\x80\x04{words}\x93{argument}\x85R.".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"it asks for (posix.mkdir|torch.serialization.os.mkdir), which no such index"
+    ):
+        convert_transformer(path, in_channels=4)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hostile_data_behind_an_index_do_not_run(tmp_path):
+    """As a tensor they are refused; as the bytes of an object they are not even read."""
+    name, hostile = "state.model.denoiser.txt_in.weight", Hostile(tmp_path / "ran")
+    path = saved(Run(), tmp_path, "folder")
+    index = index_of(path)
+    torch.save(hostile, path / "hostile.distcp")
+    size = (path / "hostile.distcp").stat().st_size
+    index.storage_data = {
+        key: _StorageInfo("hostile.distcp", 0, size) if key.fqn == name else info
+        for key, info in index.storage_data.items()
+    }
+    with_index(path, index)
+    with pytest.raises(ValueError, match="is missing or broken: UnpicklingError"):
+        convert_transformer(path, in_channels=4)
+    index.state_dict_metadata[name] = BytesStorageMetadata()
+    index.storage_data[MetadataIndex(name)] = _StorageInfo("hostile.distcp", 0, size)
+    with_index(path, index)
+    with pytest.raises(ValueError, match="Not tensors, of the network"):
+        convert_transformer(path, in_channels=4)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_names_only_files_of_its_folder_and_whole_tensors(tmp_path):
+    path = saved(Run(), tmp_path, "folder")
+    index = index_of(path)
+    kept = dict(index.storage_data)
+    for name in ("../a.pt", "/etc/passwd", ".."):
+        index.storage_data = {key: _StorageInfo(name, 0, 9) for key in kept}
+        with pytest.raises(ValueError, match=r"is not the index of a checkpoint: .'"):
+            list_tensors(with_index(path, index))
+    index.storage_data = kept
+    index.state_dict_metadata["state.model.denoiser.txt_in.weight"].chunks.clear()
+    with pytest.raises(ValueError, match=r"does not list the whole of state.model.denoiser.txt_in.weight"):
+        list_tensors(with_index(path, index))
+
+
+# --- pipelines
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a T5Gemma, a whole Qwen3-VL, a VAE, and two PRX pipelines."""
+    root = tmp_path_factory.mktemp("parts")
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    torch.manual_seed(0)
+    qwen = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=zoo.QWEN_TEXT, vision_config=vision))
+    for name, model in (("t5gemma", tiny.t5gemma_model()), ("qwen", qwen)):
+        model.save_pretrained(root / name)
+        tiny.tokenizer(max_length=1000).save_pretrained(root / name)
+    tiny.vae_kl().save_pretrained(root / "vae")
+    zoo.vae_flux2().save_pretrained(root / "flux2")
+    tiny.latent_pipeline(token_route=(0, 1, 0.5)).save_pretrained(root / "pipeline")
+    tiny.pixel_pipeline().save_pretrained(root / "pixel_pipeline")
+    (root / "other").mkdir()
+    (root / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return root
+
+
+def convert(path, out, *more):
+    main(["--checkpoint_path", str(path), "--output_dir", str(out), *map(str, more)])
+
+
+DRAW = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np", "height": 16, "width": 24}
+
+
+def test_a_pipeline_in_latents_that_stock_diffusers_loads(parts, tmp_path, capsys):
+    run = Run()
+    convert(
+        saved(run, tmp_path, "nested.pt"), tmp_path / "out", "--vae_name_or_path", parts / "vae",
+        "--text_encoder_name_or_path", parts / "t5gemma", "--shift", 1.5, "--resolution", 32,
+        "--max_sequence_length", 9,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "velocity, shift 1.5, noise_scale 1.0, 9 text tokens" in printed
+    ours = PRXPipeline.from_pretrained(tmp_path / "out")
+    assert (ours.scheduler.shift, ours.max_tokens, ours.config["default_sample_size"]) == (1.5, 9, 32)
+    assert ours.config["prediction_type"] == "velocity"
+    assert difference(converted_prediction(ours.transformer), run.predict(run.denoiser)) < TOLERANCE
+    for name, tensor in tiny.t5gemma_model().encoder.state_dict().items():
+        assert torch.equal(ours.text_encoder.encoder.state_dict()[name], tensor)
+    assert ours("a red cat", generator=torch.Generator().manual_seed(0), **DRAW).images.shape == (1, 16, 24, 3)
+    stock = diffusers.PRXPipeline.from_pretrained(tmp_path / "out")
+    given = inputs()
+    with torch.no_grad():
+        stock_says = stock.transformer(given["image"], given["t"], given["text"], given["mask"]).sample
+    assert difference(stock_says, run.predict(run.denoiser)) < TOLERANCE
+
+
+def test_a_pipeline_in_pixels_with_the_text_tower_of_qwen(parts, tmp_path):
+    run = Run(channels=3, patch=4, bottleneck=6, resolution="vec")
+    convert(
+        saved(run, tmp_path, "folder"), tmp_path / "out", "--ema", "--pixel_space", "--noise_scale", 2, "--dtype",
+        "bfloat16", "--text_encoder_name_or_path", parts / "qwen",
+    )  # fmt: skip
+    pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out")
+    assert (pipeline.config["prediction_type"], pipeline.config["noise_scale"]) == ("x_prediction", 2)
+    assert (pipeline.max_tokens, pipeline.scheduler.shift) == (256, 3.0)
+    whole = Qwen3VLForConditionalGeneration.from_pretrained(parts / "qwen")
+    for name, tensor in whole.model.language_model.state_dict().items():
+        assert torch.equal(pipeline.text_encoder.state_dict()[name], tensor)
+    expected = run.ema_denoiser.model.blocks[1].attn_out.weight.to(torch.bfloat16)
+    assert torch.equal(pipeline.transformer.blocks[1].attention.to_out[0].weight, expected)
+    assert isinstance(diffusers.PRXPixelPipeline.from_pretrained(tmp_path / "out"), diffusers.PRXPixelPipeline)
+
+
+def test_parts_of_a_saved_pipeline(parts, tmp_path):
+    run = Run(sprint=(1, 2))
+    convert(
+        saved(run, tmp_path, "folder"), tmp_path / "out", "--components_from", parts / "pipeline", "--prediction_type",
+        "x_prediction", "--fusion_range", 1, 3, "--token_route", 1, 3, 0.75,
+    )  # fmt: skip
+    pipeline = PRXPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.config["token_route"] == (1, 3, 0.75)
+    assert pipeline.config["prediction_type"] == "x_prediction"
+    assert pipeline.vae.config["scaling_factor"] == tiny.vae_kl().config["scaling_factor"]
+    assert difference(converted_prediction(pipeline.transformer), run.predict(run.denoiser)) < TOLERANCE
+    run = Run(channels=3, patch=4)
+    convert(saved(run, tmp_path, "flat.safetensors"), tmp_path / "out2", "--components_from", parts / "pixel_pipeline")
+    assert PRXPixelPipeline.from_pretrained(tmp_path / "out2").transformer.config["patch_size"] == 4
+
+
+def test_the_network_alone(tmp_path):
+    run = Run()
+    convert(saved(run, tmp_path, "nested.pt"), tmp_path / "out", "--transformer_only", "--patch_size", 2)
+    stock = diffusers.PRXTransformer2DModel.from_pretrained(tmp_path / "out").eval()
+    given = inputs()
+    with torch.no_grad():
+        stock_says = stock(given["image"], given["t"], given["text"], given["mask"]).sample
+    assert difference(stock_says, run.predict(run.denoiser)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--transformer_only", "--shift", "2"], "which --shift is for"),
+        (["--transformer_only"], "give `in_channels` or `patch_size`"),
+        ([], "give one of --vae_name_or_path, --pixel_space"),
+        (["--pixel_space"], "give --text_encoder_name_or_path"),
+        (["--pixel_space", "--vae_name_or_path", "vae"], "give one of"),
+        (["--pixel_space", "--text_encoder_name_or_path", "t5gemma"], "`in_channels` 3 .* do not fit"),
+        (["--components_from", "vae"], "no file named model_index.json"),
+        (["--components_from", "other"], "is a StableDiffusionPipeline, not a PRX pipeline"),
+        (["--components_from", "pipeline", "--prediction_type", "flow_matching"], "invalid choice"),
+        (["--components_from", "pipeline", "--token_route", "1", "9", "0.5"], "token_route"),
+        (["--components_from", "pipeline", "--token_route", "1.5", "2", "0.5"], "whole numbers"),
+        (["--components_from", "pipeline", "--shift", "-1"], "`shift`"),
+        (["--components_from", "pipeline", "--max_sequence_length", "0"], "must be at least 1"),
+        (["--vae_name_or_path", "t5gemma", "--text_encoder_name_or_path", "t5gemma"], "accepted are"),
+        (["--vae_name_or_path", "flux2", "--text_encoder_name_or_path", "t5gemma"], "32 channels times 0.18215"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(arguments, message, parts, tmp_path, capsys):
+    path = saved(Run(), tmp_path, "alone.safetensors")
+    arguments = [str(parts / a) if (parts / a).exists() else a for a in arguments]
+    with pytest.raises(SystemExit) as caught:
+        convert(path, tmp_path / "out", *arguments)
+    assert caught.value.code != 0
+    assert re.search(message, f"{caught.value.code}{capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_of_another_width_is_refused(parts, tmp_path):
+    state = Run().denoiser.state_dict() | {"txt_in.weight": torch.ones(HIDDEN, 48)}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(SystemExit, match=r"The text encoder is 32 wide; the network was trained on text of width 48"):
+        convert(tmp_path / "a.pt", tmp_path / "out", "--components_from", parts / "pipeline")
+
+
+def test_a_full_folder_is_not_written_to(parts, tmp_path, capsys):
+    path = saved(Run(), tmp_path, "alone.safetensors")
+    with pytest.raises(SystemExit):
+        convert(path, tmp_path, "--components_from", parts / "pipeline")
+    assert "must be a new or an empty folder" in capsys.readouterr().err
