@@ -4,10 +4,12 @@
 the package; a checkpoint of it, converted, has to predict the same.
 """
 
+import json
 import math
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -18,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tiny
@@ -363,8 +365,7 @@ def sizes(hidden, head, mlp, depth, values, text, bottleneck, **given):
         "txt_in.weight": (hidden, text),
         "final_layer.linear.weight": (values, hidden),
         "blocks.0.attention.norm_q.weight": (head,),
-        "blocks.0.gate_proj.weight": (mlp, hidden),
-        f"blocks.{depth - 1}.gate_proj.weight": (mlp, hidden),
+        **{f"blocks.{number}.gate_proj.weight": (mlp, hidden) for number in range(depth)},
         "img_in.weight" if bottleneck is None else "img_in.0.weight": (bottleneck or hidden, values),
     }
     return read_config(shapes, given)
@@ -497,7 +498,11 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1.")], "missing: blocks.1.gate_proj.weight"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1.")],
+            "3 blocks, up to number 3: block 1 is missing",
+        ),
+        (lambda s: s.update({"blocks.99999999999.a": torch.ones(1)}), "block 4 is missing"),
         (lambda s: s.pop("img_in.weight"), "lacks tensors that tell its configuration: .'img_in.weight'"),
         (lambda s: s.update({"txt_in.weight": torch.ones(3)}), "impossible shapes: .'txt_in.weight': .3,."),
         (lambda s: s.update({"blocks.0.qk_norm.query_norm.scale": torch.ones(5)}), "32 is no multiple of .* 5"),
@@ -535,6 +540,9 @@ def test_a_broken_folder_is_refused(name, share, tmp_path):
 
 
 def test_no_file_and_no_checkpoint(tmp_path):
+    torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"two entries of one name: .'a.b'"):
+        list_tensors(tmp_path / "twice.pt")
     with pytest.raises(ValueError, match="does not exist"):
         convert_transformer(tmp_path / "none.pt", in_channels=4)
     with pytest.raises(ValueError, match=r"has no .metadata; accepted is"):
@@ -623,18 +631,38 @@ def test_hostile_data_behind_an_index_do_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_names_only_files_of_its_folder_and_whole_tensors(tmp_path):
+def test_a_tensor_in_two_files_is_put_together(tmp_path):
+    """As a sharded run leaves it: each process writes its rows to a file of its own."""
+    run, name = Run(), "state.model.denoiser.txt_in.weight"
+    path = saved(run, tmp_path, "folder")
+    index, weight = index_of(path), run.denoiser.txt_in.weight.detach()
+    index.storage_data = {key: info for key, info in index.storage_data.items() if key.fqn != name}
+    chunks = index.state_dict_metadata[name].chunks
+    chunks.clear()
+    for number, (first, rows) in enumerate(((0, 20), (20, HIDDEN - 20))):
+        torch.save(weight[first : first + rows].clone(), path / f"__{number + 1}_0.distcp")
+        chunks.append(ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([rows, tiny.TEXT_WIDTH])))
+        size = (path / f"__{number + 1}_0.distcp").stat().st_size
+        place = MetadataIndex(name, torch.Size([first, 0]), number)
+        index.storage_data[place] = _StorageInfo(f"__{number + 1}_0.distcp", 0, size)
+    transformer = convert_transformer(with_index(path, index), in_channels=4)
+    assert torch.equal(transformer.txt_in.weight, weight)
+    assert difference(converted_prediction(transformer), run.predict(run.denoiser)) < TOLERANCE
+    (path / "__2_0.distcp").unlink()
+    with pytest.raises(ValueError, match="is missing or broken: FileNotFoundError"):
+        convert_transformer(path, in_channels=4)
+    chunks.pop()
+    with pytest.raises(ValueError, match=f"it does not list the whole of {name}"):
+        list_tensors(with_index(path, index))
+
+
+def test_an_index_names_only_files_of_its_folder(tmp_path):
     path = saved(Run(), tmp_path, "folder")
     index = index_of(path)
-    kept = dict(index.storage_data)
     for name in ("../a.pt", "/etc/passwd", ".."):
-        index.storage_data = {key: _StorageInfo(name, 0, 9) for key in kept}
-        with pytest.raises(ValueError, match=r"is not the index of a checkpoint: .'"):
+        index.storage_data = {key: _StorageInfo(name, 0, 9) for key in index.storage_data}
+        with pytest.raises(ValueError, match=r"which is not inside the folder"):
             list_tensors(with_index(path, index))
-    index.storage_data = kept
-    index.state_dict_metadata["state.model.denoiser.txt_in.weight"].chunks.clear()
-    with pytest.raises(ValueError, match=r"does not list the whole of state.model.denoiser.txt_in.weight"):
-        list_tensors(with_index(path, index))
 
 
 # --- pipelines
@@ -655,6 +683,14 @@ def parts(tmp_path_factory):
     zoo.vae_flux2().save_pretrained(root / "flux2")
     tiny.latent_pipeline(token_route=(0, 1, 0.5)).save_pretrained(root / "pipeline")
     tiny.pixel_pipeline().save_pretrained(root / "pixel_pipeline")
+    pipeline = tiny.latent_pipeline()
+    pipeline.text_encoder.to(torch.bfloat16)
+    pipeline.save_pretrained(root / "published")  # but for the text encoder and its name, which transformers 5 lacks
+    shutil.rmtree(root / "published" / "text_encoder")
+    pipeline.text_encoder.encoder.save_pretrained(root / "published" / "text_encoder")
+    index = json.loads((root / "published" / "model_index.json").read_text())
+    index["text_encoder"] = ["prx", "T5GemmaEncoder"]
+    (root / "published" / "model_index.json").write_text(json.dumps(index))
     (root / "other").mkdir()
     (root / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     return root
@@ -718,6 +754,12 @@ def test_parts_of_a_saved_pipeline(parts, tmp_path):
     assert pipeline.config["prediction_type"] == "x_prediction"
     assert pipeline.vae.config["scaling_factor"] == tiny.vae_kl().config["scaling_factor"]
     assert difference(converted_prediction(pipeline.transformer), run.predict(run.denoiser)) < TOLERANCE
+    convert(saved(Run(), tmp_path, "nested.pt"), tmp_path / "out1", "--components_from", parts / "published")
+    stored = diffusers.PRXPipeline.from_pretrained(tmp_path / "out1", torch_dtype={"text_encoder": "auto"})
+    assert stored.text_encoder.dtype is torch.bfloat16  # as it was
+    for name, tensor in tiny.text_encoder().state_dict().items():
+        assert torch.equal(stored.text_encoder.state_dict()[name], tensor.to(torch.bfloat16))
+
     run = Run(channels=3, patch=4)
     convert(saved(run, tmp_path, "flat.safetensors"), tmp_path / "out2", "--components_from", parts / "pixel_pipeline")
     assert PRXPixelPipeline.from_pretrained(tmp_path / "out2").transformer.config["patch_size"] == 4

@@ -102,19 +102,23 @@ def _read_index(folder: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
-        files = {PurePosixPath(info.relative_path) for info in index.storage_data.values()}
-        entries = dict(index.state_dict_metadata)
+        _check_index(index)
     except Exception as error:  # a broken pickle can raise anything
         raise ValueError(f"{path} is broken or not the index of a checkpoint: {error}.") from error
-    outside = sorted(str(file) for file in files if len(file.parts) != 1 or file.name == "..")
-    if outside or not isinstance(index, metadata.Metadata):
-        raise ValueError(f"{path} is not the index of a checkpoint: {outside or type(index).__name__}.")
-    for name, entry in entries.items():
+    return index
+
+
+def _check_index(index: Any) -> None:
+    if not isinstance(index, metadata.Metadata):
+        raise pickle.UnpicklingError(f"it is a {type(index).__name__}")
+    for file in {PurePosixPath(info.relative_path) for info in index.storage_data.values()}:
+        if len(file.parts) != 1 or file.name == "..":
+            raise pickle.UnpicklingError(f"it names {file}, which is not inside the folder")
+    for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, metadata.TensorStorageMetadata):
             continue
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise ValueError(f"{path} does not list the whole of {name}: the checkpoint is incomplete.")
-    return index
+            raise pickle.UnpicklingError(f"it does not list the whole of {name}")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -164,17 +168,17 @@ def _load_file(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(plain_arrays):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    except Exception as error:  # a broken pickle can raise anything
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
-            raise ValueError(f"{path} is broken or not a file of torch.save.") from error
+            raise ValueError(
+                f"{path} is broken or not a file of torch.save with tensors and plain values: {error}."
+            ) from error
         raise ValueError(
             f"{path} holds a {refused[1]}. Only tensors and plain values are read: anything else could run code. Where"
             " the checkpoint can be trusted, save its model alone and convert that file:"
             " torch.save(torch.load(path, weights_only=False)['state']['model'], 'model.pt')."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is broken or not a file of torch.save: {error}.") from error
 
 
 def _flat(tree: Any, parent: str = "") -> dict[str, torch.Tensor | None]:
@@ -183,7 +187,10 @@ def _flat(tree: Any, parent: str = "") -> dict[str, torch.Tensor | None]:
         return {parent: tree if isinstance(tree, torch.Tensor) else None}
     leaves: dict[str, torch.Tensor | None] = {}
     for key, value in tree.items():
-        leaves |= _flat(value, f"{parent}.{key}" if parent else str(key))
+        below = _flat(value, f"{parent}.{key}" if parent else str(key))
+        if leaves.keys() & below.keys():
+            raise ValueError(f"The checkpoint has two entries of one name: {sorted(leaves.keys() & below.keys())}.")
+        leaves |= below
     return leaves
 
 
@@ -315,7 +322,12 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any])
     mlp_ratio = mlp_size / hidden_size
     if int(hidden_size * mlp_ratio) < mlp_size:  # the model cuts the product, which may fall just below
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    depth = 1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match)
+    blocks = {int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match}
+    if len(blocks) <= max(blocks):
+        absent = next(number for number in range(max(blocks)) if number not in blocks)
+        raise ValueError(
+            f"The network has {len(blocks)} blocks, up to number {max(blocks)}: block {absent} is missing."
+        )
     config = {
         "in_channels": in_channels,
         "patch_size": patch_size,
@@ -323,7 +335,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any])
         "hidden_size": hidden_size,
         "mlp_ratio": mlp_ratio,
         "num_heads": hidden_size // head_dim,
-        "depth": depth,
+        "depth": len(blocks),
         "axes_dim": [head_dim // 2, head_dim // 2],
         "bottleneck_size": shapes["img_in.0.weight"][0] if bottleneck else None,
         "resolution_embeds": any(name.startswith("resolution_embedder.") for name in shapes),
@@ -572,7 +584,8 @@ def load_components(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"`components_from` {args.components_from} is a {name}, not a PRX pipeline.")
         pipeline_class: Any = PRXPipeline if name == "PRXPipeline" else PRXPixelPipeline
         not_needed: dict[str, Any] = {"transformer": None, "scheduler": None, "token_route": None}
-        pipeline = pipeline_class.from_pretrained(args.components_from, torch_dtype="auto", **not_needed)
+        dtypes: Any = {"text_encoder": "auto", "default": torch.float32}  # as `load_text_encoder` and `load_vae`
+        pipeline = pipeline_class.from_pretrained(args.components_from, torch_dtype=dtypes, **not_needed)
         parts = {"text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
         return parts | {"vae": getattr(pipeline, "vae", None)}
     text_encoder, tokenizer = load_text_encoder(args.text_encoder_name_or_path)
