@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import tiny
+from diffusers_prx.training.checkpoints import read_tensors
 from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.nets import Nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.trainer import Run
@@ -124,12 +127,26 @@ def copy_checkpoint(run: Run, step: int, folder: Path) -> None:
     shutil.copytree(run.output_dir / f"checkpoint-{step}", folder / f"checkpoint-{step}")
 
 
+def read_pixels(file: Path) -> torch.Tensor:
+    """A picture as numbers from 0 to 255, (H, W, 3)."""
+    return torch.from_numpy(np.array(PIL.Image.open(file))).float()
+
+
 def saved_state(folder: Path) -> dict[str, Any]:
-    """Every tensor and number of a checkpoint."""
-    found: dict[str, Any] = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
-    for file in sorted([*folder.glob("*.bin"), *folder.glob("custom*.pkl")]):
-        found[file.name] = torch.load(file, weights_only=False)
-    return found
+    """Every tensor and number of a checkpoint: tensors whole, by name, and files of JSON."""
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()
+    }
+    read_tensors(folder, found)
+    files = [*folder.glob("generators-*.json"), folder / "run.json"]
+    return found | {file.name: json.loads(file.read_text()) for file in files}
+
+
+def saved_weights(folder: Path, network: str, kind: str = "weights") -> dict[str, torch.Tensor]:
+    """The weights of one network in a checkpoint, or their "average"."""
+    prefix = f"{kind}.{network}."
+    return {name.removeprefix(prefix): value for name, value in saved_state(folder).items() if name.startswith(prefix)}
 
 
 def assert_same(one: Any, other: Any, path: str = "") -> None:

@@ -1,14 +1,39 @@
 """Checkpoints: whole or not there, the newest kept, and refused where they would not continue the run."""
 
+import json
 import os
+import random
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 import runs
-from diffusers_prx.training.checkpoints import RunState, find_checkpoint, list_checkpoints, save_checkpoint
+from diffusers_prx.training import checkpoints
+from diffusers_prx.training.checkpoints import (
+    CheckpointWriter,
+    RunState,
+    file_of_each,
+    find_checkpoint,
+    generator_states,
+    is_complete,
+    list_checkpoints,
+    load_tensors,
+    named_tensors,
+    read_run,
+    restore_generators,
+)
+from diffusers_prx.training.distributed import Exchange
+from diffusers_prx.training.optimizers import MuonAdamW
 
 SETTINGS = runs.config().to_dict()
 
@@ -18,14 +43,24 @@ def names(folder: Path) -> list[str]:
 
 
 def make(folder: Path, *steps: int) -> None:
+    """Checkpoints with nothing in them."""
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "complete.json").write_text('{"files": {}}')
 
 
-@pytest.fixture
-def accelerator():
+def new_writer(folder: Path, total_limit: int | None = None) -> CheckpointWriter:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
+    return CheckpointWriter(folder, total_limit, Exchange(Accelerator(cpu=True), 60))
+
+
+def tensors(value: float, size: int = 3) -> dict[str, torch.Tensor]:
+    return {"weights.a": torch.full((size, 2), value), "optimizer.a.step": torch.tensor(value)}
+
+
+def save(writer: CheckpointWriter, step: int, **changes) -> None:
+    writer.save(step, tensors(float(step), **changes), {"step": step})
+    writer.wait()
 
 
 def state(**changes) -> RunState:
@@ -45,45 +80,229 @@ def stage(first_step=0, stop_step=100, dataset_size=50, global_batch_size=4) -> 
 def test_they_are_sorted_by_number_and_unfinished_ones_are_none(tmp_path):
     make(tmp_path, 1000, 20, 300)
     (tmp_path / "checkpoint-4000.unfinished").mkdir()
+    (tmp_path / "checkpoint-5000").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert names(tmp_path) == ["checkpoint-20", "checkpoint-300", "checkpoint-1000"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1000"
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2, 9])
-def test_only_the_newest_are_kept(tmp_path, accelerator, limit):
+def test_only_the_newest_are_kept(tmp_path, limit):
+    writer = new_writer(tmp_path, limit)
     for step in (5, 10, 100):
-        assert save_checkpoint(accelerator, tmp_path, step, limit).is_dir()
+        save(writer, step)
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-10", "checkpoint-100"][-(limit or 3) :]
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert sorted(os.listdir(tmp_path)) == sorted(names(tmp_path))
 
 
-class Interrupted:
-    """Something to be saved whose saving is cut short."""
+def test_one_says_what_it_consists_of(tmp_path):
+    writer = new_writer(tmp_path)
+    save(writer, 7)
+    folder = tmp_path / "checkpoint-7"
+    listed = json.loads((folder / "complete.json").read_text())["files"]
+    assert sorted([*listed, "complete.json"]) == sorted(os.listdir(folder))
+    assert {Path(name).suffix for name in listed} == {".json", ".safetensors"}
+    assert read_run(folder) == {"step": 7}
+    found = runs.saved_state(folder)
+    assert torch.equal(found["weights.a"], torch.full((3, 2), 7.0))
+    assert torch.equal(found["optimizer.a.step"], torch.tensor(7.0))
 
-    def state_dict(self):
-        raise KeyboardInterrupt
 
-    def load_state_dict(self, state):
-        raise AssertionError
-
-
-def test_an_interrupted_save_leaves_the_previous_one_and_does_not_disturb_the_next(tmp_path, accelerator):
-    kept = state()
-    accelerator.register_for_checkpointing(kept)
-    save_checkpoint(accelerator, tmp_path, 1, 1)
-    accelerator.register_for_checkpointing(Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(accelerator, tmp_path, 2, 1)
-    assert (tmp_path / "checkpoint-2.unfinished").is_dir()
+@pytest.mark.parametrize("damage", ["cut", "lost", "marker cut", "marker lost"])
+def test_one_that_was_damaged_since_is_not_the_latest(tmp_path, damage):
+    writer = new_writer(tmp_path)
+    for step in (1, 2):
+        save(writer, step)
+    folder = tmp_path / "checkpoint-2"
+    file = folder / "complete.json" if "marker" in damage else next(folder.glob("*.safetensors"))
+    if "lost" in damage:
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size // 2)
+    assert not is_complete(folder)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
-    accelerator._custom_objects.pop()
-    kept.step = 2
-    save_checkpoint(accelerator, tmp_path, 2, 1)
-    kept.step = 99
-    accelerator.load_state(str(find_checkpoint(tmp_path, "latest")))
-    assert kept.step == 2
+    with pytest.raises(ValueError, match=r"'checkpoint-2', which is no complete checkpoint; .* \['checkpoint-1'\]"):
+        find_checkpoint(tmp_path, "checkpoint-2")
+    save(writer, 2)  # when the run comes there again
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+
+
+def test_what_a_kill_has_left_is_not_taken_for_the_next_ones(tmp_path):
+    for step in (2, 4):
+        left = tmp_path / f"checkpoint-{step}.unfinished"
+        left.mkdir()
+        (left / "shard-00009-model-00001-of-00001.safetensors").write_bytes(b"half")
+    writer = new_writer(tmp_path)
+    save(writer, 2)
     assert os.listdir(tmp_path) == ["checkpoint-2"]
+    assert not list((tmp_path / "checkpoint-2").glob("shard-00009*"))
+
+
+def test_training_goes_on_while_it_is_written_and_is_not_in_it(tmp_path):
+    """What is saved is the moment of `save`, though tensors and lists change before the writing."""
+    writer = new_writer(tmp_path)
+    values, run = tensors(1.0), {"history": [1]}
+    gate, key = os.pipe()
+    blocked = writer.thread.submit(os.read, gate, 1)  # the thread is busy
+    writer.save(1, values, run)
+    assert names(tmp_path) == []
+    values["weights.a"].fill_(2.0)
+    run["history"].append(2)
+    torch.manual_seed(5)
+    os.write(key, b"x")
+    writer.wait()
+    blocked.result()
+    assert torch.equal(runs.saved_state(tmp_path / "checkpoint-1")["weights.a"], torch.full((3, 2), 1.0))
+    assert read_run(tmp_path / "checkpoint-1") == {"history": [1]}
+    before = torch.get_rng_state()
+    restore_generators(tmp_path / "checkpoint-1", 0)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_next_waits_for_the_one_before(tmp_path):
+    writer = new_writer(tmp_path)
+    for step in (1, 2, 3):
+        assert names(tmp_path) == [f"checkpoint-{earlier}" for earlier in range(1, step - 1)] or step == 1
+        writer.save(step, tensors(step), {})
+        assert f"checkpoint-{step - 1}" in names(tmp_path) or step == 1
+    writer.wait()
+    assert len(names(tmp_path)) == 3
+
+
+# A disk that does not take it
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file can grow beyond a size: the kernel's other way to say that there is no room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_leaves_the_previous_one(tmp_path):
+    writer = new_writer(tmp_path, 1)
+    save(writer, 1)
+    with file_limit(40_000):
+        writer.save(2, tensors(2.0, size=100_000), {})
+        with pytest.raises(
+            OSError, match=r"checkpoint-2 could not be written: .*Complete are \['checkpoint-1'\]: make"
+        ):
+            writer.wait()
+    assert os.listdir(tmp_path) == ["checkpoint-1"]  # and no half of one
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
+    save(writer, 2, size=100_000)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Iterator[Path]:
+    """A file system of 512 kB."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_file_system_that_runs_full_leaves_the_previous_one(mounted):
+    writer = new_writer(mounted, 1)
+    save(writer, 1)
+    writer.save(2, tensors(2.0, size=100_000), {})
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*No space left on device"):
+        writer.wait()
+    assert os.listdir(mounted) == ["checkpoint-1"]
+    save(writer, 3)
+    assert os.listdir(mounted) == ["checkpoint-3"]
+
+
+def test_a_file_system_that_is_read_only_leaves_the_previous_one(mounted):
+    writer = new_writer(mounted, 1)
+    save(writer, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    writer.save(2, tensors(2.0), {})
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*Read-only file system"):
+        writer.wait()
+    assert find_checkpoint(mounted, "latest").name == "checkpoint-1"
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = new_writer(tmp_path / "file")
+    writer.save(1, tensors(1.0), {})
+    with pytest.raises(OSError, match=r"could not be written: .*Complete are \[\]"):
+        writer.wait()
+
+
+# What is in it
+
+
+def test_the_state_of_an_optimizer_goes_on_to_the_last_bit(tmp_path):
+    """Through the files: of Muon and AdamW, and nothing for a parameter that was in no loss."""
+
+    def new() -> tuple[nn.Module, MuonAdamW]:
+        torch.manual_seed(0)
+        module = nn.ModuleDict({"a": nn.Linear(3, 4), "ab": nn.Linear(4, 2), "idle": nn.Linear(2, 2)})
+        matrices = [p for p in module.parameters() if p.ndim == 2]
+        others = [p for p in module.parameters() if p.ndim == 1]
+        groups = [{"kind": "muon", "params": matrices}, {"kind": "adamw", "params": others}]
+        return module, MuonAdamW(groups, lr=0.1)
+
+    def train(module: nn.Module, optimizer: MuonAdamW, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+            module["ab"](module["a"](x)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    module, optimizer = new()
+    average = {"a.weight": torch.full((4, 3), 0.5)}
+    train(module, optimizer, range(3))
+    writer = new_writer(tmp_path)
+    writer.save(3, named_tensors(module, optimizer, average), {})
+    writer.wait()
+    train(module, optimizer, range(3, 5))
+
+    again, resumed = new()
+    averaged = {"a.weight": torch.zeros(4, 3)}
+    load_tensors(tmp_path / "checkpoint-3", again, resumed, averaged)
+    train(again, resumed, range(3, 5))
+    runs.assert_same(averaged, average)
+    runs.assert_same(named_tensors(again, resumed, {}), named_tensors(module, optimizer, {}))
+    assert not any(name.startswith("optimizer.idle") for name in named_tensors(module, optimizer, {}))
+
+
+def test_generators_go_on(tmp_path):
+    (tmp_path / "generators-0.json").write_text(json.dumps(generator_states()))
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+    drawn = draw()
+    assert draw() != drawn
+    assert restore_generators(tmp_path, 0)
+    assert draw() == drawn
+    assert not restore_generators(tmp_path, 1)  # of a process that was not there
+
+
+def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 50)
+    values = {f"weights.{n}": torch.full((8,), float(n)) for n in range(5)}
+    assert list(file_of_each(values).values()) == [1, 1, 2, 2, 3]
+    writer = new_writer(tmp_path)
+    writer.save(1, values, {})
+    writer.wait()
+    assert len(list((tmp_path / "checkpoint-1").glob("*.safetensors"))) == 3
+    found = runs.saved_state(tmp_path / "checkpoint-1")
+    runs.assert_same({name: found[name] for name in values}, values)
+
+
+# Where a run starts
 
 
 def test_latest_without_any_is_the_beginning(tmp_path):
@@ -98,7 +317,9 @@ def test_one_is_found_by_path_and_by_name(tmp_path):
     assert find_checkpoint(tmp_path / "run", str(tmp_path / "run" / "checkpoint-7")).parent.name == "run"
     assert find_checkpoint(tmp_path / "new", str(tmp_path / "other" / "checkpoint-2")).parent.name == "other"
     for wrong in ("checkpoint-5", str(tmp_path), "checkpoint"):
-        with pytest.raises(ValueError, match=r"which is no checkpoint; .* has \['checkpoint-3', 'checkpoint-7'\]"):
+        with pytest.raises(
+            ValueError, match=r"which is no complete checkpoint; .* has \['checkpoint-3', 'checkpoint-7'\]"
+        ):
             find_checkpoint(tmp_path / "run", wrong)
 
 

@@ -394,7 +394,7 @@ def test_a_stream_resumes_in_two_processes_and_only_there(text_encoder, tars, tm
     debug_launcher(_train_in_two_processes, (values | changes,), num_processes=2)
     states = [runs.saved_state(tmp_path / name / "checkpoint-2") for name in ("whole", "resumed")]
     runs.assert_same(*states)
-    stream = states[0]["custom_checkpoint_0.pkl"]["stream"]
+    stream = states[0]["run.json"]["state"]["stream"]
     assert [places[0]["drawn"] for places in stream["places"]] == [4, 4]
     assert stream["places"][0] != stream["places"][1]
     with pytest.raises(ValueError, match="stream had world_size 2, this run has 1"):

@@ -92,7 +92,7 @@ def test_a_moment_in_bf16_stops_the_run(run):
 
 
 def test_an_average_in_bf16_stops_the_run(run):
-    run.averages[1].to(dtype=torch.bfloat16)
+    run.averages.models["text_encoder"].to(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"average of text_encoder\.\S+ \(torch.bfloat16\)") as error:
         run.train()
     assert "of transformer." not in str(error.value)

@@ -368,7 +368,7 @@ def test_the_burn_in_ends_at_its_step(whole):
     for name in ("contrastive", "dino", "flow"):
         assert len(logged(run, f"loss/{name}")) == 6
     assert all(np.isfinite(value) for entry in run.state.history for value in entry.values())
-    weights = [load_file(run.output_dir / f"checkpoint-{step}" / "model_2.safetensors") for step in (1, 2, 3, 4, 6)]
+    weights = [runs.saved_weights(run.output_dir / f"checkpoint-{step}", "projector") for step in (1, 2, 3, 4, 6)]
     changed = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(weights)]
     assert changed == [True, True, False, False]  # the projector rests once it is not used
 
@@ -381,7 +381,8 @@ def test_resuming_across_the_end_of_the_alignment_is_the_same_to_the_last_bit(wh
     resumed, seen = train_and_watch(run.cfg.to_dict() | changes)
     assert seen["teacher"] == [s for s in steps["teacher"] if s >= step]
     one, other = (runs.saved_state(r.output_dir / "checkpoint-6") for r in (run, resumed))
-    assert {"model.safetensors", "model_1.safetensors", "model_2.safetensors", "optimizer.bin"} <= one.keys()
+    networks = {name.split(".")[1] for name in one if name.startswith("weights.")}
+    assert networks == {"transformer", "text_encoder", "projector"}
     runs.assert_same(other, one)
     assert logged(resumed, "loss/alignment") == logged(run, "loss/alignment")
 
@@ -468,7 +469,7 @@ def test_a_route_over_few_tokens_says_what_the_study_found(resolution, told, fol
 
 def test_the_average_covers_the_fusion_and_its_mask_token(whole):
     run, _ = whole
-    weights = [load_file(run.output_dir / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 7)]
+    weights = [runs.saved_weights(run.output_dir / f"checkpoint-{step}", "transformer") for step in range(1, 7)]
     saved = load_file(run.output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
     for key in ("fusion.mask_token", "fusion.linear.weight", "resolution_token_embedder.width.in_layer.weight"):
         average = weights[0][key].double()
@@ -482,11 +483,12 @@ def test_the_average_covers_the_fusion_and_its_mask_token(whole):
 def test_the_projector_is_in_the_checkpoint_and_nowhere_else(whole):
     run, _ = whole
     projector = run.nets.projector.state_dict()
-    assert load_file(run.output_dir / "checkpoint-6" / "model_2.safetensors").keys() == projector.keys()
+    assert runs.saved_weights(run.output_dir / "checkpoint-6", "projector").keys() == projector.keys()
     of_pipeline = [*run.nets.transformer.parameters(), *run.nets.text_encoder.parameters()]
-    assert sum(len(averages.shadow_params) for averages in run.averages) == len(of_pipeline)
+    averages = run.averages.models.values()
+    assert sum(len(average.shadow_params) for average in averages) == len(of_pipeline)
     exported = [load_file(run.output_dir / part) for part in EXPORTED]
-    assert sorted(map(len, exported)) == sorted(len(averages.shadow_params) for averages in run.averages)
+    assert sorted(map(len, exported)) == sorted(len(average.shadow_params) for average in averages)
     assert "fusion.mask_token" in exported[0]
     assert not projector.keys() & {name for weights in exported for name in weights}
     assert sorted(run.output_dir.rglob("[!c]*/*.safetensors")) == sorted(run.output_dir / part for part in EXPORTED)

@@ -22,7 +22,7 @@ import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.training.checkpoints import find_checkpoint
-from runs import assert_same, copy_checkpoint, saved_state
+from runs import assert_same, copy_checkpoint, saved_state, saved_weights
 
 PROMPTS = ["a red circle", "a blue square"]
 # everything at once: Muon and AdamW, averages, a schedule, dropped captions, validation, a tracker
@@ -76,9 +76,9 @@ def test_resuming_is_the_same_to_the_last_bit(whole, tmp_path, text_encoder):
     changes = {"resume_from_checkpoint": "latest", "validation_steps": 7, "output_dir": str(tmp_path)}
     resumed = runs.train(whole.cfg.to_dict() | changes)
     one, other = (saved_state(run.output_dir / "checkpoint-8") for run in (whole, resumed))
-    assert {"model.safetensors", "model_1.safetensors", "optimizer.bin"} <= one.keys()
+    assert {name.partition(".")[0] for name in one} == {"weights", "optimizer", "average", "generators-0", "run"}
     for state in (one, other):
-        state_of_run = next(value for value in state.values() if "history" in value)
+        state_of_run = state["run.json"]["state"]
         assert [entry["step"] for entry in state_of_run["history"]] == list(range(1, 9))
         assert state_of_run["samples_read"] == 32
         del state_of_run["validation_history"]
@@ -86,8 +86,8 @@ def test_resuming_is_the_same_to_the_last_bit(whole, tmp_path, text_encoder):
     assert losses(resumed) == losses(whole)
     assert resumed.state.validation_history[-1] == whole.state.validation_history[-1]
     assert [e["step"] for e in resumed.state.validation_history] == [2, 4, 7, 8]
-    for name in ("model.safetensors", "model_1.safetensors"):  # both networks had learnt before and after it
-        steps = [load_file(whole.output_dir / f"checkpoint-{step}" / name) for step in (1, 5, 8)]
+    for name in ("transformer", "text_encoder"):  # both had learnt before and after it
+        steps = [saved_weights(whole.output_dir / f"checkpoint-{step}", name) for step in (1, 5, 8)]
         for early, late in itertools.pairwise(steps):
             assert any(not torch.equal(early[key], late[key]) for key in early)
 
@@ -119,7 +119,7 @@ def test_resuming_what_is_not_there_yet_starts_at_the_beginning(tmp_path, text_e
         ({"gradient_accumulation_steps": 3}, "`global_batch_size of stage 0` 4, this run has 12"),
         ({"max_train_steps": 2}, "at step 5, beyond the 2 of this run"),
         ({"resume_from_checkpoint": None}, "has checkpoints that this run would not start from"),
-        ({"resume_from_checkpoint": "checkpoint-9"}, "which is no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "which is no complete checkpoint"),
     ],
 )
 def test_a_run_that_would_not_continue_is_refused(smooth, changes, message):
@@ -136,9 +136,9 @@ def test_accumulation_sees_the_same_step_also_from_the_middle_of_a_run(smooth, t
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
     run = runs.train(smooth.cfg.to_dict() | changes | {"output_dir": str(tmp_path)})
     assert losses(run) == pytest.approx(losses(smooth), rel=1e-5)
-    for name in ("model.safetensors", "model_1.safetensors"):
-        one, other = (load_file(r.output_dir / "checkpoint-5" / name) for r in (smooth, run))
-        start = load_file(smooth.output_dir / "checkpoint-1" / name)
+    for name in ("transformer", "text_encoder"):
+        one, other = (saved_weights(r.output_dir / "checkpoint-5", name) for r in (smooth, run))
+        start = saved_weights(smooth.output_dir / "checkpoint-1", name)
         for key in one:
             torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=1e-5)
         # a tolerance that can fail: the steps themselves are larger
@@ -170,7 +170,7 @@ def test_two_processes_are_one_with_a_doubled_batch(smooth, tmp_path):
     assert record["losses"] == pytest.approx(losses(smooth), rel=1e-4)
     assert record["lr"] == [entry["lr"] for entry in smooth.state.history]
     assert record["n"] == smooth.state.samples_read == 20
-    one, other = (load_file(d / "checkpoint-5" / "model.safetensors") for d in (smooth.output_dir, tmp_path))
+    one, other = (saved_weights(d / "checkpoint-5", "transformer") for d in (smooth.output_dir, tmp_path))
     for key in one:
         torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_two_processes_are_one_with_a_doubled_batch(smooth, tmp_path):
 
 
 def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
-    weights = [load_file(whole.output_dir / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 9)]
+    weights = [saved_weights(whole.output_dir / f"checkpoint-{step}", "transformer") for step in range(1, 9)]
     saved = load_file(whole.output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == weights[0].keys()
     for key, wanted in weights[0].items():  # the first update takes the weights as they are
@@ -192,9 +192,9 @@ def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
 
 
 def test_without_averages_the_last_weights_are_saved(smooth):
-    for name, part in (("model", "transformer/diffusion_pytorch_model"), ("model_1", "text_encoder/model")):
-        last = load_file(smooth.output_dir / "checkpoint-5" / f"{name}.safetensors")
-        assert_same(load_file(smooth.output_dir / f"{part}.safetensors"), last)
+    for name, file in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        last = saved_weights(smooth.output_dir / "checkpoint-5", name)
+        assert_same(load_file(smooth.output_dir / name / f"{file}.safetensors"), last)
 
 
 def test_validation_measures_and_changes_nothing(whole):

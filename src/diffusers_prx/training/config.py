@@ -187,6 +187,15 @@ class TrainingConfig:
     ] = None
     compile: Annotated[bool, "Compile the transformer's blocks with torch.compile."] = False
 
+    sharding: Annotated[
+        Literal["none", "full", "hybrid"],
+        "Spread weights, gradients, optimizer and average over the processes (FSDP2): over all of them, or over "
+        "groups of them with a copy in each; none: every process has all (DDP).",
+    ] = "none"
+    sharding_size: Annotated[
+        int | None, "Processes that share one copy with `sharding` hybrid; none: those of a node."
+    ] = None
+
     # the techniques of the study, each off by default
     route_ratio: Annotated[
         float,
@@ -263,6 +272,15 @@ class TrainingConfig:
     resume_from_checkpoint: Annotated[
         str | None, "The folder of a checkpoint, or `latest`: the last one in output_dir, where there is one."
     ] = None
+    non_finite: Annotated[
+        Literal["stop", "skip"],
+        "What becomes of a step whose loss or gradient is not finite; its samples are written down in any case.",
+    ] = "stop"
+    step_timeout_seconds: Annotated[
+        int,
+        "A step or a validation that takes longer ends the run; every process writes where it hangs to its standard "
+        "error.",
+    ] = 1800
     report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], "Experiment tracker."] = "tensorboard"
     logging_steps: Annotated[int, "Steps between two entries of the log."] = 10
     push_to_hub: Annotated[bool, "Upload the final pipeline."] = False
@@ -279,7 +297,8 @@ class TrainingConfig:
             "tokenizer_vocab_size max_sequence_length resolution train_batch_size gradient_accumulation_steps "
             "max_train_steps ema_update_every validation_steps validation_inference_steps checkpointing_steps "
             "logging_steps checkpoints_total_limit lr_decay_steps repa_until_step repa_check_steps repa_check_window "
-            "dino_size shift_base_resolution repa_projector_size"
+            "dino_size shift_base_resolution repa_projector_size sharding_size "
+            "step_timeout_seconds"
         )
         for name in at_least_one.split():
             value = getattr(self, name)
@@ -346,6 +365,15 @@ class TrainingConfig:
             raise ValueError(
                 f"`ema_update_every` ({self.ema_update_every}) must be at most `max_train_steps` "
                 f"({self.max_train_steps}): the saved average would be the untrained weights."
+            )
+        if self.sharding_size is not None and self.sharding != "hybrid":
+            raise ValueError(
+                f"`sharding_size` is {self.sharding_size}, but `sharding` is {self.sharding}, not hybrid."
+            )
+        if self.sharding != "none" and self.repa_check_steps is not None:
+            raise ValueError(
+                f"`repa_check_steps` compares gradients at whole weights, which `sharding` {self.sharding} does not "
+                "keep: end the alignment with `repa_until_step` instead."
             )
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, but `push_to_hub` is not set.")

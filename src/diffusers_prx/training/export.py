@@ -9,12 +9,12 @@ from typing import Any
 import huggingface_hub
 import matplotlib.figure
 import PIL.Image
-from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
 
-from .checkpoints import RunState
+from .checkpoints import RunState, is_complete, read_run, read_tensors
 from .config import TrainingConfig, sources_of
-from .nets import Nets
+from .nets import Nets, build_nets
+from .stages import CAPTIONS_FOR_TOKENIZER, build_stages
 
 REPORT_FILE = "training.json"
 
@@ -33,21 +33,27 @@ def commit_of_this_package() -> str | None:
         return None
 
 
-def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, accelerator: Accelerator) -> dict[str, Any]:
-    """Everything needed to know what was run: settings, versions, counts and the loss history."""
+def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any]) -> dict[str, Any]:
+    """Everything needed to know what was run: settings, versions, counts and the loss history.
+
+    Args:
+        machine: "processes" of the run, over how many of them one copy of the weights was "sharded_over", "device".
+    """
     libraries = ("torch", "diffusers", "transformers", "accelerate")
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "seconds_waiting_for_data": round(state.seconds_waiting, 1),
         "parameters": sum(p.numel() for p in nets.transformer.parameters()),
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
+        **machine,
         "samples_read": state.samples_read,
         "unreadable": state.unreadable,
         "unfit": state.unfit,
         "upscaled": state.upscaled,
         "truncated_captions": state.truncated,
+        "lost_workers": state.lost_workers,
+        "tracker_failures": state.tracker_failures,
+        "skipped_steps": state.skipped_steps,
         "commit": commit_of_this_package(),
         "versions": {name: version(name) for name in libraries},
         "config": cfg.to_dict(),
@@ -57,9 +63,9 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, accelerator: Ac
     }
 
 
-def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, accelerator: Accelerator) -> dict[str, Any]:
+def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any]) -> dict[str, Any]:
     """Write `run_record` to training.json: at the start, and again whenever there is more to tell."""
-    record = run_record(cfg, state, nets, accelerator)
+    record = run_record(cfg, state, nets, machine)
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(cfg.output_dir) / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
     return record
@@ -89,8 +95,9 @@ def image_grid(images: list[PIL.Image.Image]) -> PIL.Image.Image:
 
 
 def write_model_card(
-    cfg: TrainingConfig, record: dict[str, Any], pipeline_class: str, template: Path, repo_id: str | None
-) -> None:
+    cfg: TrainingConfig, stage: TrainingConfig, record: dict[str, Any], pipeline_class: str, template: Path,
+    repo_id: str | None,
+) -> None:  # fmt: skip
     """Fill in the model card's template with what was run; of folders of this machine it names the last part only."""
     names = [Path(name).name if Path(name).exists() else name for name in (s.name for s in sources_of(cfg))]
     base = cfg.pretrained_model_name_or_path
@@ -108,23 +115,67 @@ def write_model_card(
         pipeline_class=pipeline_class,
         dataset=", ".join(names),
         record=record,
-        config=cfg.stage_configs()[-1].to_dict(),
+        config=stage.to_dict(),
         prompt=(cfg.validation_prompts or [""])[0],
     )
     card.save(Path(cfg.output_dir) / "README.md")
 
 
+def last_stage(cfg: TrainingConfig, state: RunState) -> TrainingConfig:
+    """The settings of the last stage that has begun."""
+    begun = [number for number, stage in enumerate(state.stages) if stage["first_step"] < state.step]
+    return cfg.stage_configs()[begun[-1]]
+
+
 def export_run(
-    cfg: TrainingConfig, state: RunState, nets: Nets, accelerator: Accelerator, card_template: Path,
-    repo_id: str | None,
+    cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any], card_template: Path,
+    repo_id: str | None = None,
 ) -> None:  # fmt: skip
     """Save the pipeline and everything beside it to `output_dir`; the main process calls this once, at the end."""
     output_dir = Path(cfg.output_dir)
-    pipeline = nets.pipeline(cfg.stage_configs()[-1])
+    stage = last_stage(cfg, state)
+    pipeline = nets.pipeline(stage)
     pipeline.save_pretrained(output_dir)
-    record = write_record(cfg, state, nets, accelerator)
+    record = write_record(cfg, state, nets, machine)
     plot_loss(state, output_dir / "loss_curve.png")
-    write_model_card(cfg, record, type(pipeline).__name__, card_template, repo_id)
+    write_model_card(cfg, stage, record, type(pipeline).__name__, card_template, repo_id)
+
+
+def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, card_template: Path) -> None:
+    """Make a pipeline of a checkpoint, on one process, whatever the run was on.
+
+    Nothing is read but the checkpoint, the networks that the run started from and, for a tokenizer that was trained,
+    its data.
+
+    Args:
+        checkpoint: a complete one; of a finished run or of one that goes on.
+        output_dir: of the pipeline, the record of the run until then, and the model card.
+        average: the averaged weights or the trained ones; None: the averaged ones where there are any.
+        card_template: of the model card.
+
+    Raises:
+        ValueError: if there is no complete checkpoint, or it has no averages.
+    """
+    if not is_complete(checkpoint):
+        raise ValueError(f"`checkpoint` is {str(checkpoint)!r}, which is no complete checkpoint.")
+    saved = read_run(checkpoint)
+    state = RunState(**saved["state"])
+    settings = {name: value for name, value in state.settings.items() if name != "trained_parameters"}
+    cfg = TrainingConfig(**settings | {"output_dir": str(output_dir)})
+    if average and not cfg.use_ema:
+        raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
+    kind = "weights" if average is False or not cfg.use_ema else "average"
+    # opened only for a tokenizer that has to be trained again
+    captions = (text for stage in build_stages(cfg)[:1] for text in stage.captions(CAPTIONS_FOR_TOKENIZER))
+    nets = build_nets(cfg, captions, techniques=False)
+    nets.enter(last_stage(cfg, state))
+    parameters = {
+        f"{kind}.{name}.{key}": parameter.data
+        for name, module in nets.trainable(cfg).items()
+        for key, parameter in module.eval().named_parameters()
+    }
+    read_tensors(checkpoint, parameters)
+    export_run(cfg, state, nets, saved["machine"], card_template)
 
 
 def hub_repository(cfg: TrainingConfig) -> str:

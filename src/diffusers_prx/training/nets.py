@@ -85,6 +85,15 @@ class Nets:
             modules["projector"] = self.projector
         return modules
 
+    def enter(self, cfg: TrainingConfig) -> None:
+        """Take a stage's noise levels."""
+        self.scheduler = self.scheduler.from_config(
+            self.scheduler.config,
+            shift=cfg.timestep_shift,
+            timestep_sampling=cfg.timestep_sampling,
+            uniform_fraction=cfg.uniform_fraction,
+        )
+
     def pipeline(self, cfg: TrainingConfig) -> PRXPipeline | PRXPixelPipeline:
         """The networks as a pipeline; they are shared with it, not copied."""
         shared: dict[str, Any] = {
@@ -220,11 +229,12 @@ def new_transformer(settings: dict[str, Any], in_channels: int, context_in_dim: 
     return PRXTransformer2DModel(**settings)
 
 
-def build_nets(cfg: TrainingConfig, captions: Iterator[str]) -> Nets:
+def build_nets(cfg: TrainingConfig, captions: Iterator[str], techniques: bool = True) -> Nets:
     """Load or make every network of the run, in float32, on the CPU.
 
     Args:
         captions: of the training data, for a tokenizer that is trained first.
+        techniques: False leaves out what only the auxiliary losses need.
 
     Raises:
         ValueError: if the networks do not fit each other.
@@ -288,7 +298,8 @@ def build_nets(cfg: TrainingConfig, captions: Iterator[str]) -> Nets:
                 f"`resolution` must be a multiple of {nets.pixels_per_token} for these networks, "
                 f"got {stage.resolution}."
             )
-    add_techniques(nets, cfg.stage_configs())
+    if techniques:
+        add_techniques(nets, cfg.stage_configs())
     for module in (text_encoder, vae):
         if module is not None:
             module.requires_grad_(False).eval()
@@ -356,6 +367,15 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig]) -> None:
                     f"`dino_size` must be a multiple of {nets.dino.patch_size}, the patch of `dino_teacher`, "
                     f"got {cfg.dino_size}."
                 )
+
+
+def some_rest(nets: Nets, stages: list[TrainingConfig]) -> bool:
+    """Whether there are steps in which some trained parameters are in no loss: SPRINT's mask token where there is no
+    route, the projector where there is no alignment."""
+    fuses, aligns = nets.transformer.config["fusion_range"] is not None, nets.projector is not None
+    ends = any(cfg.repa_until_step is not None or cfg.repa_check_steps is not None for cfg in stages)
+    never_off = all(cfg.repa_weight for cfg in stages) and not ends
+    return (fuses and not all(cfg.route_ratio for cfg in stages)) or (aligns and not never_off)
 
 
 def _the_same(stages: list[TrainingConfig], *names: str) -> TrainingConfig:

@@ -31,6 +31,7 @@ from ..data.sources import (
 from ..data.stream import BucketStreamSampler, Position, StreamSampler, every_sample_once
 from ..data.streaming import Place, StreamedBatches, StreamedImages, build_stream_loader
 from .config import DataSource, TrainingConfig, sources_of
+from .distributed import shared_out
 from .rng import derive_seed
 
 CAPTIONS_FOR_TOKENIZER = 5000
@@ -170,6 +171,16 @@ class Stage:
         assert self.buckets is not None
         if self.stream is not None:
             return self._read_stream(self.stream, self.buckets, start_step, device)
+        sampler = self._sampler(self.buckets, start_step, rank, processes)
+        if cfg.precomputed_dir is None:
+            return self._read(self.source, self.buckets, sampler, cfg.center_crop, cfg.random_flip, device)
+        assert self.precomputed is not None, "open_precomputed comes first"
+        seeds, weights = partial(derive_seed, cfg.seed), cfg.caption_weights or None
+        samples = PrecomputedSamples(self.precomputed, self.source, self.buckets, seeds, weights)
+        return _moved(build_loader(samples, sampler, cfg.dataloader_num_workers, collate_precomputed), device)
+
+    def _sampler(self, buckets: Buckets, start_step: int, rank: int, processes: int) -> StreamSampler:
+        cfg = self.cfg
         stream: dict[str, Any] = {
             "batch_size": cfg.train_batch_size,
             "start_step": start_step,
@@ -181,15 +192,16 @@ class Stage:
             "first_step": self.first_step,
         }
         if cfg.aspect_ratio_buckets == "none":
-            sampler = StreamSampler(len(self.source), shuffle=not self.drawn, **stream)
-        else:
-            sampler = BucketStreamSampler(self.buckets, **stream)
-        if cfg.precomputed_dir is None:
-            return self._read(self.source, self.buckets, sampler, cfg.center_crop, cfg.random_flip, device)
-        assert self.precomputed is not None, "open_precomputed comes first"
-        seeds, weights = partial(derive_seed, cfg.seed), cfg.caption_weights or None
-        samples = PrecomputedSamples(self.precomputed, self.source, self.buckets, seeds, weights)
-        return _moved(build_loader(samples, sampler, cfg.dataloader_num_workers, collate_precomputed), device)
+            return StreamSampler(len(self.source), shuffle=not self.drawn, **stream)
+        return BucketStreamSampler(buckets, **stream)
+
+    def dataset_indices(self, sample_indices: Sequence[int], processes: int) -> dict[int, int]:
+        """Which samples of the data set stand at places of the run's stream; none where the data are streamed."""
+        if self.stream is not None:
+            return {}
+        assert self.buckets is not None
+        sampler = self._sampler(self.buckets, self.first_step, 0, processes)
+        return {index: sampler.position(self.first_step, index).dataset_index for index in sample_indices}
 
     def _read_stream(
         self, stream: StreamedImages, buckets: Buckets, start_step: int, device: torch.device
@@ -211,11 +223,13 @@ class Stage:
             self.places[batch["worker"]] = batch["place"]  # the workers themselves are ahead
             yield batch
 
-    def held_out_batches(self, device: torch.device) -> Iterator[dict[str, Any]]:
-        """Every held-out sample once, always cropped in the same way."""
+    def held_out_batches(self, device: torch.device, rank: int = 0, processes: int = 1) -> Iterator[dict[str, Any]]:
+        """Every held-out sample once over all processes, always in the same batches and cropped in the same way; each
+        process has as many batches as the others, and so the last batch may come on several."""
         assert self.held_out is not None
         assert self.held_out_buckets is not None
-        batches = every_sample_once(self.held_out_buckets, self.cfg.train_batch_size)
+        every = every_sample_once(self.held_out_buckets, self.cfg.train_batch_size)
+        batches = [batch for _, batch in shared_out(every, rank, processes)]
         return self._read(self.held_out, self.held_out_buckets, batches, True, False, device)
 
     def _read(

@@ -1,7 +1,6 @@
 """One training step, whole: what goes in, every random draw, the forward, the losses."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,8 @@ from .nets import Nets
 from .rng import StepRandom
 
 
-@dataclass
-class StepOutput:
-    """What a step hands to the loop.
+class StepOutput(NamedTuple):
+    """What a step hands to the loop; a tuple, in which DDP and FSDP2 find the tensors that have gradients.
 
     Args:
         loss: the weighted sum of `losses`, a scalar to go backward from.

@@ -1,6 +1,8 @@
 """The run: build everything, loop over its stages, watch, save. The arithmetic of a step is in `train_step.py`."""
 
+import json
 import math
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -9,35 +11,47 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    gather_object,
-)
-from diffusers.training_utils import EMAModel
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from .alignment import BurnIn, gradient_cosine
-from .checkpoints import RunState, find_checkpoint, save_checkpoint
+from .averages import Averages
+from .checkpoints import (
+    CheckpointWriter,
+    RunState,
+    find_checkpoint,
+    load_tensors,
+    named_tensors,
+    read_run,
+    restore_generators,
+)
 from .config import TrainingConfig
+from .distributed import Exchange, Trained, distribute, norm_of_clipped, shard_count, start_accelerator, whole_module
 from .export import export_run, hub_repository, image_grid, push_to_hub, write_record
-from .nets import Nets, build_nets
+from .faults import (
+    EXIT_PREEMPTED,
+    PREEMPTED_FILE,
+    SKIPPED_IN_A_ROW,
+    Watch,
+    samples_of_step,
+    steady_batches,
+    write_non_finite,
+)
+from .nets import Nets, build_nets, some_rest
 from .optimizers import build_lr_scheduler, build_optimizer
 from .precision import check_precision
 from .precompute import open_precomputed
 from .preflight import caption_figures, outline, report
 from .rng import StepRandom
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages
+from .tracking import Tracking
 from .train_step import StepOutput, train_step
-from .validation import validation_images, validation_loss
+from .validation import losses_by_sample, validation_images, validation_loss
 
 # what is counted of the data, by its name in `RunState`
-COUNTS = ("samples_read", "unreadable", "unfit", "upscaled", "truncated")
+COUNTS = ("samples_read", "unreadable", "unfit", "upscaled", "truncated", "lost_workers", "tracker_failures")
 # fewer image tokens than this, and a route costs quality: FID 18.20 became 21.61 (TREAD) and 22.56 (SPRINT) at 256
 # tokens, while at 1024 it became 14.10 and 16.90 from 17.42 (PRX study)
 TOKENS_FOR_A_ROUTE = 512
@@ -59,20 +73,17 @@ class Run:
         self.cfg = cfg
         self.card_template = card_template
         self.output_dir = Path(cfg.output_dir)
-        self.accelerator = Accelerator(
-            # said here: of processes that torchrun starts without a GPU, each would take itself for the only one
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=cfg.mixed_precision,
-            # as a plugin: an environment variable would silently be over the plain number
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            log_with=None if cfg.report_to == "none" else cfg.report_to,
-            project_config=ProjectConfiguration(project_dir=cfg.output_dir, logging_dir=str(self.output_dir / "logs")),
-        )
-        if cfg.report_to != "none" and not self.accelerator.log_with:
-            raise ValueError(f"`report_to` is {cfg.report_to}, which is not installed: pip install {cfg.report_to}.")
+        self.accelerator = start_accelerator(cfg)
+        processes = self.accelerator.num_processes
+        self.machine = {
+            "processes": processes,
+            "sharded_over": shard_count(cfg, processes),  # asked now, before anything is loaded
+            "device": str(self.accelerator.device),
+        }
         self.checkpoint = find_checkpoint(self.output_dir, cfg.resume_from_checkpoint)
         self._plan()
         self.repo_id = hub_repository(cfg) if cfg.push_to_hub and self.accelerator.is_main_process else None
+        set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
         self.nets = build_nets(cfg, self.stages[0].captions(CAPTIONS_FOR_TOKENIZER))
         open_precomputed(self.stages, self.nets)
         trained = {
@@ -85,7 +96,10 @@ class Run:
         aligned = [stage for stage in self.stages if stage.cfg.repa_weight]
         self.burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
         self.precision_checked = False
+        self.skipped_in_a_row = 0
+        self.stop_signal = 0.0
         self.counts: Counter[str] = Counter()  # of this process, since they were last added to the state
+        self.tracking = Tracking(self.accelerator, self.counts)
         self._prepare()
 
     def _plan(self) -> None:
@@ -99,6 +113,9 @@ class Run:
         if accelerator.is_main_process:
             figures = [caption_figures(cfg, stage, networks.in_pixels) for stage in self.stages]
             print(report(cfg, self.stages, networks.transformer, figures, accelerator.num_processes))
+            shards = self.machine["sharded_over"]
+            if shards > 1:
+                print(f"sharding      {cfg.sharding}: each process holds 1/{shards} of that memory")
         if cfg.dry_run:
             accelerator.print("a dry run: nothing is trained")
             accelerator.end_training()
@@ -116,48 +133,61 @@ class Run:
         self.modules: dict[str, Any] = nets.trainable(cfg)
         if cfg.compile:
             nets.transformer.compile_repeated_blocks(fullgraph=True)
-        self.optimizer: Any = build_optimizer(cfg, self.modules)
-        saved = [module for name, module in self.modules.items() if name != "projector"]  # in the pipeline
-        self.averages = [
-            EMAModel(module.parameters(), decay=cfg.ema_decay, foreach=True) for module in saved if cfg.use_ema
-        ]
-        self.optimizer = accelerator.prepare(self.optimizer)
-        if nets.transformer.config["fusion_range"] and not all(stage.cfg.route_ratio for stage in self.stages):
-            # without a route SPRINT's mask token is in no loss, and DDP would wait for its gradient
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.modules = {name: accelerator.prepare(module) for name, module in self.modules.items()}
-        self.parameters = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+        self.trained = Trained(self.modules)
+        self.model: Any = distribute(
+            self.trained, cfg, accelerator, some_rest(nets, [stage.cfg for stage in self.stages])
+        )
+        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        self.optimizer: Any = accelerator.prepare(build_optimizer(cfg, self.modules))
+        self.averages = Averages(self.trained, cfg)
         self._check_precision()
-        for piece in (self.state, *self.averages, self.burn_in):
-            accelerator.register_for_checkpointing(piece)
+        self.exchange = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
+        self.watch = Watch(accelerator.process_index, cfg.step_timeout_seconds)
+        own = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
+        self.writer = CheckpointWriter(self.output_dir, cfg.checkpoints_total_limit, own)
         if self.checkpoint is not None:
-            # before accelerate loads weights and optimizer, which do not say why they do not fit
-            self.state.load_state_dict(torch.load(self.checkpoint / "custom_checkpoint_0.pkl"))
-            accelerator.load_state(str(self.checkpoint))
-            accelerator.step = 0  # counts micro-batches, of which another accumulation has another number
-            for average in self.averages:
-                average.to(accelerator.device)  # accelerate loads them to the CPU
-            for stage in self.stages:
-                if stage.stream is not None and stage.first_step < self.state.step < stage.stop_step:
-                    stage.places = stage.stream.restore(self.state.stream or {})
-            accelerator.print(f"resumed from {self.checkpoint} at step {self.state.step}")
+            self._resume(self.checkpoint)
         elif cfg.resume_from_checkpoint is not None:
             accelerator.print(f"no checkpoint in {self.output_dir} yet: starting at step 0")
 
+    def _resume(self, checkpoint: Path) -> None:
+        """Restore everything from a checkpoint, of any number of processes and any sharding."""
+        saved, state = read_run(checkpoint), self.state
+        state.load_state_dict(saved["state"])  # before weights are loaded: it says what does not fit
+        load_tensors(checkpoint, self.trained, self.optimizer.optimizer, self.averages.tensors())
+        self.averages.load_state_dict(saved["average_updates"])
+        self.burn_in.load_state_dict(saved["burn_in"])
+        restore_generators(checkpoint, self.accelerator.process_index)
+        for stage in self.stages:
+            if stage.stream is not None and stage.first_step < state.step < stage.stop_step:
+                stage.places = stage.stream.restore(state.stream or {})
+        self.accelerator.print(f"resumed from {checkpoint} at step {state.step}")
+
     def train(self) -> None:
-        """Train through all stages, validate and export."""
-        self._start_trackers()
-        with tqdm(
+        """Train through all stages, validate and export.
+
+        Raises:
+            ValueError: for data that cannot be read, and losses that are not finite.
+            OSError: if a checkpoint cannot be written.
+            SystemExit: with `EXIT_PREEMPTED`, once a signal has ended the run and its checkpoint is complete.
+        """
+        bar = tqdm(
             total=self.stages[-1].stop_step,
             initial=self.state.step,
             disable=not self.accelerator.is_local_main_process,
             unit="step",
-        ) as progress:
+        )
+        with bar as progress, self.watch:
+            self.tracking.start(self.cfg)
+            if self.accelerator.is_main_process:
+                (self.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+                write_record(self.cfg, self.state, self.nets, self.machine)
             for number, stage in enumerate(self.stages):
                 # a finished run that is resumed validates nothing, but exports again what its last stage made
                 if self.state.step < stage.stop_step or stage is self.stages[-1]:
                     self._enter(number, stage)
                     self._train_stage(stage, progress)
+            self.writer.wait()
         self._finish()
 
     def _enter(self, number: int, stage: Stage) -> None:
@@ -168,12 +198,7 @@ class Run:
         accelerator.step = 0  # counts micro-batches
         # stepped here, once per optimizer step: accelerate would step it once per process
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer.optimizer, state.step - stage.first_step)
-        self.nets.scheduler = self.nets.scheduler.from_config(
-            self.nets.scheduler.config,
-            shift=cfg.timestep_shift,
-            timestep_sampling=cfg.timestep_sampling,
-            uniform_fraction=cfg.uniform_fraction,
-        )
+        self.nets.enter(cfg)
         tokens = (cfg.resolution // self.nets.pixels_per_token) ** 2
         if len(self.stages) > 1:
             accelerator.print(
@@ -188,12 +213,11 @@ class Run:
 
     def _step_nets(self) -> Nets:
         """The networks that this step's losses need."""
-        cfg, modules = self.stage.cfg, dict(self.modules)
+        cfg = self.stage.cfg
         aligning = cfg.repa_weight > 0 and self.burn_in.active(self.state.step)
-        modules["projector"] = modules.get("projector") if aligning else None
         return replace(
             self.nets,
-            **modules,
+            projector=self.nets.projector if aligning else None,
             lpips=self.nets.lpips if cfg.lpips_weight else None,
             dino=self.nets.dino if cfg.dino_weight else None,
         )
@@ -201,16 +225,21 @@ class Run:
     def _train_stage(self, stage: Stage, progress: tqdm) -> None:
         """Every optimizer step of a stage from the current one on."""
         cfg, accelerator, state = stage.cfg, self.accelerator, self.state
+        rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         since_log: list[dict[str, torch.Tensor]] = []
+        of_step: list[tuple[dict[str, Any], StepOutput]] = []
         tick = time.perf_counter()
-        batches = stage.training_batches(
-            state.step, accelerator.process_index, accelerator.num_processes, accelerator.device
-        )
+        self.watch.begin()
+        batches = steady_batches(stage, state.step, rank, processes, device, self.counts)
         for batch in self._waiting_for(batches):
-            output, grad_norm = self._micro_step(batch)
-            since_log.append({name: loss.detach() for name, loss in output.losses.items()})
+            output = self._micro_step(batch)
+            of_step.append(({name: batch[name] for name in ("sample_index", "captions")}, output))
             if not accelerator.sync_gradients:
                 continue
+            grad_norm = self._optimizer_step(of_step)
+            if grad_norm is not None:
+                since_log += [output.losses for _, output in of_step]
+            of_step = []
             state.step += 1
             state.seconds += time.perf_counter() - tick
             progress.update()
@@ -218,11 +247,16 @@ class Run:
             if state.step % cfg.logging_steps == 0 or last:
                 progress.set_postfix(self._log(since_log, grad_norm))
                 since_log = []
+            if self.stop_signal:
+                self._save()
+                self._leave()
             if state.step % cfg.validation_steps == 0 or last:
+                self.watch.begin()
                 self._validate()
             if state.step % cfg.checkpointing_steps == 0 or last:
                 self._save()
             tick = time.perf_counter()
+            self.watch.begin()
 
     def _waiting_for(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches; how long this process waits for them is added up."""
@@ -239,18 +273,25 @@ class Run:
         cfg, accelerator, state = self.cfg, self.accelerator, self.state
         self._add_counts()
         if self.stage.stream is not None:
-            state.stream = self.stage.stream.record(gather_object([self.stage.places]))
-        save_checkpoint(accelerator, self.output_dir, state.step, cfg.checkpoints_total_limit)
+            state.stream = self.stage.stream.record(self.exchange.gather(self.stage.places))
+        tensors = named_tensors(self.trained, self.optimizer.optimizer, self.averages.tensors())
+        run = {
+            "state": state.state_dict(),
+            "burn_in": self.burn_in.state_dict(),
+            "average_updates": self.averages.state_dict(),
+            "machine": self.machine,
+        }
+        self.writer.save(state.step, tensors, run)
         if accelerator.is_main_process:
-            write_record(cfg, state, self.nets, accelerator)
+            write_record(cfg, state, self.nets, self.machine)
 
-    def _micro_step(self, batch: dict[str, Any]) -> tuple[StepOutput, torch.Tensor | None]:
-        """Forward and backward of one micro-batch; on the last of a step, everything that follows it."""
+    def _micro_step(self, batch: dict[str, Any]) -> StepOutput:
+        """Forward and backward of one micro-batch."""
         cfg, accelerator, state = self.stage.cfg, self.accelerator, self.state
         rng = StepRandom(cfg.seed, state.step, batch["sample_index"], accelerator.device)
-        with accelerator.accumulate(*self.modules.values()):
+        with accelerator.accumulate(self.model):
             with accelerator.autocast():
-                output = train_step(batch, self._step_nets(), cfg, rng)
+                output: StepOutput = self.model(train_step, batch, self._step_nets(), cfg, rng)
             self.counts.update(
                 samples_read=len(batch["captions"]) + len(batch["unreadable"]) + batch["unfit"],
                 unfit=batch["unfit"],
@@ -261,22 +302,67 @@ class Run:
             if "alignment" in output.losses and accelerator.sync_gradients and self.burn_in.due(state.step):
                 self._check_alignment(output)
             accelerator.backward(output.loss)
-            grad_norm = None
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(self.parameters, cfg.max_grad_norm)
+        losses = {name: loss.detach() for name, loss in output.losses.items()}
+        return output._replace(loss=output.loss.detach(), losses=losses)
+
+    def _optimizer_step(self, of_step: list[tuple[dict[str, Any], StepOutput]]) -> torch.Tensor | None:
+        """What follows the backward passes of a step. Returns the norm of the gradients, or None for a step that was
+        skipped because it or a loss is not finite."""
+        cfg, accelerator, state = self.stage.cfg, self.accelerator, self.state
+        grad_norm = norm_of_clipped(accelerator, self.parameters, cfg.max_grad_norm)
+        loss = torch.stack([output.loss for _, output in of_step]).sum()
+        # one question to all processes per step: whether one of them is broken, and whether one was told to stop
+        finite = bool((loss + grad_norm).isfinite())
+        broken, self.stop_signal = self.exchange.maximum([not finite, self.watch.received])
+        if broken:
+            self._not_finite(of_step, float(grad_norm))
+        else:
+            self.skipped_in_a_row = 0
             self.optimizer.step()
-            self.optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            if not self.precision_checked:  # now that the optimizer has its moments
-                self.precision_checked = True
-                if cfg.weights_dtype == "bf16":
-                    accelerator.print("`weights_dtype` is bf16: updates smaller than a weight's last digit are lost")
-                accelerator.print(f"stored values by type: {dict(self._check_precision())}")
-            self.lr_scheduler.step()
-            if (state.step + 1) % cfg.ema_update_every == 0:
-                for average, module in zip(self.averages, self.modules.values()):
-                    average.step(module.parameters())
-        return output, grad_norm
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()  # a function of the step, skipped or not
+        if broken:
+            return None
+        if not self.precision_checked:  # now that the optimizer has its moments
+            self.precision_checked = True
+            if cfg.weights_dtype == "bf16":
+                accelerator.print("`weights_dtype` is bf16: updates smaller than a weight's last digit are lost")
+            accelerator.print(f"stored values by type: {dict(self._check_precision())}")
+        if (state.step + 1) % cfg.ema_update_every == 0:
+            self.averages.update()
+        return grad_norm
+
+    def _not_finite(self, of_step: list[tuple[dict[str, Any], StepOutput]], grad_norm: float) -> None:
+        """Write down the samples of a step that is not finite; stop, or count it."""
+        cfg, accelerator, state = self.cfg, self.accelerator, self.state
+        batches = [(batch, output.loss_per_sample) for batch, output in of_step]
+        read = [index for batch, _ in batches for index in batch["sample_index"]]
+        places = self.stage.dataset_indices(read, accelerator.num_processes)
+        gathered = self.exchange.gather(samples_of_step(accelerator.process_index, batches, places))
+        path = self.output_dir / "non_finite" / f"step-{state.step:07d}.json"
+        if accelerator.is_main_process:
+            write_non_finite(path, state.step, grad_norm, [sample for samples in gathered for sample in samples])
+        state.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        told = f"The loss is not finite at step {state.step} (or its gradient; its samples are in {path})"
+        if cfg.non_finite == "stop" or self.skipped_in_a_row > SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"{told}: lower `learning_rate` or `max_grad_norm`, or try `mixed_precision` no. "
+                + ("" if cfg.non_finite == "stop" else f"These were {self.skipped_in_a_row} steps in a row. ")
+                + "The weights are those before it; the last checkpoint may be affected too."
+            )
+        accelerator.print(f"{told}; it is skipped, as {state.skipped_steps} until now")
+
+    def _leave(self) -> None:
+        """End the run because a signal asked for it, once its checkpoint is complete."""
+        accelerator, state = self.accelerator, self.state
+        self.writer.wait()
+        name = signal.Signals(int(self.stop_signal)).name
+        accelerator.print(f"{name} at step {state.step}: saved, ending with exit code {EXIT_PREEMPTED}")
+        if accelerator.is_main_process:
+            (self.output_dir / PREEMPTED_FILE).write_text(json.dumps({"signal": name, "step": state.step}) + "\n")
+        self.tracking.end()
+        sys.exit(EXIT_PREEMPTED)
 
     def _check_alignment(self, output: StepOutput) -> None:
         """Measure whether alignment and flow still pull together, at the weights of the aligned block."""
@@ -285,24 +371,21 @@ class Run:
         weights = [weight for weight in block.parameters() if weight.requires_grad]
         cosine = gradient_cosine(output.losses["flow"], output.losses["alignment"], weights)
         cosine = float(accelerator.reduce(torch.tensor(cosine, device=accelerator.device), "mean"))
+        if not math.isfinite(cosine):
+            return  # nor will the step be
         self.burn_in.observe(step, cosine)
         self.state.alignment_history.append({"step": step, "cosine": cosine})
-        accelerator.log({"alignment/gradient_cosine": cosine}, step=step)
+        self.tracking.log({"alignment/gradient_cosine": cosine}, step)
         if self.burn_in.ended_at is not None:
             accelerator.print(f"alignment ends at step {self.burn_in.ended_at}: its gradient opposes the flow's")
 
     def _check_precision(self) -> Counter[str]:
         """Stop unless everything that training changes is stored as it has to be; count it by type."""
-        parameters = {
-            name: [(f"{name}.{key}", p) for key, p in module.named_parameters() if p.requires_grad]
-            for name, module in self.modules.items()
-        }
-        named: list[tuple[str, torch.Tensor]] = [pair for pairs in parameters.values() for pair in pairs]
-        for name, p in list(named):
-            state = self.optimizer.state.get(p, {})
-            named += [(f"{key} of {name}", value) for key, value in state.items() if isinstance(value, torch.Tensor)]
-        for average, pairs in zip(self.averages, parameters.values()):
-            named += [(f"average of {name}", value) for (name, _), value in zip(pairs, average.shadow_params)]
+        parameters = dict(self.trained.named_parameters())
+        named: list[tuple[str, torch.Tensor]] = list(parameters.items())
+        for name, p in parameters.items():
+            named += [(f"{key} of {name}", value) for key, value in self.optimizer.state.get(p, {}).items()]
+        named += [(f"average of {name}", value) for name, value in self.averages.tensors().items()]
         stored = {"float32": torch.float32, "bf16": torch.bfloat16}[self.cfg.weights_dtype]
         return check_precision(named, stored)
 
@@ -328,12 +411,8 @@ class Run:
             for name, loss in step_losses.items():
                 since[name].append(loss)
         means = {n: accelerator.reduce(torch.stack(values).mean(), "mean").item() for n, values in since.items()}
-        wrong = {name: mean for name, mean in means.items() if not math.isfinite(mean)}
-        if wrong:
-            raise ValueError(
-                f"The loss is not finite at step {state.step} ({wrong}): lower `learning_rate` or `max_grad_norm`, or "
-                "try `mixed_precision` no. The last checkpoint may be affected too."
-            )
+        if not means:
+            return {"loss": "not finite"}
         entry = {
             "step": state.step,
             **{f"loss/{name}": mean for name, mean in means.items()},
@@ -343,62 +422,33 @@ class Run:
             "waiting_share": state.seconds_waiting / state.seconds,
         }
         state.history.append(entry)
-        accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)
+        self.tracking.log({name: value for name, value in entry.items() if name != "step"}, state.step)
         return {"loss": f"{entry['loss/flow']:.4f}", "lr": f"{entry['lr']:.1e}"}
 
     def _validate(self) -> None:
-        """Validation loss and pictures, with the averaged weights where there are any."""
+        """Validation loss and pictures, with the averaged weights where there are any; shared out over processes."""
         cfg, accelerator, state = self.stage.cfg, self.accelerator, self.state
-        self._use_averages()
-        for module in self.modules.values():
-            module.eval()
-        if self.stage.held_out is not None and accelerator.is_main_process:
-            with accelerator.autocast():
-                losses = validation_loss(self.nets, cfg, self.stage.held_out_batches(accelerator.device))
-            state.validation_history.append({"step": state.step, **losses})
-            accelerator.log(losses, step=state.step)
-        if cfg.validation_prompts and accelerator.is_main_process:
-            with accelerator.autocast():
-                grid = image_grid(validation_images(self.nets, cfg))
-            folder = self.output_dir / "validation"
-            folder.mkdir(parents=True, exist_ok=True)
-            grid.save(folder / f"step-{state.step:07d}.png")
-            self._track_image(grid)
-        for module in self.modules.values():
-            module.train()
-        self._restore_weights()
-        accelerator.wait_for_everyone()
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self.trained.eval()
+        # not through DDP, which would get ready for gradients; libraries may draw from the global generator
+        with self.averages.in_place(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
+            if self.stage.held_out is not None:
+                batches = self.stage.held_out_batches(accelerator.device, rank, processes)
+                by_sample = self.exchange.merge(self.trained(losses_by_sample, self.nets, cfg, batches))
+                losses = validation_loss(by_sample)
+                state.validation_history.append({"step": state.step, **losses})
+                self.tracking.log(losses, state.step)
+            if cfg.validation_prompts:
+                images = self.exchange.merge(self.trained(validation_images, self.nets, cfg, rank, processes))
+                if accelerator.is_main_process:
+                    self._save_images([image for _, image in sorted(images.items())])
+        self.trained.train()
 
-    def _use_averages(self) -> None:
-        """Put the averaged weights in place of the trained ones."""
-        for average, module in zip(self.averages, self.modules.values()):
-            average.store(module.parameters())
-            average.copy_to(module.parameters())
-
-    def _restore_weights(self) -> None:
-        for average, module in zip(self.averages, self.modules.values()):
-            average.restore(module.parameters())
-
-    def _start_trackers(self) -> None:
-        plain = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in self.cfg.to_dict().items()
-        }
-        self.accelerator.init_trackers("prx", config=plain)
-        if self.accelerator.is_main_process:
-            write_record(self.cfg, self.state, self.nets, self.accelerator)
-
-    def _track_image(self, grid: PIL.Image.Image) -> None:
-        name, step = "validation/images", self.state.step
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({name: np.array(grid)[None]}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({name: [grid]}, step=step)
-            else:
-                import trackio  # an optional dependency, there when --report_to asks for it
-
-                tracker.log({name: trackio.Image(grid)}, step=step)
+    def _save_images(self, images: list[PIL.Image.Image]) -> None:
+        grid, folder = image_grid(images), self.output_dir / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.save(folder / f"step-{self.state.step:07d}.png")
+        self.tracking.image("validation/images", grid, self.state.step)
 
     def _finish(self) -> None:
         """Export the pipeline with everything beside it, print what was counted, upload."""
@@ -408,16 +458,17 @@ class Run:
             f"did not fit their size, {state.upscaled} enlarged, {state.truncated} captions cut at "
             f"{cfg.max_sequence_length} tokens"
         )
-        if self.averages:
-            self._use_averages()
+        self.averages.put_in_place()
+        parts = {name: whole_module(module) for name, module in self.modules.items() if name != "projector"}
+        self.nets = replace(self.nets, **parts)
         if accelerator.is_main_process:
             for module in (self.nets.transformer, self.nets.text_encoder):
-                accelerator.unwrap_model(module, keep_fp32_wrapper=False).eval()
-            export_run(cfg, state, self.nets, accelerator, self.card_template, self.repo_id)
+                module.eval()
+            export_run(cfg, state, self.nets, self.machine, self.card_template, self.repo_id)
             if self.repo_id is not None:
                 push_to_hub(cfg, self.repo_id)
             accelerator.print(f"saved to {cfg.output_dir}")
-        accelerator.end_training()
+        self.tracking.end()
 
 
 def new_burn_in(cfg: TrainingConfig) -> BurnIn:

@@ -1,0 +1,71 @@
+"""Moving averages of the weights (EMA), where the weights are: whole, or sharded as they are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from .config import TrainingConfig
+from .distributed import Trained
+
+
+class Averages:
+    """The averages of what a run trains for its pipeline, which the alignment's projector is not part of.
+
+    Args:
+        trained: what is trained, already distributed.
+        cfg: of the run; without `use_ema` there are no averages, and nothing here does anything.
+
+    Attributes:
+        models: an EMAModel by the name of its module.
+    """
+
+    def __init__(self, trained: Trained, cfg: TrainingConfig):
+        self.trained = trained
+        self.models = {
+            name: EMAModel(module.parameters(), decay=cfg.ema_decay, foreach=True)
+            for name, module in trained.named_children()
+            if cfg.use_ema and name != "projector"
+        }
+
+    def update(self) -> None:
+        for name, model in self.models.items():
+            model.step(self.trained.get_submodule(name).parameters())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The averages by the names of their parameters in `trained`; not copied."""
+        return {
+            f"{name}.{key}": value
+            for name, model in self.models.items()
+            for (key, _), value in zip(self.trained.get_submodule(name).named_parameters(), model.shadow_params)
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """How often each was updated, which their decay depends on; the values are in `tensors`."""
+        return {name: model.optimization_step for name, model in self.models.items()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        for name, model in self.models.items():
+            model.optimization_step = state[name]
+
+    def put_in_place(self) -> None:
+        """The averages instead of the trained weights, for good."""
+        _copy(self.tensors(), dict(self.trained.named_parameters()))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """With the averages in place of the trained weights. By hand: EMAModel's own way takes no shards."""
+        averaged, parameters = self.tensors(), dict(self.trained.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in averaged}
+        _copy(averaged, parameters)
+        try:
+            yield
+        finally:
+            _copy(kept, parameters)
+
+
+@torch.no_grad()
+def _copy(values: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

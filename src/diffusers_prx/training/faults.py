@@ -1,0 +1,176 @@
+"""What goes wrong around a run that is right: lost data workers, steps that never end, signals that it has to go, and
+steps whose loss is no number. What a run does about each is in `trainer.py`; here is how it notices."""
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .stages import Stage
+
+# "temporary failure, try again" of sysexits.h: a scheduler can requeue a job that ends with it
+EXIT_PREEMPTED = 75
+EXIT_HUNG = 70  # "internal software error" of the same
+PREEMPTED_FILE = "preempted.json"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# more steps in a row than this without a finite loss, and it is the weights that are broken, not the data
+SKIPPED_IN_A_ROW = 10
+# a data worker that is lost so often without a batch in between will be lost again
+LOST_IN_A_ROW = 3
+
+
+def steady_batches(
+    stage: Stage, start_step: int, rank: int, processes: int, device: torch.device, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """`Stage.training_batches`, with workers that are started again where they were lost: no sample is lost or twice.
+
+    Args:
+        stage: what is read.
+        start_step, rank, processes, device: see there.
+        counts: "lost_workers" is counted in it.
+
+    Raises:
+        RuntimeError, OSError, EOFError: once workers are lost more than `LOST_IN_A_ROW` times without a batch in
+            between; and what a worker raises.
+    """
+    accumulation = stage.cfg.gradient_accumulation_steps
+    done, lost = 0, 0
+    places = list(stage.places)  # where a stream stood at the beginning of the step
+    while True:
+        step, begun = start_step + done // accumulation, done % accumulation
+        stage.places = list(places)
+        batches = _opened(stage.training_batches(step, rank, processes, device))
+        try:
+            for batch in islice(batches, begun, None):
+                yield batch
+                done, lost = done + 1, 0
+                if done % accumulation == 0:
+                    places = list(stage.places)
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not stage.cfg.dataloader_num_workers or not _is_loss(error) or lost == LOST_IN_A_ROW:
+                raise
+            lost += 1
+            counts["lost_workers"] += 1
+            tqdm.write(f"a data worker was lost at step {start_step + done // accumulation}, and is replaced: {error}")
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a loader's error says that a worker is gone, and not what a worker has raised."""
+    if str(error).startswith("Caught "):  # how PyTorch hands on the latter
+        return False
+    # the others are of a batch that the worker had announced and cannot hand over
+    return "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+
+
+def _opened(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader that leaves the process as it was."""
+    with torch.random.fork_rng(devices=[]):  # it draws a seed for its workers from the generator of the training
+        first = next(batches, None)
+    # it also has the loss of a worker raised wherever the main thread is, in the middle of an optimizer step; without
+    # that the loss is noticed when the next batch is asked for
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if first is not None:
+        yield first
+        yield from batches
+
+
+class Watch:
+    """Notices what ends a run from outside: signals, and a step that does not end. To be used as a context.
+
+    A process whose step takes longer than the limit, be it that it hangs itself or that it waits for another one,
+    writes the stacks of all its threads to its standard error and ends with exit code `EXIT_HUNG`. A thread of its own
+    sees to that: faulthandler's timer would do it even where Python's lock is held, but does not survive a fork.
+
+    Args:
+        rank: of this process.
+        seconds: the limit.
+
+    Attributes:
+        received: the number of the signal of `STOP_SIGNALS` that has come, or 0.
+    """
+
+    def __init__(self, rank: int, seconds: float):
+        self.rank, self.seconds = rank, seconds
+        self.received = 0
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Watch":
+        self.begin()
+        self.over.clear()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.over.set()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def begin(self) -> None:
+        """From here on the time runs anew."""
+        self.deadline = time.monotonic() + self.seconds
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def _watch(self) -> None:
+        while not self.over.wait(max(self.deadline - time.monotonic(), 0.1)):
+            if time.monotonic() < self.deadline:
+                continue
+            where = f"process {os.getpid()} on {socket.gethostname()}"
+            errors = sys.__stderr__ or sys.stderr
+            errors.write(f"\nrank {self.rank} ({where}): no end of a step after {self.seconds} s; its stacks:\n")
+            errors.flush()
+            faulthandler.dump_traceback(errors, all_threads=True)
+            os._exit(EXIT_HUNG)
+
+
+def samples_of_step(
+    rank: int, batches: Iterable[tuple[dict[str, Any], torch.Tensor]], dataset_indices: dict[int, int]
+) -> list[dict[str, Any]]:
+    """What one process knows of the samples of a step, as plain data.
+
+    Args:
+        rank: of the process.
+        batches: the micro-batches with the flow-matching loss of each of their samples.
+        dataset_indices: place in the run's stream -> place in the data set, where there is one.
+    """
+    return [
+        {
+            "rank": rank,
+            "sample_index": index,
+            "dataset_index": dataset_indices.get(index),
+            "caption": caption,
+            "loss": _plain(loss),
+        }
+        for batch, losses in batches
+        for index, caption, loss in zip(batch["sample_index"], batch["captions"], losses.tolist())
+    ]
+
+
+def write_non_finite(path: Path, step: int, grad_norm: float, samples: list[dict[str, Any]]) -> None:
+    """Write down the samples of a step whose loss or gradient is not finite; numbers that are none as words."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"step": step, "grad_norm": _plain(grad_norm), "samples": samples}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

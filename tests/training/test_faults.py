@@ -1,0 +1,351 @@
+"""What a run survives, and how it ends where it cannot: kills at any moment, signals, hangs, losses that are no
+number, lost workers, trackers that are gone."""
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate import debug_launcher
+from accelerate.tracking import GeneralTracker
+
+import runs
+from diffusers_prx.training.checkpoints import find_checkpoint, read_run, step_of
+from diffusers_prx.training.faults import EXIT_HUNG, EXIT_PREEMPTED, SKIPPED_IN_A_ROW
+from diffusers_prx.training.trainer import Run
+
+STEPS = 6
+SMALL = {"max_train_steps": STEPS, "checkpointing_steps": 1, "use_ema": True, "ema_update_every": 1}
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return runs.save_text_encoder(tmp_path_factory.mktemp("text_encoder"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text_encoder) -> Run:
+    return runs.train(runs.settings(tmp_path_factory.mktemp("undisturbed"), text_encoder, **SMALL))
+
+
+def at_step(run: Run, step: int, act) -> None:
+    """Do something in the middle of a step; what `act` gives, if anything, the transformer gives instead."""
+
+    def hook(module, args, output):
+        return act(output) if run.state.step == step else None
+
+    run.nets.transformer.register_forward_hook(hook)
+
+
+def break_second_sample(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    factor = torch.ones(len(output[0]), 1, 1, 1)
+    factor[1] = torch.nan
+    return (output[0] * factor, *output[1:])
+
+
+# Losses that are no number
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_written_down(undisturbed, tmp_path, capsys):
+    run = runs.start(undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "non_finite": "skip"})
+    at_step(run, 2, break_second_sample)
+    run.train()
+    assert run.state.step == STEPS
+    assert run.state.skipped_steps == 1
+    assert [entry["step"] for entry in run.state.history] == [1, 2, 4, 5, 6]
+    assert "not finite at step 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "training.json").read_text())["skipped_steps"] == 1
+    before, after = (runs.saved_weights(tmp_path / f"checkpoint-{step}", "transformer") for step in (2, 3))
+    runs.assert_same(before, after)
+    record = json.loads((tmp_path / "non_finite" / "step-0000002.json").read_text())
+    assert (record["step"], record["grad_norm"]) == (2, "nan")
+    samples = record["samples"]
+    assert [sample["sample_index"] for sample in samples] == [8, 9, 10, 11]
+    assert [sample["loss"] == "nan" for sample in samples] == [False, True, False, False]
+    for sample in samples:
+        assert next(iter(run.stages[0].source.captions(sample["dataset_index"]).values())) == sample["caption"]
+
+
+def test_a_step_that_is_not_finite_stops_the_run(undisturbed, tmp_path):
+    run = runs.start(undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path)})
+    at_step(run, 2, break_second_sample)
+    with pytest.raises(ValueError, match=r"not finite at step 2 .*step-0000002.json.*: lower `learning_rate`"):
+        run.train()
+    assert (tmp_path / "non_finite" / "step-0000002.json").is_file()
+    run.writer.wait()
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+
+
+def test_weights_that_are_broken_are_not_skipped_for_ever(tmp_path, text_encoder):
+    changes = {"learning_rate": 1e30, "lr_warmup_steps": 0, "max_train_steps": 99, "checkpointing_steps": 100}
+    run = runs.start(runs.settings(tmp_path, text_encoder, **changes, non_finite="skip"))
+    with pytest.raises(ValueError, match=f"These were {SKIPPED_IN_A_ROW + 1} steps in a row"):
+        run.train()
+
+
+def break_one_of_two(values: dict) -> None:
+    torch.set_num_threads(1)
+    run = runs.start(values)
+    if run.accelerator.process_index == 1:
+        at_step(run, 1, break_second_sample)
+    run.train()
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_all_processes_skip_what_is_not_finite_on_one(undisturbed, tmp_path, sharding):
+    changes = {"output_dir": str(tmp_path), "non_finite": "skip", "train_batch_size": 2, "sharding": sharding}
+    debug_launcher(break_one_of_two, (undisturbed.cfg.to_dict() | changes | {"max_train_steps": 3},), num_processes=2)
+    record = json.loads((tmp_path / "non_finite" / "step-0000001.json").read_text())
+    assert [(sample["rank"], sample["sample_index"]) for sample in record["samples"]] == [
+        (0, 4),
+        (0, 5),
+        (1, 6),
+        (1, 7),
+    ]
+    assert [sample["loss"] == "nan" for sample in record["samples"]] == [False, False, False, True]
+    assert json.loads((tmp_path / "training.json").read_text())["skipped_steps"] == 1
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_last_bit(undisturbed, tmp_path, number):
+    values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "checkpointing_steps": 100}
+    run = runs.start(values)
+    at_step(run, 2, lambda output: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        run.train()
+    assert end.value.code == EXIT_PREEMPTED
+    assert signal.getsignal(number) == before
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-3"  # the step was finished
+    assert json.loads((tmp_path / "preempted.json").read_text()) == {"signal": signal.Signals(number).name, "step": 3}
+    runs.train(values | {"resume_from_checkpoint": "latest"})
+    assert not (tmp_path / "preempted.json").exists()
+    runs.assert_same(
+        *(runs.saved_state(folder / f"checkpoint-{STEPS}") for folder in (undisturbed.output_dir, tmp_path))
+    )
+
+
+def signal_one_of_two(values: dict) -> None:
+    torch.set_num_threads(1)
+    run = runs.start(values)
+    rank = run.accelerator.process_index
+    if rank == 1:
+        at_step(run, 1, lambda output: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        run.train()
+    except SystemExit as end:
+        (run.output_dir / f"code-{rank}").write_text(str(end.code))
+
+
+def test_a_signal_to_one_process_ends_all_of_them_at_the_same_step(undisturbed, tmp_path):
+    values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "train_batch_size": 2, "sharding": "full"}
+    debug_launcher(signal_one_of_two, (values | {"checkpointing_steps": 100},), num_processes=2)
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == [str(EXIT_PREEMPTED)] * 2
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+
+
+# Kills and hangs: processes that are started as torchrun starts them
+
+
+def start_on_a_rank(rank: int, world: int, port: int, act, values: dict) -> None:
+    output = os.open(f"{values['output_dir']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    run = runs.start(values)
+    if act is not None:
+        act(run)
+    run.train()
+
+
+def launch(values: dict, act=None, world: int = 2) -> list:
+    """The processes of a run, which have all imports already."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world, port, act, values)
+    return mp.start_processes(start_on_a_rank, arguments, nprocs=world, join=False, start_method="fork").processes
+
+
+def hang_on_rank_1(run: Run) -> None:
+    if run.accelerator.process_index == 1:
+        at_step(run, 1, lambda output: time.sleep(1000))
+
+
+def test_a_hung_process_ends_the_run_with_the_stack_of_each(undisturbed, tmp_path):
+    values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path / "run"), "train_batch_size": 2}
+    processes = launch(values | {"step_timeout_seconds": 12}, hang_on_rank_1)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [EXIT_HUNG] * 2
+    for rank, where in enumerate(("maximum", "in <lambda>")):  # one waits for the answer that the other does not give
+        written = (tmp_path / f"run-{rank}.log").read_text()
+        stacks = written[written.index(f"\nrank {rank} (process {processes[rank].pid} on ") :]
+        assert "no end of a step after 12 s" in stacks
+        assert "in _micro_step" in stacks or "in _optimizer_step" in stacks
+        assert rank == 0 or where in stacks
+
+
+def kill_and_resume(values: dict, kills: int, seconds: float, seed: int) -> list[str]:
+    """Kill a run of two processes at random moments, every second time while a checkpoint is being written, and start
+    it again each time; in the end let it finish. Returns what was done.
+
+    Args:
+        values: settings of the run.
+        kills: how many.
+        seconds: a step takes about so long.
+        seed: of the moments.
+    """
+    chance, folder, told = random.Random(seed), Path(values["output_dir"]), []
+    for number in range(kills):
+        began, processes = time.monotonic(), launch(values)
+        if number % 2:
+            for _ in range(chance.randint(1, 3)):  # the first that is written, or a later one
+                wait_for(lambda: not list(folder.glob("*.unfinished")), processes)
+                wait_for(lambda: list(folder.glob("*.unfinished")), processes)
+            time.sleep(chance.uniform(0, 0.02))
+        else:  # in the start, or some steps later
+            start = newest_step(folder)
+            later = start + chance.randint(0, 3)
+            wait_for(lambda: newest_step(folder) >= later, processes)  # noqa: B023
+            time.sleep(chance.uniform(0, 2 * seconds))
+        alive = [process for process in processes if process.is_alive()]
+        chance.shuffle(alive)
+        for process in alive:  # the launcher kills the others when one is gone
+            process.kill()
+            process.join()
+            time.sleep(chance.choice((0, 0.1)))
+        newest = find_checkpoint(folder, "latest")
+        unfinished = [path.name for path in folder.glob("*.unfinished")]
+        told.append(
+            f"kill {number}: {len(alive)} processes after {time.monotonic() - began:.2f} s, newest "
+            f"{newest and newest.name}, unfinished {unfinished}"
+        )
+        print(told[-1], flush=True)
+    processes = launch(values)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, Path(f"{folder}-0.log").read_text()[-3000:]
+    return told
+
+
+def newest_step(folder: Path) -> int:
+    newest = find_checkpoint(folder, "latest")
+    return 0 if newest is None else step_of(newest)
+
+
+def wait_for(condition, processes: list) -> None:
+    while not condition() and all(process.is_alive() for process in processes):
+        time.sleep(0.001)
+
+
+def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, capsys) -> None:
+    changes = {
+        "optimizer": "muon", "use_ema": True, "ema_update_every": 1, "max_train_steps": steps, "train_batch_size": 2,
+        "checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest", "sharding": "full",
+    }  # fmt: skip
+    values = runs.settings(tmp_path / "undisturbed", text_encoder, **changes)
+    began = time.monotonic()
+    for process in launch(values):
+        process.join()
+        assert process.exitcode == 0
+    seconds = time.monotonic() - began
+    with capsys.disabled():  # it takes minutes
+        print(f"\n{steps} steps undisturbed: {seconds:.1f} s")
+        told = kill_and_resume(values | {"output_dir": str(tmp_path / "killed")}, kills, seconds / steps, seed=kills)
+    one, other = (runs.saved_state(tmp_path / name / f"checkpoint-{steps}") for name in ("undisturbed", "killed"))
+    state = read_run(tmp_path / "killed" / f"checkpoint-{steps}")["state"]
+    assert [entry["step"] for entry in state["history"]] == list(range(1, steps + 1))  # nothing lost, nothing twice
+    assert state["samples_read"] == 4 * steps
+    runs.assert_same(other, one)
+    writing = sum("unfinished ['" in line for line in told)
+    with capsys.disabled():
+        print(f"{kills} kills, {writing} of them while a checkpoint was written: the same to the last bit")
+    assert writing >= kills // 5
+
+
+def test_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
+    check_kills(text_encoder, tmp_path, steps=12, kills=4, capsys=capsys)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
+    check_kills(text_encoder, tmp_path, steps=150, kills=50, capsys=capsys)
+
+
+# Workers and trackers
+
+
+def test_a_lost_worker_is_replaced_and_nothing_else_changes(undisturbed, tmp_path, capsys):
+    changes = {"output_dir": str(tmp_path), "dataloader_num_workers": 2, "train_batch_size": 2}
+    run = runs.start(undisturbed.cfg.to_dict() | changes | {"gradient_accumulation_steps": 2})
+    killed: list[int] = []
+
+    def kill_a_worker(output) -> None:
+        if not killed:
+            killed.append(mp.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    at_step(run, 1, kill_a_worker)
+    run.train()
+    assert run.state.lost_workers == 1
+    assert "a data worker was lost" in capsys.readouterr().out
+    again = runs.train(run.cfg.to_dict() | {"output_dir": str(tmp_path / "again"), "dataloader_num_workers": 0})
+    one, other = (runs.saved_state(r.output_dir / f"checkpoint-{STEPS}") for r in (run, again))
+    for state in (one, other):
+        del state["run.json"]["state"]["lost_workers"]
+    runs.assert_same(one, other)
+
+
+class Gone(GeneralTracker):
+    """A tracker whose server does not answer."""
+
+    name = "gone"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self):
+        super().__init__(_blank=True)
+
+    def store_init_configuration(self, values: dict) -> None:
+        raise ConnectionError("no answer")
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        raise ConnectionError("no answer")
+
+    def finish(self) -> None:
+        raise ConnectionError("no answer")
+
+
+def test_a_tracker_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path, capsys):
+    run = runs.start(undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "report_to": "tensorboard"})
+
+    def go_away(output) -> None:
+        run.accelerator.trackers = [Gone()]
+
+    at_step(run, 1, go_away)
+    run.train()
+    assert run.state.tracker_failures == STEPS - 1
+    assert "the tracker failed, the run goes on: ConnectionError('no answer')" in capsys.readouterr().out
+    assert json.loads((tmp_path / "training.json").read_text())["tracker_failures"] == STEPS - 1
+    weights = [
+        runs.saved_weights(folder / "checkpoint-6", "transformer") for folder in (undisturbed.output_dir, tmp_path)
+    ]
+    runs.assert_same(*weights)
+
+
+def test_a_tracker_that_cannot_begin_does_not_stop_the_run(undisturbed, tmp_path):
+    (tmp_path / "logs").write_text("where the folder of the logs would be")
+    changes = {"output_dir": str(tmp_path), "report_to": "tensorboard", "max_train_steps": 1}
+    assert runs.train(undisturbed.cfg.to_dict() | changes).state.tracker_failures >= 1

@@ -1,0 +1,31 @@
+"""Make a pipeline of a checkpoint, on one process, however many the run has or had:
+
+`python training/export_prx.py --checkpoint outputs/run/checkpoint-1000 --output_dir outputs/run-1000`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffusers_prx.training.export import export_checkpoint
+
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="The folder of a complete checkpoint.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Of the pipeline.")
+    parser.add_argument(
+        "--weights", choices=("average", "trained"), help="Default: the average, where the run keeps one."
+    )
+    args = parser.parse_args(argv)
+    average = None if args.weights is None else args.weights == "average"
+    try:
+        export_checkpoint(args.checkpoint, args.output_dir, average, CARD_TEMPLATE)
+    except ValueError as error:  # no such checkpoint, or no average in it
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
