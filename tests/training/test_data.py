@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -404,7 +405,8 @@ def test_a_stream_resumes_in_two_processes_and_only_there(text_encoder, tars, tm
 # The preflight
 
 
-def test_a_dry_run_tells_everything_and_reads_no_weights(text_encoder, tmp_path, capsys):
+def test_a_dry_run_tells_everything_and_reads_no_weights(text_encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
     without_weights = tmp_path / "text_encoder"
     without_weights.mkdir()
     for file in text_encoder.glob("*.json"):
@@ -441,6 +443,32 @@ def test_a_dry_run_tells_everything_and_reads_no_weights(text_encoder, tmp_path,
     assert sum("11 captions: " in line for line in lines) == 1  # the same of stages 0 and 1
     assert any(line.startswith("warning     Captions are short") for line in lines)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".npy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 36}, "`resolution` must be a multiple of 8 for these networks, got 36"),
+        ({"route_ratio": 0.5, "route_range": [0, 3]}, r"`route_range` is \[0, 3\], but the transformer has 2 blocks"),
+        ({"repa_weight": 0.5, "repa_teacher": "TEACHER", "repa_block": 2}, "`repa_block` is 2, but"),
+        ({"repa_weight": 0.5, "repa_teacher": "nowhere", "repa_block": 1}, "`repa_teacher` is 'nowhere', whose"),
+        ({"dino_weight": 0.1, "dino_teacher": "TEACHER", "dino_size": 18}, "`dino_size` must be a multiple of 4"),
+        ({"lpips_weight": 0.1, "lpips_backbone": "nowhere"}, "`lpips_backbone` is 'nowhere', which is no file"),
+        ({"transformer_config": runs.TRANSFORMER | {"in_channels": 4}}, "`in_channels` is 4, but"),
+        ({"max_sequence_length": 99_999}, "`max_sequence_length` is 99999, but the text encoder has positions for"),
+        ({"lpips_weight": 0.1, "perceptual_decode_latents": True}, "set, but this is a run in pixels: leave it out"),
+        ({"precomputed_dir": "nowhere", "center_crop": True, "train_text_encoder": False}, "has no index.json"),
+        ({"push_to_hub": True}, "`push_to_hub` needs a token"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_run_would(text_encoder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    teacher = str(runs.save_teacher(tmp_path / "teacher"))
+    changes = {name: teacher if value == "TEACHER" else value for name, value in changes.items()}
+    values = {"dataset_name": write_folder(tmp_path / "photos"), "dry_run": True}
+    with pytest.raises(ValueError, match=message):
+        runs.start(runs.settings(tmp_path / "run", text_encoder, **values | changes))
 
 
 @pytest.mark.parametrize(
@@ -503,13 +531,14 @@ def test_the_memory_is_what_training_keeps(text_encoder, tmp_path, optimizer, we
     run = runs.start(runs.settings(tmp_path, text_encoder, **values))
     weights = list(run.nets.transformer.parameters())
     run._enter(0, run.stages[0])
-    run._micro_step(next(run.stages[0].training_batches(0, 0, 1, CPU)))
+    batch = next(run.stages[0].training_batches(0, 0, 1, CPU))
+    run._optimizer_step([(batch, run._micro_step(batch))])
     state = [value for weight in weights for value in run.optimizer.state[weight].values()]
     kept = {
         "weights": sum(weight.nbytes for weight in weights),
         "gradients": sum(weight.nbytes for weight in weights),
         "optimizer": sum(value.nbytes for value in state if torch.is_tensor(value) and value.dim() > 0),
-        "average": sum(value.nbytes for value in run.averages[0].shadow_params),
+        "average": sum(value.nbytes for value in run.averages.models["transformer"].shadow_params),
     }
     assert memory(run.cfg, {"transformer": outline(run.cfg).transformer}) == kept
 

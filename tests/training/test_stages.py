@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import debug_launcher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import runs
 from diffusers_prx import PRXPixelPipeline
@@ -228,11 +229,29 @@ def test_a_later_stage_cannot_bring_or_take_away_what_is_trained(text_encoder, t
         ({"optimizer": "adamw"}, "optimizer"),
         ({"use_ema": False}, "use_ema"),
         ({"transformer_config": runs.TRANSFORMER | {"depth": 3}}, "trained_parameters"),
+        ({"transformer_config": runs.TRANSFORMER | {"theta": 100}}, "transformer"),
+        ({"prediction_type": "velocity"}, "prediction_type"),
+        ({"noise_scale": 2.0}, "noise_scale"),
+        ({"max_sequence_length": 47}, "max_sequence_length"),
+        ({"mixed_precision": "bf16", "weights_dtype": "bf16"}, "weights_dtype"),
     ],
 )
 def test_another_network_or_optimizer_is_refused_before_it_is_loaded(whole, tmp_path, changes, name):
     with pytest.raises(ValueError, match=f"The checkpoint was trained with `{name}` "):
         runs.start(continued(whole, tmp_path, 2, **changes))
+
+
+def test_another_frozen_network_is_refused_and_the_same_elsewhere_is_not(text_encoder, tmp_path):
+    values = {"train_text_encoder": False, "max_train_steps": 2, "checkpointing_steps": 1}
+    run = runs.train(runs.settings(tmp_path / "whole", text_encoder, **values))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(text_encoder, elsewhere)
+    runs.start(continued(run, tmp_path / "moved", 1, text_encoder_name_or_path=str(elsewhere)))
+    weights = load_file(elsewhere / "model.safetensors")
+    weights[next(iter(weights))] += 1e-3
+    save_file(weights, elsewhere / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="The checkpoint was trained with `frozen_networks` "):
+        runs.start(continued(run, tmp_path / "other", 1, text_encoder_name_or_path=str(elsewhere)))
 
 
 @pytest.mark.parametrize(

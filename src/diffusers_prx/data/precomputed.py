@@ -350,6 +350,21 @@ def check_settings(
         )
 
 
+def require_complete(folder: Path) -> None:
+    """Refuse a folder that holds no cache, or one that is not finished.
+
+    Raises:
+        ValueError: with what is there.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        begun = len(shard_files(folder))
+        raise ValueError(
+            f"`precomputed_dir`: {folder} has no {INDEX_FILE}"
+            + (f", only the {begun} shards of a cache that is not finished" if begun else "")
+            + ". Start training/precompute_prx.py with the settings of this run."
+        )
+
+
 class PrecomputedImages:
     """A complete cache of a data set, for reading at random.
 
@@ -370,13 +385,7 @@ class PrecomputedImages:
 
     def __init__(self, folder: Path | str, settings: dict[str, Any], columns: Sequence[str]):
         self.folder = Path(folder)
-        if not (self.folder / INDEX_FILE).is_file():
-            begun = len(shard_files(self.folder))
-            raise ValueError(
-                f"`precomputed_dir`: {self.folder} has no {INDEX_FILE}"
-                + (f", only the {begun} shards of a cache that is not finished" if begun else "")
-                + ". Start training/precompute_prx.py with the settings of this run."
-            )
+        require_complete(self.folder)
         index = json.loads((self.folder / INDEX_FILE).read_text())
         check_settings(index["settings"], settings, self.folder, index["made_from"], OPTIONAL_SETTINGS)
         self.columns = tuple(name for name in columns if name in index["bytes"])

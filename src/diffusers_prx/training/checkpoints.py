@@ -35,7 +35,8 @@ FILE_BYTES = 2**31
 FIXED = (
     "seed", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
     "muon_momentum", "muon_adjust_lr_fn", "muon_fused", "muon_newton_schulz_dtype", "use_ema", "ema_decay",
-    "train_text_encoder", "trained_parameters",
+    "train_text_encoder", "prediction_type", "noise_scale", "max_sequence_length", "weights_dtype",
+    "trained_parameters", "transformer", "frozen_networks",
 )  # fmt: skip
 
 
@@ -44,8 +45,7 @@ class RunState:
     """What a run knows besides weights, optimizer and schedule; saved with every checkpoint.
 
     Args:
-        settings: of the run, and the numbers of parameters that it trains; those of `FIXED` must be the same when it
-            is resumed.
+        settings: of the run, and what its networks are; those of `FIXED` must be the same when it is resumed.
         stages: of each stage its steps, the size of its data and the samples of an optimizer step over all processes;
             stages that have begun must be the same when the run is resumed.
         step: optimizer steps done.

@@ -572,6 +572,11 @@ def sources_of(cfg: TrainingConfig) -> list[DataSource]:
     return sources
 
 
+def cache_folder(cfg: TrainingConfig) -> Path:
+    """Where the cache of a stage is: in a folder of `precomputed_dir` for its resolution."""
+    return Path(str(cfg.precomputed_dir)) / str(cfg.resolution)
+
+
 def _check_source(source: Any, weighted_captions: bool) -> None:
     """Refuse an entry of `data_sources` that is none."""
     known = [option.name for option in dataclasses.fields(DataSource)]

@@ -146,11 +146,6 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
     scheduler = PRXFlowMatchScheduler() if cfg.prediction_type == "velocity" else PRXXPredictionScheduler()
     nets = Nets(transformer, text_encoder_outline(config), None, made.vae, scheduler, transformer.config["patch_size"])
     for stage in cfg.stage_configs():
-        if stage.resolution % made.pixels_per_token:
-            raise ValueError(
-                f"`resolution` must be a multiple of {made.pixels_per_token} for these networks, "
-                f"got {stage.resolution}."
-            )
         _add_techniques(nets, stage)
     frozen = (nets.text_encoder, nets.vae, nets.lpips)
     for module in frozen:
@@ -168,11 +163,7 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
 def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
     """Outlines of what the losses of a stage need."""
     config = nets.transformer.config
-    if cfg.route_ratio and cfg.route_range[1] > config["depth"]:
-        raise ValueError(f"`route_range` is {cfg.route_range}, but the transformer has {config['depth']} blocks.")
     if cfg.repa_weight:
-        if cfg.repa_block >= config["depth"]:
-            raise ValueError(f"`repa_block` is {cfg.repa_block}, but the transformer has {config['depth']} blocks.")
         nets.teacher = nets.teacher or _teacher("repa_teacher", str(cfg.repa_teacher))
         nets.projector = nets.projector or build_projector(
             cfg.repa_projector,

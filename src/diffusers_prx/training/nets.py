@@ -1,7 +1,7 @@
 """The networks of a run: loaded from a pipeline, from their own folders, or made new."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,12 +229,70 @@ def new_transformer(settings: dict[str, Any], in_channels: int, context_in_dim: 
     return PRXTransformer2DModel(**settings)
 
 
-def build_nets(cfg: TrainingConfig, captions: Iterator[str], techniques: bool = True) -> Nets:
+def check_positions(cfg: TrainingConfig, text_config: Any) -> None:
+    """Refuse more tokens than a text encoder has positions for.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    positions = getattr(_encoder_half(text_config), "max_position_embeddings", None)
+    if positions is not None and cfg.max_sequence_length > positions:
+        raise ValueError(
+            f"`max_sequence_length` is {cfg.max_sequence_length}, but the text encoder has positions for {positions}"
+            " tokens: set it to that or less."
+        )
+
+
+def check_fit(config: Mapping[str, Any], vae: Any, stages: Sequence[TrainingConfig]) -> None:
+    """Refuse what a transformer and an autoencoder cannot do; needs no weights.
+
+    Args:
+        config: of the transformer.
+        vae: the autoencoder, or one without values; None in pixel space.
+        stages: of the run.
+
+    Raises:
+        ValueError: with the setting, its value and what would fit.
+    """
+    depth, channels = config["depth"], latent_channels(vae)
+    if config["in_channels"] != channels:
+        raise ValueError(
+            f"The transformer's `in_channels` is {config['in_channels']}, but the other networks need {channels}."
+        )
+    multiple = config["patch_size"] * vae_scale_factor(vae)
+    for cfg in stages:
+        if cfg.resolution % multiple:
+            raise ValueError(
+                f"`resolution` must be a multiple of {multiple} for these networks, got {cfg.resolution}."
+            )
+        if cfg.route_ratio and cfg.route_range[1] > depth:
+            raise ValueError(f"`route_range` is {cfg.route_range}, but the transformer has {depth} blocks.")
+        if cfg.route_ratio and config["fusion_range"] not in (None, tuple(cfg.route_range), list(cfg.route_range)):
+            raise ValueError(
+                f"`route_range` is {cfg.route_range}, but the transformer's `fusion_range` is "
+                f"{config['fusion_range']}: they must be the same."
+            )
+        if cfg.repa_weight and cfg.repa_block >= depth:
+            raise ValueError(f"`repa_block` is {cfg.repa_block}, but the transformer has {depth} blocks.")
+        perceptual = cfg.lpips_weight or cfg.dino_weight
+        if perceptual and vae is not None and not cfg.perceptual_decode_latents:
+            raise ValueError(
+                "`lpips_weight` and `dino_weight` compare pixels, but this is a run in latents: set "
+                "`perceptual_decode_latents` to decode the predicted latents in every step."
+            )
+        if cfg.perceptual_decode_latents and vae is None:
+            raise ValueError("`perceptual_decode_latents` is set, but this is a run in pixels: leave it out.")
+
+
+def build_nets(
+    cfg: TrainingConfig, captions: Iterator[str], techniques: bool = True, teacher_width: int | None = None
+) -> Nets:
     """Load or make every network of the run, in float32, on the CPU.
 
     Args:
         captions: of the training data, for a tokenizer that is trained first.
         techniques: False leaves out what only the auxiliary losses need.
+        teacher_width: see `add_techniques`.
 
     Raises:
         ValueError: if the networks do not fit each other.
@@ -260,24 +318,18 @@ def build_nets(cfg: TrainingConfig, captions: Iterator[str], techniques: bool = 
         text_encoder, tokenizer = loaded["text_encoder"], loaded["tokenizer"]
     tokenizer.model_max_length = cfg.max_sequence_length  # where PRXPipeline will cut prompts
 
-    positions = getattr(_encoder_config(text_encoder), "max_position_embeddings", None)
-    if positions is not None and cfg.max_sequence_length > positions:
-        raise ValueError(
-            f"`max_sequence_length` is {cfg.max_sequence_length}, but the text encoder has positions for {positions}"
-            " tokens: set it to that or less."
-        )
-
-    in_channels = latent_channels(vae)
+    check_positions(cfg, text_encoder.config)
     context_in_dim = text_width(text_encoder)
     if cfg.transformer_config:
-        transformer = new_transformer(cfg.transformer_config, in_channels, context_in_dim)
+        transformer = new_transformer(cfg.transformer_config, latent_channels(vae), context_in_dim)
     else:
         transformer = loaded["transformer"]
-    for key, needed in (("in_channels", in_channels), ("context_in_dim", context_in_dim)):
-        if transformer.config[key] != needed:
-            raise ValueError(
-                f"The transformer's `{key}` is {transformer.config[key]}, but the other networks need {needed}."
-            )
+    if transformer.config["context_in_dim"] != context_in_dim:
+        raise ValueError(
+            f"The transformer's `context_in_dim` is {transformer.config['context_in_dim']}, but the text encoder has "
+            f"{context_in_dim}."
+        )
+    check_fit(transformer.config, vae, cfg.stage_configs())
     options = {
         "shift": cfg.timestep_shift,
         "timestep_sampling": cfg.timestep_sampling,
@@ -292,14 +344,8 @@ def build_nets(cfg: TrainingConfig, captions: Iterator[str], techniques: bool = 
                 f"`shift` is {cfg.timestep_shift}; the pretrained pipeline's is {loaded['scheduler'].shift}."
             )
     nets = Nets(transformer, text_encoder, tokenizer, vae, scheduler, transformer.config["patch_size"])
-    for stage in cfg.stage_configs():
-        if stage.resolution % nets.pixels_per_token:
-            raise ValueError(
-                f"`resolution` must be a multiple of {nets.pixels_per_token} for these networks, "
-                f"got {stage.resolution}."
-            )
     if techniques:
-        add_techniques(nets, cfg.stage_configs())
+        add_techniques(nets, cfg.stage_configs(), teacher_width)
     for module in (text_encoder, vae):
         if module is not None:
             module.requires_grad_(False).eval()
@@ -314,38 +360,29 @@ def build_nets(cfg: TrainingConfig, captions: Iterator[str], techniques: bool = 
     return nets
 
 
-def add_techniques(nets: Nets, stages: list[TrainingConfig]) -> None:
+def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int | None = None) -> None:
     """Load what the auxiliary losses of any stage need, beside the networks of the pipeline.
 
+    Args:
+        nets: of the pipeline; what is loaded is put there.
+        stages: of the run.
+        teacher_width: of a run whose alignment is over, the width of its teacher, which is not loaded again; the
+            projector stays in the run's checkpoints.
+
     Raises:
-        ValueError: if two stages ask for different ones, or they do not fit the transformer.
+        ValueError: if two stages ask for different ones, or they do not fit each other.
     """
     config = nets.transformer.config
-    for cfg in stages:
-        if cfg.route_ratio and cfg.route_range[1] > config["depth"]:
-            raise ValueError(f"`route_range` is {cfg.route_range}, but the transformer has {config['depth']} blocks.")
-        if cfg.route_ratio and config["fusion_range"] not in (None, tuple(cfg.route_range), list(cfg.route_range)):
-            raise ValueError(
-                f"`route_range` is {cfg.route_range}, but the transformer's `fusion_range` is "
-                f"{config['fusion_range']}: they must be the same."
-            )
-        if (cfg.lpips_weight or cfg.dino_weight) and nets.vae is not None and not cfg.perceptual_decode_latents:
-            raise ValueError(
-                "`lpips_weight` and `dino_weight` compare pixels, but this is a run in latents: set "
-                "`perceptual_decode_latents` to decode the predicted latents in every step."
-            )
     aligned = [cfg for cfg in stages if cfg.repa_weight]
     if aligned:
         of_alignment = ("repa_teacher", "repa_projector", "repa_projector_size", "repa_block", "repa_cache_dir")
         of_its_end = ("repa_until_step", "repa_check_steps", "repa_check_window")
         cfg = _the_same(aligned, *of_alignment, *of_its_end)
-        if cfg.repa_block >= config["depth"]:
-            raise ValueError(f"`repa_block` is {cfg.repa_block}, but the transformer has {config['depth']} blocks.")
-        nets.teacher = load_teacher(str(cfg.repa_teacher))
+        nets.teacher = None if teacher_width else load_teacher(str(cfg.repa_teacher))
         nets.projector = build_projector(
             cfg.repa_projector,
             config["hidden_size"],
-            nets.teacher.hidden_size,
+            teacher_width or nets.teacher.hidden_size,
             cfg.repa_projector_size or config["hidden_size"],
             num_heads=config["num_heads"],
             axes_dim=nets.transformer.axes_dim,
@@ -362,11 +399,19 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig]) -> None:
         same = nets.teacher is not None and nets.teacher.name == cfg.dino_teacher
         nets.dino = nets.teacher if same else load_teacher(str(cfg.dino_teacher))
         for cfg in with_dino:
-            if cfg.dino_size % nets.dino.patch_size:
-                raise ValueError(
-                    f"`dino_size` must be a multiple of {nets.dino.patch_size}, the patch of `dino_teacher`, "
-                    f"got {cfg.dino_size}."
-                )
+            check_dino_size(cfg, nets.dino.patch_size)
+
+
+def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
+    """Refuse pictures for a teacher that are not made of whole patches.
+
+    Raises:
+        ValueError: with both sizes in pixels.
+    """
+    if cfg.dino_size % patch_size:
+        raise ValueError(
+            f"`dino_size` must be a multiple of {patch_size}, the patch of `dino_teacher`, got {cfg.dino_size}."
+        )
 
 
 def some_rest(nets: Nets, stages: list[TrainingConfig]) -> bool:
@@ -409,9 +454,9 @@ def _check_continued(cfg: TrainingConfig, pipeline: PRXPipeline | PRXPixelPipeli
 
 def text_width(text_encoder: Any) -> int:
     """Width of the text encoder's hidden states, which `context_in_dim` of the transformer follows."""
-    return _encoder_config(text_encoder).hidden_size
+    return _encoder_half(text_encoder.config).hidden_size
 
 
-def _encoder_config(text_encoder: Any) -> Any:
+def _encoder_half(text_config: Any) -> Any:
     """T5Gemma keeps its settings in the configuration of its encoder half."""
-    return getattr(text_encoder.config, "encoder", text_encoder.config)
+    return getattr(text_config, "encoder", text_config)

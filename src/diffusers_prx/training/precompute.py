@@ -38,7 +38,7 @@ from ..data.precomputed import (
 from ..latents import encode
 from ..text import count_cut, encode_text, tokenize_prompts, trim_tokens
 from .alignment import teacher_features
-from .config import TrainingConfig
+from .config import TrainingConfig, cache_folder
 from .nets import Nets, build_nets
 from .preflight import outline
 from .stages import Stage, build_stages
@@ -57,11 +57,6 @@ MADE_FROM = (
     "pretrained_model_name_or_path", "revision", "vae_name_or_path", "text_encoder_name_or_path", "repa_teacher",
     "dataset_name", "train_data_dir", "data_sources", "dataset_split", "caption_column",
 )  # fmt: skip
-
-
-def cache_folder(cfg: TrainingConfig) -> Path:
-    """Where the cache of a stage is: in a folder for its resolution."""
-    return Path(str(cfg.precomputed_dir)) / str(cfg.resolution)
 
 
 def fingerprint(module: Any) -> str:

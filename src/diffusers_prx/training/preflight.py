@@ -7,19 +7,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from transformers import AutoTokenizer
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
 from ..data.captions import CaptionStatistics, caption_statistics
 from ..data.mixing import ENDLESS
+from ..data.precomputed import require_complete
 from ..latents import latent_channels, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
-from .config import TrainingConfig, sources_of
-from .known_networks import autoencoder_outline, text_config
-from .nets import new_transformer, pipeline_class_of
+from .config import TrainingConfig, cache_folder, sources_of
+from .known_networks import autoencoder_outline, teacher_outline, text_config
+from .nets import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .optimizers import muon_weights
 from .stages import Stage
 
@@ -54,8 +56,8 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
         tables: take from `known_networks` what is there, instead of asking the Hub.
 
     Raises:
-        ValueError: for an autoencoder of a class that `latents.py` does not know, or an unknown key of
-            `transformer_config`.
+        ValueError: for an autoencoder of a class that `latents.py` does not know, an unknown key of
+            `transformer_config`, or settings that do not fit the networks.
     """
     vae, saved = None, cfg.pretrained_model_name_or_path
     where: dict[str, Any] = {"subfolder": "transformer", "revision": cfg.revision}
@@ -72,7 +74,33 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
             transformer = new_transformer(cfg.transformer_config, latent_channels(vae), width)
         else:
             transformer = PRXTransformer2DModel.from_config(stored)
+    check_fit(transformer.config, vae, cfg.stage_configs())
     return Outline(transformer, vae, transformer.config["patch_size"] * vae_scale_factor(vae))
+
+
+def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
+    """Look for what the auxiliary losses and a cache need, without loading it.
+
+    Args:
+        cfg: of the run.
+        aligns: whether the teacher of the alignment is needed, where there is one.
+
+    Raises:
+        ValueError: if something is not there, or does not fit.
+    """
+    for stage in cfg.stage_configs():
+        with torch.device("meta"):
+            if stage.repa_weight and aligns:
+                teacher_outline("repa_teacher", str(stage.repa_teacher))
+            if stage.dino_weight:
+                patch = teacher_outline("dino_teacher", str(stage.dino_teacher)).config.patch_size
+                check_dino_size(stage, patch)
+        if stage.lpips_backbone is not None and not Path(stage.lpips_backbone).is_file():
+            raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is no file.")
+        if stage.precomputed_dir is not None:
+            require_complete(cache_folder(stage))
+    if cfg.push_to_hub and huggingface_hub.get_token() is None:
+        raise ValueError("`push_to_hub` needs a token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN.")
 
 
 def _keeps_text_encoder(cfg: TrainingConfig) -> bool:
@@ -85,6 +113,7 @@ def _text_width(cfg: TrainingConfig, tables: bool) -> int:
         return T5GemmaModuleConfig(**cfg.text_encoder_config).hidden_size
     config = text_config(str(cfg.text_encoder_name_or_path), tables=tables)
     config = getattr(config, "text_config", config)
+    check_positions(cfg, config)
     return getattr(config, "encoder", config).hidden_size
 
 

@@ -42,8 +42,8 @@ from .faults import (
 from .nets import Nets, build_nets, some_rest
 from .optimizers import build_lr_scheduler, build_optimizer
 from .precision import check_precision
-from .precompute import open_precomputed
-from .preflight import caption_figures, outline, report
+from .precompute import fingerprint, open_precomputed
+from .preflight import caption_figures, check_techniques, outline, report
 from .rng import StepRandom
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages
 from .tracking import Tracking
@@ -84,17 +84,15 @@ class Run:
         self._plan()
         self.repo_id = hub_repository(cfg) if cfg.push_to_hub and self.accelerator.is_main_process else None
         set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
-        self.nets = build_nets(cfg, self.stages[0].captions(CAPTIONS_FOR_TOKENIZER))
+        captions = self.stages[0].captions(CAPTIONS_FOR_TOKENIZER)
+        self.nets = build_nets(cfg, captions, teacher_width=self.teacher_width)
         open_precomputed(self.stages, self.nets)
-        trained = {
-            name: sum(p.numel() for p in module.parameters()) for name, module in self.nets.trainable(cfg).items()
-        }
         self.state = RunState(
-            settings=cfg.to_dict() | {"trained_parameters": trained},
+            settings=cfg.to_dict() | identity(cfg, self.nets, self.teacher_width),
             stages=[stage.record(self.accelerator.num_processes) for stage in self.stages],
         )
-        aligned = [stage for stage in self.stages if stage.cfg.repa_weight]
-        self.burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
+        if self.checkpoint is not None:  # before weights are loaded: it says what does not fit
+            self.state.load_state_dict(read_run(self.checkpoint)["state"])
         self.precision_checked = False
         self.skipped_in_a_row = 0
         self.stop_signal = 0.0
@@ -110,6 +108,15 @@ class Run:
             self.stages = build_stages(cfg, accelerator.process_index, accelerator.num_processes)
             for stage in self.stages:
                 stage.sort(networks.pixels_per_token, accelerator.num_processes)
+        aligned = [stage for stage in self.stages if stage.cfg.repa_weight]
+        self.burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
+        self.teacher_width = None  # of a teacher that is not needed any more
+        if self.checkpoint is not None:
+            saved = read_run(self.checkpoint)
+            self.burn_in.load_state_dict(saved["burn_in"])
+            if self._alignment_is_over(saved["state"]["step"]):
+                self.teacher_width = saved["state"]["settings"]["teacher_width"]
+        check_techniques(cfg, self.teacher_width is None)
         if accelerator.is_main_process:
             figures = [caption_figures(cfg, stage, networks.in_pixels) for stage in self.stages]
             print(report(cfg, self.stages, networks.transformer, figures, accelerator.num_processes))
@@ -152,11 +159,9 @@ class Run:
 
     def _resume(self, checkpoint: Path) -> None:
         """Restore everything from a checkpoint, of any number of processes and any sharding."""
-        saved, state = read_run(checkpoint), self.state
-        state.load_state_dict(saved["state"])  # before weights are loaded: it says what does not fit
+        state = self.state
         load_tensors(checkpoint, self.trained, self.optimizer.optimizer, self.averages.tensors())
-        self.averages.load_state_dict(saved["average_updates"])
-        self.burn_in.load_state_dict(saved["burn_in"])
+        self.averages.load_state_dict(read_run(checkpoint)["average_updates"])
         restore_generators(checkpoint, self.accelerator.process_index)
         for stage in self.stages:
             if stage.stream is not None and stage.first_step < state.step < stage.stop_step:
@@ -215,12 +220,19 @@ class Run:
         """The networks that this step's losses need."""
         cfg = self.stage.cfg
         aligning = cfg.repa_weight > 0 and self.burn_in.active(self.state.step)
+        if self._alignment_is_over(self.state.step):
+            self.nets.teacher = None  # for good; the DINO loss keeps its own reference
         return replace(
             self.nets,
             projector=self.nets.projector if aligning else None,
             lpips=self.nets.lpips if cfg.lpips_weight else None,
             dino=self.nets.dino if cfg.dino_weight else None,
         )
+
+    def _alignment_is_over(self, step: int) -> bool:
+        """Whether nothing will be aligned from this step on."""
+        coming = [stage for stage in self.stages if stage.stop_step > step and stage.cfg.repa_weight]
+        return not coming or not self.burn_in.active(step)
 
     def _train_stage(self, stage: Stage, progress: tqdm) -> None:
         """Every optimizer step of a stage from the current one on."""
@@ -469,6 +481,24 @@ class Run:
                 push_to_hub(cfg, self.repo_id)
             accelerator.print(f"saved to {cfg.output_dir}")
         self.tracking.end()
+
+
+def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:
+    """What a run's networks are: a resumed run must have the same. As JSON gives it back.
+
+    Args:
+        cfg: of the run.
+        nets: as they were loaded or made.
+        teacher_width: of a teacher that is not loaded any more.
+    """
+    trained = nets.trainable(cfg)
+    frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}
+    return {
+        "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
+        "trained_parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in trained.items()},
+        "frozen_networks": {name: fingerprint(module) for name, module in frozen.items() if name not in trained},
+        "teacher_width": teacher_width if nets.teacher is None else nets.teacher.hidden_size,
+    }
 
 
 def new_burn_in(cfg: TrainingConfig) -> BurnIn:
