@@ -21,6 +21,7 @@ from diffusers_prx.training.planner import (
     plan,
     published_run,
     read_config,
+    strategy_of,
     table,
 )
 
@@ -39,8 +40,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--strategy",
         choices=STRATEGIES,
-        default="ddp",
-        help="Copies of all weights, shards over all GPUs, or shards within each node and copies between nodes.",
+        help="Copies of all weights, shards over all GPUs, or shards within each node and copies between nodes; "
+        "default: what the recipe's `sharding` says.",
     )
     parser.add_argument(
         "--utilisation",
@@ -75,9 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parse_args(argv)
     gpu = GPUS[args.gpu]
     price = gpu.price_per_hour if args.price_per_hour is None else args.price_per_hour
-    cluster = Cluster(gpu, args.num_gpus, args.gpus_per_node, args.strategy, args.utilisation, price)
     try:
         cfg = read_config(args.config, flags)
+        strategy = args.strategy or strategy_of(cfg, args.gpus_per_node)
+        cluster = Cluster(gpu, args.num_gpus, args.gpus_per_node, strategy, args.utilisation, price)
         told = plan(
             cfg,
             cluster,

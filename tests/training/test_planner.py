@@ -51,6 +51,7 @@ from diffusers_prx.training.planner import (
     newton_schulz_work,
     plan,
     read_config,
+    strategy_of,
     traffic,
 )
 from diffusers_prx.training.rng import StepRandom
@@ -443,6 +444,15 @@ def test_what_does_not_fit_is_told(folders):
     weights = {name: parts["with checkpointing"]["weights"] for name, parts in found["memory"].items()}
     assert weights["fsdp2"] == pytest.approx(weights["ddp"] / 16)
     assert weights["hsdp"] == pytest.approx(weights["ddp"] / 8)
+
+
+def test_the_sharding_of_a_recipe_is_planned(folders):
+    wanted = {"none": "ddp", "full": "fsdp2", "hybrid": "hsdp"}
+    assert {kind: strategy_of(config(folders, sharding=kind), 8) for kind in wanted} == wanted
+    hybrid = config(folders, sharding="hybrid", sharding_size=4)
+    assert strategy_of(hybrid, 4) == "hsdp"
+    with pytest.raises(ValueError, match="`sharding_size` is 4; a plan takes the nodes for groups, of 8 GPUs"):
+        strategy_of(hybrid, 8)
 
 
 def test_a_strategy_that_the_cluster_cannot_have(folders):

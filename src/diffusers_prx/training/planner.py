@@ -127,6 +127,20 @@ def read_config(recipe: Path, flags: list[str]) -> TrainingConfig:
     return cfg
 
 
+def strategy_of(cfg: TrainingConfig, gpus_per_node: int) -> str:
+    """Which of `STRATEGIES` a configuration asks for.
+
+    Raises:
+        ValueError: for groups of hybrid sharding that are not the nodes.
+    """
+    if cfg.sharding_size not in (None, gpus_per_node):
+        raise ValueError(
+            f"`sharding_size` is {cfg.sharding_size}; a plan takes the nodes for groups, of {gpus_per_node} GPUs "
+            "(`gpus_per_node`): give both the same number."
+        )
+    return {"none": "ddp", "full": "fsdp2", "hybrid": "hsdp"}[cfg.sharding]
+
+
 def published_run(recipe: Path, cfg: TrainingConfig) -> Published | None:
     """What was published of a recipe, if the configuration is the recipe's own but for where its data are."""
     found = PUBLISHED.get(str(load_recipe(recipe).get("output_dir")))
