@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,6 +35,7 @@ from diffusers_prx.training.counting import (
     stored_bytes,
     without_values,
 )
+from diffusers_prx.training.distributed import Trained, shard_in_place
 from diffusers_prx.training.gpus import GPUS
 from diffusers_prx.training.nets import Nets, build_nets
 from diffusers_prx.training.optimizers import build_optimizer
@@ -326,19 +326,19 @@ def exchange_on_a_rank(rank: int, world: int, strategy: str, cfg: TrainingConfig
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     nets = build_nets(cfg, iter(()))
     transformer = nets.transformer
+    trained = Trained({"transformer": transformer})
     if strategy == "fsdp2":
-        mesh = init_device_mesh("cpu", (world,))
-        for block in transformer.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
-        called = transformer
-    else:
-        called = DistributedDataParallel(transformer, broadcast_buffers=False)
+        shard_in_place(trained, init_device_mesh("cpu", (world,)))
+    called = trained if strategy == "fsdp2" else DistributedDataParallel(trained, broadcast_buffers=False)
+
+    def predict(*inputs: torch.Tensor) -> torch.Tensor:
+        return transformer(*inputs, return_dict=False)[0]
+
     optimizer = build_optimizer(cfg, {"transformer": transformer})
     size = (4, 3, cfg.resolution, cfg.resolution)
     for _ in range(3):  # the first ones put DDP's buckets in order
         with Sent(world) as sent:
-            output = called(torch.randn(size), torch.rand(4), torch.randn(4, 10, 16), return_dict=False)[0]
+            output = called(predict, torch.randn(size), torch.rand(4), torch.randn(4, 10, 16))
             output.square().mean().backward()
             optimizer.step()
     torch.save(dict(sent.bytes), f"{folder}/{rank}.pt")
