@@ -1,102 +1,115 @@
 """Grade a saved pipeline: `python training/evaluate_prx.py --model outputs/quickstart --scenes --seed 1`.
 
-The last line of the output is JSON with the scores; report.json and a labelled picture go to the output folder.
+Or compare what it draws with a reference, by any metrics; on several processes with `accelerate launch` or torchrun:
+
+`accelerate launch training/evaluate_prx.py --model Photoroom/prx-512-t2i-sft --output_dir outputs/sft \\
+   --reference 'photos/{000..009}.tar' --metrics fid cmmd dino_mmd --num_inference_steps 50 --guidance_scale 3.5`
+
+Killed, it goes on where it was when it is started again. The last line of the output is JSON with the scores;
+report.json, report.md and labelled pictures go to the output folder.
 """
 
 import argparse
 import json
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
 
-import torch
-from diffusers import DiffusionPipeline
+from huggingface_hub import constants
 
-from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS
-from diffusers_prx.evaluation.scene_accuracy import grade_scenes, pipeline_draw, scene_report
-from diffusers_prx.evaluation.sheets import scene_sheet
-from diffusers_prx.training.export import REPORT_FILE
+from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
+from diffusers_prx.evaluation.metrics import PHOTOROOM
+from diffusers_prx.evaluation.pictures import DTYPES
+from diffusers_prx.evaluation.reports import write_reports
+from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 
-PICTURES_ON_SHEET = 16
+CACHE = Path(constants.HF_HOME) / "diffusers_prx" / "references"
+NOT_IN_LAST_LINE = ("config", "versions", "evaluation")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    default = {field.name: field.default for field in fields(EvaluationSettings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="A saved pipeline: a folder or a Hub id.")
-    parser.add_argument("--scenes", action="store_true", required=True, help="Grade on the built-in scenes.")
-    parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Difficulty of the prompts.")
-    parser.add_argument("--caption", choices=CAPTIONS, default="long", help="Which caption is the prompt.")
-    parser.add_argument("--seed", type=int, default=2026, help="Of the prompts and of the noise.")
-    parser.add_argument("--num_prompts", type=int, default=256, help="Held-out prompts, and as many novel ones.")
-    parser.add_argument("--num_inference_steps", type=int, default=24)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--output_dir", type=Path, help="Where the report goes; default: the model's folder.")
+
+    def number(group: argparse._ArgumentGroup, name: str, text: str, kind: type = int) -> None:
+        group.add_argument(f"--{name}", type=kind, default=default[name], help=f"{text} Default: {default[name]}.")
+
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", required=True, help="A saved pipeline: a folder or a Hub id.")
+    model.add_argument("--revision", help="Of the model on the Hub.")
+    model.add_argument(
+        "--stock", action="store_true", help="Load it with diffusers' own class: stock PRX, or another text-to-image."
+    )
+    model.add_argument("--dtype", choices=DTYPES, help="Of the weights. Default: what loading makes of them.")
+    number(model, "resolution", "Side of the pictures in pixels; None is the model's own.")
+    number(model, "num_inference_steps", "Denoising steps.")
+    number(model, "guidance_scale", "1 is none.", float)
+    number(model, "seed", "Of scenes, noise and bootstrap.")
+    number(model, "batch_size", "Prompts that are drawn at once.")
+
+    scenes = parser.add_argument_group("prompt following on the built-in scenes")
+    scenes.add_argument("--scenes", action="store_true", help="Grade it.")
+    scenes.add_argument("--level", choices=list(LEVELS), default="easy", help="Difficulty of the prompts.")
+    scenes.add_argument("--caption", choices=CAPTIONS, default="long", help="Which caption is the prompt.")
+    number(scenes, "num_prompts", "Held-out prompts, and as many novel ones.")
+
+    metrics = parser.add_argument_group("distances to a reference")
+    metrics.add_argument(
+        "--metrics", nargs="+", default=(), metavar="METRIC",
+        help="fid, cmmd, dino_mmd, clip_score; with another encoder (a folder, a Hub id, a .pth of Inception) "
+        "fid:ENCODER, mmd:ENCODER, clip_score:ENCODER.",
+    )  # fmt: skip
+    metrics.add_argument(
+        "--reference", default="scenes", help="scenes (their held-out split), or a data set as for training."
+    )
+    metrics.add_argument("--reference_config")
+    metrics.add_argument("--reference_split", default="train")
+    metrics.add_argument("--image_column", default="image")
+    metrics.add_argument("--caption_column", default="text", help="The prompts; of scenes it is --caption.")
+    number(metrics, "num_images", "Pictures to draw; the study draws 10,000.")
+    number(metrics, "num_reference", "Images of the reference; None is as many as are drawn.")
+    number(metrics, "bootstrap", "Resamples for the intervals; 0 is none.")
+    metrics.add_argument("--compat", choices=[PHOTOROOM], help="Do what the study's public code does.")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--output_dir", type=Path, help="Where the report goes; default: the model's folder.")
+    run.add_argument("--cache_dir", type=Path, default=CACHE, help=f"Of what is kept of references. Default: {CACHE}.")
+    run.add_argument("--metric_batch_size", type=int, default=32, help="Images that an encoder sees at once.")
+    run.add_argument("--num_workers", type=int, default=0, help="Processes that read images.")
     args = parser.parse_args(argv)
-    for name, least in (("num_prompts", 2), ("num_inference_steps", 1), ("batch_size", 1), ("guidance_scale", 1)):
-        if not getattr(args, name) >= least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.metric_batch_size < 1:
+        parser.error(f"--metric_batch_size must be at least 1, got {args.metric_batch_size}")
     if args.output_dir is None:
         if not Path(args.model).is_dir():
             parser.error("--output_dir is needed for a model from the Hub")
         args.output_dir = Path(args.model)
-    return args
-
-
-def load_pipeline(name_or_path: str) -> PRXPipeline | PRXPixelPipeline:
-    classes = {"PRXPipeline": PRXPipeline, "PRXPixelPipeline": PRXPixelPipeline}
+    names = [field.name for field in fields(EvaluationSettings)]
     try:
-        name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
-    except OSError as error:
-        sys.exit(f"error: {name_or_path} holds no pipeline: {error}")
-    if name not in classes:
-        sys.exit(f"error: {name_or_path} holds a {name}; accepted: {sorted(classes)}.")
-    pipeline = classes[name].from_pretrained(name_or_path)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        args.settings = EvaluationSettings(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        parser.error(str(error).replace("`", "--", 1).replace("`", "", 1))
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    start = time.perf_counter()
-    pipeline = load_pipeline(args.model)
-    resolution = pipeline.config.default_sample_size or pipeline.default_resolution
-    if resolution < LEVELS[args.level].min_resolution:
-        sys.exit(
-            f"error: pictures of level {args.level} can be read from {LEVELS[args.level].min_resolution} pixels on; "
-            f"the model draws {resolution}."
-        )
-    draw = pipeline_draw(
-        pipeline, resolution, args.num_inference_steps, args.guidance_scale, args.seed, args.batch_size
-    )
-    graded, novel = (
-        grade_scenes(draw, args.level, split, args.seed, args.num_prompts, args.caption)
-        for split in ("heldout", "novel")
-    )
-    report = {
-        **scene_report(graded, novel, args.level, args.caption, args.seed),
-        "level": args.level,
-        "caption": args.caption,
-        "seed": args.seed,
-        "num_prompts": args.num_prompts,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "seconds_evaluation": round(time.perf_counter() - start, 1),
-    }
+    try:
+        evaluation = evaluate(
+            args.settings, args.output_dir, args.cache_dir, args.metric_batch_size, args.num_workers,
+            commit_of_this_package(),
+        )  # fmt: skip
+    except ValueError as error:  # a model, data or encoders that do not fit: the message says what would
+        sys.exit(f"error: {error}")
+    if evaluation is None:  # not the main process
+        return
+    report = evaluation.report
     training = Path(args.model) / REPORT_FILE
     if training.is_file():
         record = json.loads(training.read_text())
         report.update({name: record[name] for name in ("steps", "seconds", "commit", "versions", "config")})
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    half = PICTURES_ON_SHEET // 2
-    title = (
-        f"first {half} held-out and first {half} novel prompts; of {args.num_prompts} each, "
-        f"{report['scene_accuracy']:.3f} and {report['scene_accuracy_novel']:.3f} are right"
-    )
-    scene_sheet(graded[:half] + novel[:half], title, args.output_dir / "samples.png")
-    print(json.dumps({name: value for name, value in report.items() if name not in ("config", "versions")}))
+    write_reports(evaluation, args.output_dir)
+    print(json.dumps({name: value for name, value in report.items() if name not in NOT_IN_LAST_LINE}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 
 import runs
 from diffusers_prx.data.scenes import LEVELS, SPLITS, ScenesDataset, render_scene
-from diffusers_prx.evaluation.scene_accuracy import grade_scenes, pipeline_draw, scene_report
+from diffusers_prx.evaluation.pictures import pipeline_draw
+from diffusers_prx.evaluation.scene_accuracy import grade_scenes, scene_report
 from diffusers_prx.evaluation.sheets import scene_sheet
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from ..data.scenes import BACKGROUNDS, Scene, ScenesDataset, get_level
 from .scene_checker import attributes_right, read_scene, scene_matches
@@ -24,36 +22,11 @@ class GradedScene:
     right: bool
 
 
-def pipeline_draw(
-    pipeline: Any, resolution: int, num_inference_steps: int, guidance_scale: float, seed: int, batch_size: int
-) -> Draw:
-    """A function that draws prompts with a pipeline, in batches, each picture from a noise of its own."""
-
-    def draw(prompts: Sequence[str]) -> np.ndarray:
-        pictures = []
-        for first in range(0, len(prompts), batch_size):
-            part = list(prompts[first : first + batch_size])
-            generators = [torch.Generator().manual_seed(seed + first + place) for place in range(len(part))]
-            images = pipeline(
-                part,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=generators,
-                output_type="np",
-            ).images
-            pictures.append((images * 255).round().astype(np.uint8))
-        return np.concatenate(pictures)
-
-    return draw
-
-
 def grade_scenes(draw: Draw, level: str, split: str, seed: int, num_prompts: int, caption: str) -> list[GradedScene]:
     """Draw the first prompts of a split and grade each picture.
 
     Args:
-        draw: the pipeline as a function, see `pipeline_draw`.
+        draw: the pipeline as a function from prompts to uint8 images (B, H, W, 3).
         level, split, seed, caption: of the prompts, see `ScenesDataset`.
         num_prompts: how many.
     """

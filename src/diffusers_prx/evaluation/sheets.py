@@ -1,9 +1,11 @@
 """Labelled sheets of pictures: what was asked for, what was drawn, and the verdict."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.figure
+import numpy as np
 
 from .scene_accuracy import GradedScene
 
@@ -22,4 +24,27 @@ def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int 
         axes.set_title(f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]", fontsize=6.5, color=colour)
         for spine in axes.spines.values():
             spine.set(color=colour, linewidth=3)
+    figure.savefig(path, dpi=130)
+
+
+def pair_sheet(pairs: Sequence[tuple[str, np.ndarray | None, np.ndarray]], title: str, path: Path) -> None:
+    """A sheet of prompts, each over its image in the reference and what was generated for it.
+
+    Args:
+        pairs: (prompt, reference, generated), images uint8 (H, W, 3); a reference that cannot be read is None.
+        title: over all.
+        path: of the PNG file.
+    """
+    columns = len(pairs)
+    figure = matplotlib.figure.Figure(figsize=(2.1 * columns, 5.2), layout="constrained")
+    figure.suptitle(title)
+    for place, (prompt, *images) in enumerate(pairs):
+        for row, (label, image) in enumerate(zip(("reference", "generated"), images)):
+            axes = figure.add_subplot(2, columns, row * columns + place + 1, xticks=[], yticks=[])
+            if image is not None:
+                axes.imshow(image, interpolation="nearest")
+            if row == 0:
+                axes.set_title(textwrap.fill(textwrap.shorten(prompt, 150), 34), fontsize=6.5)
+            if place == 0:
+                axes.set_ylabel(label, fontsize=8)
     figure.savefig(path, dpi=130)

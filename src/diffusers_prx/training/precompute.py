@@ -6,7 +6,6 @@ weights; the number of samples, and the size in pixels of each; images and capti
 every sample that it reads it compares the hashes of the stored image and of the caption.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +34,7 @@ from ..data.precomputed import (
     write_index,
     write_json,
 )
+from ..evaluation.networks import fingerprint, tokenizer_fingerprint
 from ..latents import encode
 from ..text import count_cut, encode_text, tokenize_prompts, trim_tokens
 from .alignment import teacher_features
@@ -42,7 +42,6 @@ from .config import TrainingConfig, cache_folder
 from .nets import Nets, build_nets
 from .preflight import outline
 from .stages import Stage, build_stages
-from .teachers import NOT_COMPUTED
 
 SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304
 
@@ -57,35 +56,6 @@ MADE_FROM = (
     "pretrained_model_name_or_path", "revision", "vae_name_or_path", "text_encoder_name_or_path", "repa_teacher",
     "dataset_name", "train_data_dir", "data_sources", "dataset_split", "caption_column",
 )  # fmt: skip
-
-
-def fingerprint(module: Any) -> str:
-    """The class of a network and a hash of its weights and configuration; it reads every weight.
-
-    It sees another revision, and a file that was changed in its place. The same network in another folder is the same.
-    """
-    settings = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    digest = hashlib.blake2b(json.dumps(_computed(settings), sort_keys=True, default=str).encode(), digest_size=16)
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"{type(module).__name__} {digest.hexdigest()}"
-
-
-def _computed(settings: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what says where and when it was saved."""
-    return {
-        str(key): _computed(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if not str(key).startswith("_") and key not in NOT_COMPUTED
-    }
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of a fast tokenizer; padding and truncation, which every call sets anew, do not count."""
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {key: value for key, value in settings.items() if key not in ("padding", "truncation")}
-    return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def network_settings(nets: Nets) -> dict[str, Any]:

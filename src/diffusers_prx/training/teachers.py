@@ -16,14 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
-from transformers.utils import cached_file
 
-NORMALISATION_FILE = "preprocessor_config.json"
+from ..evaluation.networks import NOT_COMPUTED, hash_tensors, read_normalisation
 
 # Parts of transformers' models that come after the patch features; checkpoints often lack them.
 AFTER_FEATURES = ("pooler.", "head.")
-# Keys of a model's configuration that say where it was saved, not what it computes.
-NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class VisionTeacher(nn.Module):
@@ -81,9 +78,7 @@ class VisionTeacher(nn.Module):
         settings = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in NOT_COMPUTED}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith(AFTER_FEATURES)}
-        for key, tensor in sorted((weights | {"mean": self.mean, "std": self.std}).items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hash_tensors(digest, weights | {"mean": self.mean, "std": self.std})
         return digest.hexdigest()
 
     def forward(self, pixels_pm1: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -130,7 +125,7 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Visio
         ValueError: if the model is no vision transformer, weights are missing, or its normalisation is not stated.
     """
     name = str(name_or_path)
-    mean, std = _read_normalisation(name, revision)
+    mean, std = read_normalisation(name, revision, "teacher")
     model, report = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
     prefix = "vision_model." if hasattr(model, "vision_model") else ""
     keys = [key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)]
@@ -138,30 +133,3 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Visio
     if missing:  # transformers draws them at random and only warns
         raise ValueError(f"The checkpoint of the teacher {name!r} lacks the weights {missing}.")
     return VisionTeacher(model.vision_model if prefix else model, mean, std, name)
-
-
-def _read_normalisation(name: str, revision: str | None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, for pixels in [0, 1]; read without transformers' image processors,
-    some of which need torchvision. Nothing is assumed: constants of ImageNet count only where the file has them."""
-    try:
-        path = cached_file(name, NORMALISATION_FILE, revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"The teacher {name!r} has no {NORMALISATION_FILE}, which states how its images are normalised; give a "
-            'folder or repository that has it, for example {"image_mean": [...], "image_std": [...]}.'
-        ) from error
-    settings = json.loads(Path(str(path)).read_text())
-    if abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-        raise ValueError(
-            f"{NORMALISATION_FILE} of the teacher {name!r} has `rescale_factor` {settings['rescale_factor']}; "
-            "accepted is 1/255."
-        )
-    if settings.get("do_normalize", True) is False:
-        return [0.0] * 3, [1.0] * 3
-    mean, std = settings.get("image_mean"), settings.get("image_std")
-    for key, values in (("image_mean", mean), ("image_std", std)):
-        if not isinstance(values, list) or len(values) != 3:
-            raise ValueError(
-                f"{NORMALISATION_FILE} of the teacher {name!r} has `{key}` {values}; accepted are three numbers."
-            )
-    return mean, std

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
+from ..evaluation.networks import fingerprint
 from .alignment import BurnIn, gradient_cosine
 from .averages import Averages
 from .checkpoints import (
@@ -42,7 +43,7 @@ from .faults import (
 from .nets import Nets, build_nets, some_rest
 from .optimizers import build_lr_scheduler, build_optimizer
 from .precision import check_precision
-from .precompute import fingerprint, open_precomputed
+from .precompute import open_precomputed
 from .preflight import caption_figures, check_techniques, outline, report
 from .rng import StepRandom
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages

@@ -1,0 +1,82 @@
+"""What an evaluation leaves behind: report.json, a Markdown table of it, and pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .evaluate import PICTURES_SHOWN, Evaluation
+from .sheets import pair_sheet, scene_sheet
+
+REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
+SCENES_SHEET, PAIRS_SHEET = "samples.png", "comparison.png"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """The scores of a report as a Markdown table, and under it what changes them.
+
+    Args:
+        report: see `evaluate.Evaluation`.
+    """
+    rows = [_row("metric", "value", "95% interval", "images", "better"), _row(*["---"] * 5)]
+    if "scene_accuracy" in report:
+        for name in ("scene_accuracy", "scene_accuracy_novel"):
+            interval = _interval(report[f"{name}_interval"])
+            rows.append(_row(name, f"{report[name]:.4f}", interval, str(report["num_prompts"]), "higher"))
+    for name, found in report.get("metrics", {}).items():
+        images = str(found["num_images"])
+        images += f" and {found['num_reference']} of the reference" if "num_reference" in found else ""
+        better = "higher" if found["higher_is_better"] else "lower"
+        rows.append(_row(name, f"{found['value']:.5g}", _interval(found["interval"]), images, better))
+        if "unbiased_value" in found:
+            interval = _interval(found["unbiased_interval"])
+            rows.append(_row(f"{name}, unbiased", f"{found['unbiased_value']:.5g}", interval, images, better))
+    made = report["evaluation"]
+    drawn = made["drawn"]
+    notes = [
+        f"Model: `{made['model']}`, {drawn['pipeline']}, {drawn['pipeline_fingerprint']}",
+        f"Pictures: {drawn['resolution']} pixels, {drawn['num_inference_steps']} steps, guidance "
+        f"{drawn['guidance_scale']}, seed {drawn['seed']}, batches of {drawn['batch_size']}",
+    ]
+    if "reference" in report:
+        reference = report["reference"]
+        notes.append(
+            f"Reference: `{reference['name']}`, {reference['images']} images ({reference['unreadable_images']} "
+            f"unreadable), {reference['fitting']}, {reference['content_hash']}"
+        )
+    for name, found in report.get("metrics", {}).items():
+        encoder = found["encoder"]
+        note = f"{name}: `{encoder['source']}`, {encoder['resizing']}, {encoder['fingerprint']}"
+        notes.append(note + (f"; {found['captions_cut']} captions cut" if "captions_cut" in found else ""))
+    if made["compat"] is not None:
+        notes.append(f"Computed as {made['compat']}'s public code does: not comparable with other numbers")
+    if made["bootstrap"]:
+        notes.append(f"Intervals: over images ({made['bootstrap']} resamples), not over trainings")
+    notes.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made["versions"].items()))
+    return "\n".join([*rows, "", *(f"- {note}" for note in notes), ""])
+
+
+def write_reports(evaluation: Evaluation, output_dir: Path) -> None:
+    """Write report.json, report.md and the pictures: samples.png of scenes, comparison.png of a reference."""
+    report = evaluation.report
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / REPORT_JSON).write_text(json.dumps(report, indent=2) + "\n")
+    (output_dir / REPORT_MARKDOWN).write_text(markdown_table(report))
+    graded, novel = evaluation.scenes
+    if graded:
+        half = PICTURES_SHOWN
+        title = (
+            f"first {half} held-out and first {half} novel prompts; of {report['num_prompts']} each, "
+            f"{report['scene_accuracy']:.3f} and {report['scene_accuracy_novel']:.3f} are right"
+        )
+        scene_sheet(graded[:half] + novel[:half], title, output_dir / SCENES_SHEET)
+    if evaluation.pairs:
+        scores = ", ".join(f"{name} {found['value']:.4g}" for name, found in report["metrics"].items())
+        pair_sheet(evaluation.pairs, scores, output_dir / PAIRS_SHEET)
