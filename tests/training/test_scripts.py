@@ -67,6 +67,30 @@ def test_a_pipeline_that_was_not_trained_here_is_graded_too(tmp_path, capsys):
     assert (tmp_path / "report.json").is_file()
 
 
+def test_metrics_of_a_reference_beside_the_scenes(trained, tmp_path, capsys):
+    (tmp_path / "scenes ViT").mkdir()
+    encoder = runs.save_teacher(tmp_path / "scenes ViT")
+    flags = ["--metrics", f"fid:{encoder}", f"mmd:{encoder}", "--num_images", "20", "--bootstrap", "10"]
+    folders = ["--output_dir", str(tmp_path / "graded"), "--cache_dir", str(tmp_path / "cache")]
+    evaluate_prx.main(["--model", str(trained), *QUICK, *flags, *folders])
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(SCORES) <= scores.keys()
+    assert scores["metrics"]["FID (scenes ViT)"]["num_images"] == 20
+    report = json.loads((tmp_path / "graded" / "report.json").read_text())
+    assert scores.items() <= report.items()
+    assert report["config"]["resolution"] == report["evaluation"]["drawn"]["resolution"] == 32
+    for name in ("report.md", "samples.png", "comparison.png"):
+        assert (tmp_path / "graded" / name).is_file()
+
+
+def test_an_evaluation_has_to_be_asked_for_something(trained, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_prx.main(["--model", str(trained)])
+    assert "Nothing is asked for" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^error: .* has no preprocessor_config\.json"):
+        evaluate_prx.main(["--model", str(trained), "--metrics", f"fid:{trained}"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -74,6 +98,8 @@ def test_a_pipeline_that_was_not_trained_here_is_graded_too(tmp_path, capsys):
         (["--num_prompts", "1"], "--num_prompts must be at least 2"),
         (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1"),
         (["--model", "someone/prx"], "--output_dir is needed for a model from the Hub"),
+        (["--metrics", "kid"], "--metrics has 'kid'; accepted: fid, mmd, clip_score, cmmd, dino_mmd"),
+        (["--metric_batch_size", "0"], "--metric_batch_size must be at least 1"),
     ],
 )
 def test_wrong_flags_of_an_evaluation(trained, argv, message, capsys):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torchmetrics import Metric
-from transformers import AutoTokenizer, CLIPTextModelWithProjection
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
 from .distances import centred_interval, resampled_counts
-from .extractors import FeatureExtractor, VisionExtractor, load_extractor
+from .extractors import FeatureExtractor, VisionExtractor, load_extractor, projection_width
 from .networks import fingerprint
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -79,7 +79,8 @@ class CLIPScore(Metric):
             value, interval = scores.mean().item(), None
             if resamples:
                 counts = resampled_counts(len(scores), resamples, seed)
-                interval = list(centred_interval(value, counts @ scores.cpu() / len(scores)))
+                # in order, so that the interval does not depend on which process had which image
+                interval = list(centred_interval(value, counts @ scores.sort().values.cpu() / len(scores)))
             cut = int(self.cut)
         return {"value": value, "interval": interval, "num_images": len(scores), "captions_cut": cut}
 
@@ -115,7 +116,11 @@ def load_clip_score(name_or_path: str = DEFAULT_CLIP, revision: str | None = Non
         raise ValueError(refusal)
     cls: Any = CLIPTextModelWithProjection
     text_model, report = cls.from_pretrained(
-        name_or_path, revision=revision, dtype=torch.float32, output_loading_info=True
+        name_or_path,
+        revision=revision,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **projection_width(AutoConfig.from_pretrained(name_or_path, revision=revision)),
     )
     if report["missing_keys"]:  # transformers draws them at random and only warns
         raise ValueError(refusal)

@@ -80,9 +80,10 @@ def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
     short = min(height, width)
     shape = int(size * height / short), int(size * width / short)
     pixels = images.float()  # (B, 3, H, W)
-    if shape != (height, width):
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True)  # (B, 3, h, w)
-        pixels = pixels.round().clamp(0, 255)  # (B, 3, h, w), bicubic weights overshoot
+    # First the rows, then the columns, each rounded and clamped (bicubic weights overshoot), as in Pillow.
+    for step in ((height, shape[1]), shape):
+        if step != tuple(pixels.shape[2:]):
+            pixels = F.interpolate(pixels, step, mode="bicubic", antialias=True).round().clamp(0, 255)  # (B, 3, h, w)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return pixels[:, :, top : top + size, left : left + size]  # (B, 3, size, size)
 
@@ -272,7 +273,9 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
     config = AutoConfig.from_pretrained(source, revision=revision)
     # AutoModel would make a CLIPVisionModel of it and drop the projection
     cls: Any = CLIPVisionModelWithProjection if config.model_type in ("clip", "clip_vision_model") else AutoModel
-    model, report = cls.from_pretrained(source, revision=revision, dtype=torch.float32, output_loading_info=True)
+    model, report = cls.from_pretrained(
+        source, revision=revision, dtype=torch.float32, output_loading_info=True, **projection_width(config)
+    )
     siglip = cls is AutoModel and hasattr(model, "vision_model")
     prefix = "vision_model." if siglip else ""
     keys = [key for key in report["missing_keys"] if key.startswith(prefix)]
@@ -288,6 +291,11 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
         raise ValueError(f"The encoder {source!r} states no square `image_size`, but {size}.")
     label = name if name in NAMED or not Path(name).is_dir() else Path(name).resolve().name
     return VisionExtractor(model, mean, std, size, label, source)
+
+
+def projection_width(config: Any) -> dict[str, int]:
+    """What the halves of a whole CLIP have to be told: the width of its projections stands outside of their parts."""
+    return {"projection_dim": config.projection_dim} if config.model_type == "clip" else {}
 
 
 def _sha256(file: Path) -> str:

@@ -236,7 +236,7 @@ class FrechetDistance(FeatureDistance):
             return {"value": value, "interval": None}
         if not self.keep_features:
             raise ValueError("`resamples` needs the features: make the metric with keep_features=True.")
-        generated = _joined(self.generated_features)  # (n, E)
+        generated = in_order(_joined(self.generated_features))  # (n, E)
         counts = resampled_counts(len(generated), resamples, seed)
         replicates = bootstrap_frechet(generated, self._moments("reference"), counts)
         return {"value": value, "interval": list(centred_interval(value, replicates))}
@@ -312,7 +312,7 @@ class MaximumMeanDiscrepancy(FeatureDistance):
         return maximum_mean_discrepancy(*sets, unbiased, self.sigma, self.scale)
 
     def _details(self, resamples: int, seed: int) -> dict[str, Any]:
-        generated, reference = self._features("generated"), self._features("reference")
+        generated, reference = in_order(self._features("generated")), self._features("reference")
         found: dict[str, Any] = {}
         for key, unbiased in (("", False), ("unbiased_", True)):
             value = self._estimate(unbiased).item()
@@ -329,6 +329,12 @@ class MaximumMeanDiscrepancy(FeatureDistance):
     def _load_reference(self, state: dict[str, torch.Tensor]) -> None:
         self.reference_features.clear()
         self.reference_features.append(state["features"])
+
+
+def in_order(features: torch.Tensor) -> torch.Tensor:
+    """Features (n, E) in an order of their own. The bootstrap draws places: with the order in which processes had the
+    images, an interval would depend on how many there were."""
+    return features[features[:, 0].argsort(stable=True)]
 
 
 def _begin(metric: FeatureDistance, name: str) -> None:

@@ -1,0 +1,367 @@
+"""Whole evaluations of a tiny pipeline: by hand, on two processes, killed, from every kind of source."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from accelerate import PartialState, debug_launcher
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import runs
+import tiny
+from diffusers_prx.data.scenes import ScenesDataset
+from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate, parse_metric
+from diffusers_prx.evaluation.extractors import load_extractor
+from diffusers_prx.evaluation.pictures import PictureFolder, load_pipeline, pipeline_draw
+from diffusers_prx.evaluation.reports import markdown_table, write_reports
+from diffusers_prx.schedulers import PRXXPredictionScheduler
+
+COUNT = 22
+FID, MMD = "FID (scenes ViT)", "MMD (scenes ViT)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    nets = runs.nets(PRXXPredictionScheduler())
+    nets.pipeline(runs.config(noise_scale=1.0, max_sequence_length=24)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "scenes ViT"
+    folder.mkdir()
+    return runs.save_teacher(folder)
+
+
+@pytest.fixture(autouse=True)
+def fresh_processes():
+    """accelerate keeps its state in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def settings(model, encoder, **changes):
+    values = {
+        "model": str(model),
+        "metrics": (f"fid:{encoder}", f"mmd:{encoder}"),
+        "num_images": COUNT,
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+        "batch_size": 4,
+        "seed": 3,
+        "bootstrap": 20,
+    }
+    return EvaluationSettings(**values | changes)
+
+
+def evaluated(settings, folder):
+    return evaluate(settings, folder / "out", folder / "cache", metric_batch_size=5)
+
+
+def values(evaluation):
+    report = evaluation.report if hasattr(evaluation, "report") else evaluation
+    return {name: found["value"] for name, found in report["metrics"].items()}
+
+
+def pictures_of(folder):
+    paths = sorted(folder.glob("out/pictures/*/*.png"))
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def alone(model, encoder, tmp_path_factory):
+    """On one process, without a break."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("alone")
+    return evaluated(settings(model, encoder), folder), folder
+
+
+def test_the_numbers_are_those_of_the_pictures_on_disk(model, encoder, alone):
+    evaluation, folder = alone
+    extractor = load_extractor(encoder)
+    scenes = ScenesDataset("easy", 32, seed=3, split="heldout", size=COUNT)
+    reference = np.stack([np.asarray(scenes[i]["image"]) for i in range(COUNT)])
+    files = sorted(folder.glob("out/pictures/*/*.png"))
+    assert [int(file.name[:7]) for file in files] == list(range(COUNT))
+    generated = np.stack([np.asarray(Image.open(file)) for file in files])
+    x, y = (extractor(torch.from_numpy(a).permute(0, 3, 1, 2)).double().numpy() for a in (generated, reference))
+    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    frechet = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert values(evaluation)[FID] == pytest.approx(frechet, rel=1e-4)  # features of other batches differ in float32
+
+    def kernel(a, b):
+        return np.exp(-np.square(a[:, None] - b).sum(-1) / 200).mean()
+
+    mmd = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+    assert values(evaluation)[MMD] == pytest.approx(mmd, rel=1e-4)
+    # and the pictures are those of the prompts, each from the noise of its index
+    draw = pipeline_draw(load_pipeline(str(model)), 32, 1, 1.0, 3, batch_size=1)
+    for index in (0, 5, COUNT - 1):
+        one = draw([scenes[index]["caption"]], [index])[0]
+        assert np.abs(one.astype(int) - generated[index]).max() <= 1
+
+
+def test_the_report_says_what_changes_a_number(encoder, alone, tmp_path):
+    evaluation, _ = alone
+    write_reports(evaluation, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    for name, kind in ((FID, "fid"), (MMD, "mmd")):
+        found = report["metrics"][name]
+        assert found["interval"][0] < found["value"] < found["interval"][1]
+        assert (found["num_images"], found["num_reference"], found["higher_is_better"]) == (COUNT, COUNT, False)
+        assert found["metric"] == f"{kind}:{encoder}"
+        assert found["encoder"]["fingerprint"] == load_extractor(encoder).fingerprint
+    assert report["metrics"][MMD]["kernel"] == {"sigma": 10.0, "scale": 1000.0}
+    made = report["evaluation"]
+    assert (made["seed"], made["drawn"]["num_inference_steps"], made["drawn"]["guidance_scale"]) == (3, 1, 1.0)
+    assert {"torch", "diffusers", "transformers", "torchmetrics"} <= made["versions"].keys()
+    assert report["reference"]["images"] == COUNT
+    table = (tmp_path / "report.md").read_text()
+    assert f"| {FID} | {report['metrics'][FID]['value']:.5g} |" in table
+    assert f"| {MMD}, unbiased |" in table
+    assert report["reference"]["content_hash"] in table
+    assert (tmp_path / "comparison.png").stat().st_size > 5000
+
+
+def test_a_second_look_draws_nothing_and_reads_the_cache(model, encoder, alone):
+    evaluation, folder = alone
+
+    def stamps():
+        return {file: file.stat().st_mtime_ns for end in ("png", "safetensors") for file in folder.rglob(f"*.{end}")}
+
+    before = stamps()
+    assert len(before) == COUNT + 2
+    again = evaluated(settings(model, encoder), folder)
+    assert {
+        file: file.stat().st_mtime_ns for file in [*folder.rglob("*.png"), *folder.rglob("*.safetensors")]
+    } == before
+    assert values(again) == values(evaluation)
+    # a broken file of the cache is made anew
+    broken = next(folder.rglob("moments-*.safetensors"))
+    broken.write_bytes(b"broken")
+    assert values(evaluated(settings(model, encoder), folder)) == values(evaluation)
+    assert broken.stat().st_size > 1000
+
+
+def test_other_settings_and_weights_are_other_pictures(model, encoder, alone, tmp_path):
+    evaluation, folder = alone
+    known = pictures_of(folder)
+    other = evaluated(settings(model, encoder, seed=4), folder)
+    assert len(list(folder.glob("out/pictures/*"))) == 2
+    assert values(other) != values(evaluation)
+    pipeline = load_pipeline(str(model))
+    with torch.no_grad():
+        pipeline.transformer.final_layer.linear.weight.mul_(1.5)
+    pipeline.save_pretrained(tmp_path / "trained on")
+    evaluated(settings(tmp_path / "trained on", encoder), folder)
+    assert len(list(folder.glob("out/pictures/*"))) == 3
+    assert known.items() <= pictures_of(folder).items()
+
+
+def _evaluate(given, folder):
+    torch.set_num_threads(1)
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # the launcher's help; torchrun does not give it
+    AcceleratorState._reset_state(reset_partial_state=True)
+    evaluation = evaluated(given, folder)
+    state = PartialState()
+    assert (evaluation is not None) == state.is_main_process
+    if evaluation is not None:
+        (folder / "report.json").write_text(json.dumps({**evaluation.report, "processes": state.num_processes}))
+
+
+def test_two_processes_give_what_one_does(model, encoder, alone, tmp_path):
+    evaluation, folder = alone
+    debug_launcher(_evaluate, (settings(model, encoder), tmp_path), num_processes=2)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["processes"] == 2
+    assert pictures_of(tmp_path).items() <= pictures_of(folder).items()  # to the last bit
+    assert len(pictures_of(tmp_path)) == COUNT
+    for name, found in report["metrics"].items():
+        alone_found = evaluation.report["metrics"][name]
+        assert found["value"] == pytest.approx(alone_found["value"], rel=1e-9)
+        assert found["num_images"] == found["num_reference"] == COUNT
+        assert found["interval"] == pytest.approx(alone_found["interval"], rel=1e-9)
+    assert report["reference"] == evaluation.report["reference"]
+    assert {path.name for path in tmp_path.glob("cache/*")} <= {path.name for path in folder.glob("cache/*")}
+
+
+def _killed_after(pictures, given, folder):
+    write, left = PictureFolder.write, [pictures]
+
+    def write_or_die(self, prompt, image):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        write(self, prompt, image)
+
+    torch.set_num_threads(1)
+    PictureFolder.write = write_or_die
+    evaluated(given, folder)
+
+
+@pytest.mark.parametrize("pictures", [0, 10])  # 10: in the middle of a batch
+def test_a_killed_run_goes_on(model, encoder, alone, tmp_path, pictures):
+    evaluation, folder = alone
+    given = settings(model, encoder)
+    child = multiprocessing.get_context("fork").Process(target=_killed_after, args=(pictures, given, tmp_path))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert len(before) == pictures
+    assert values(evaluated(given, tmp_path)) == values(evaluation)
+    kept = [path for path, stamp in before.items() if path.stat().st_mtime_ns == stamp]
+    assert len(kept) == pictures // 4 * 4  # what a whole batch had drawn
+    assert pictures_of(tmp_path).items() <= pictures_of(folder).items()
+
+
+def test_compat_draws_from_the_same_noise_in_every_batch(model, encoder, tmp_path):
+    pipeline = load_pipeline(str(model))
+    same = pipeline_draw(pipeline, 32, 1, 1.0, 3, batch_size=2, fixed_noise=True)(["a red circle"] * 6)
+    assert np.array_equal(same[0], same[2])
+    assert not np.array_equal(same[0], same[1])
+    report = evaluated(settings(model, encoder, compat="photoroom"), tmp_path).report
+    assert list(report["metrics"]) == ["FID (scenes ViT, compat photoroom)", MMD]
+    assert report["evaluation"]["drawn"]["fixed_noise"]
+    assert "not comparable with other numbers" in markdown_table(report)
+
+
+def test_stock_pipelines(encoder, tmp_path):
+    """diffusers' own class, which cannot draw two prompts with guidance at once."""
+    tiny.latent_pipeline().save_pretrained(tmp_path / "stock")
+    found = evaluated(
+        settings(tmp_path / "stock", encoder, stock=True, batch_size=1, guidance_scale=3.0, num_images=4), tmp_path
+    ).report
+    assert found["evaluation"]["drawn"]["pipeline"] == "diffusers.PRXPipeline"
+    ours = evaluated(settings(tmp_path / "stock", encoder, guidance_scale=3.0, num_images=4), tmp_path).report
+    assert ours["evaluation"]["drawn"]["pipeline"] == "diffusers_prx.PRXPipeline"
+    assert np.isfinite(list(values(found).values())).all()
+
+
+# References
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same eight pictures and captions in a folder, a parquet file and a tar."""
+    root = tmp_path_factory.mktemp("sources")
+    (root / "folder").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for place in range(8):
+        shape = ((40, 40, 3), (30, 64, 3))[place % 2]
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(buffer, "PNG")
+        rows.append((f"{place:03}", buffer.getvalue(), f"picture {place} of a red circle"))
+    with tarfile.open(root / "images.tar", "w") as archive:
+        for name, content, text in rows:
+            (root / "folder" / f"{name}.png").write_bytes(content)
+            (root / "folder" / f"{name}.txt").write_text(text)
+            for ending, data in (("png", content), ("txt", text.encode())):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    table = {
+        "image": [{"bytes": content, "path": None} for _, content, _ in rows],
+        "text": [text for *_, text in rows],
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(table, features=features).to_parquet(root / "images.parquet")
+    return root
+
+
+def test_every_kind_of_source_is_the_same_reference(model, encoder, sources, tmp_path):
+    found = {}
+    for name in ("folder", "images.parquet", "images.tar"):
+        given = settings(model, encoder, reference=str(sources / name), num_images=100)
+        found[name] = evaluated(given, tmp_path).report
+        assert found[name]["reference"]["images"] == 8
+        assert found[name]["metrics"][FID]["num_images"] == 8  # there are no more captions
+    first, *others = found.values()
+    for other in others:
+        assert other["reference"]["content_hash"] == first["reference"]["content_hash"]
+        assert values(other) == values(first)
+    assert len(pictures_of(tmp_path)) == 8  # drawn once
+    assert len(list(tmp_path.glob("cache/*"))) == 2
+
+
+def test_what_cannot_be_read_is_counted(model, encoder, sources, tmp_path):
+    for file in (sources / "folder").iterdir():
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "images" / "002.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "004.txt").unlink()
+    report = evaluated(settings(model, encoder, reference=str(tmp_path / "images")), tmp_path).report
+    assert (report["reference"]["images"], report["reference"]["unreadable_images"]) == (6, 2)
+    assert report["reference"]["samples_without_caption"] == 1
+    assert "002.png" in report["reference"]["first_unreadable"][0]
+    found = report["metrics"][FID]
+    assert (found["num_images"], found["num_reference"]) == (7, 6)  # 002 has a caption
+    # a picture follows the index of its prompt, whatever is missing before it
+    whole = evaluated(settings(model, encoder, reference=str(sources / "folder")), tmp_path / "whole").report
+    assert whole["reference"]["content_hash"] != report["reference"]["content_hash"]
+    assert set(pictures_of(tmp_path)) == {name for name in pictures_of(tmp_path / "whole") if "/0000004-" not in name}
+
+
+def test_a_reference_can_have_more_images_than_are_drawn(model, encoder, tmp_path):
+    report = evaluated(settings(model, encoder, num_images=6, num_reference=9), tmp_path).report
+    assert (report["metrics"][MMD]["num_images"], report["metrics"][MMD]["num_reference"]) == (6, 9)
+
+
+def test_scenes_and_metrics_share_their_pictures(model, encoder, tmp_path):
+    """The held-out prompts of the scenes are the first ones of the reference."""
+    given = settings(model, encoder, scenes=True, num_prompts=8)
+    evaluation = evaluated(given, tmp_path)
+    assert len(pictures_of(tmp_path)) == COUNT + 8  # and 8 novel ones
+    assert len(evaluation.scenes[0]) == len(evaluation.scenes[1]) == 8
+    low, high = evaluation.report["scene_accuracy_interval"]
+    assert low <= evaluation.report["scene_accuracy"] <= high
+    write_reports(evaluation, tmp_path)
+    assert "| scene_accuracy_novel | " in (tmp_path / "report.md").read_text()
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ()}, "Nothing is asked for"),
+        ({"metrics": ("kid",)}, "`metrics` has 'kid'; accepted: fid, mmd, clip_score, cmmd, dino_mmd"),
+        ({"metrics": ("mmd",)}, "`metrics` has 'mmd', which needs an encoder"),
+        ({"metrics": ("cmmd:folder",)}, "write mmd:folder"),
+        ({"num_images": 1}, "`num_images` must be at least 2, got 1"),
+        ({"bootstrap": -1}, "`bootstrap` must be at least 0"),
+        ({"compat": "photo"}, "`compat` is 'photo'; accepted: 'photoroom'"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1"),
+    ],
+)
+def test_wrong_settings(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(model, "encoder", **changes)
+
+
+def test_what_does_not_fit(model, encoder, tmp_path):
+    with pytest.raises(ValueError, match="has no preprocessor_config"):
+        evaluated(settings(model, tmp_path / "nothing"), tmp_path)
+    with pytest.raises(ValueError, match=r"several that would be called \['FID \(scenes ViT\)'\]"):
+        evaluated(settings(model, encoder, metrics=(f"fid:{encoder}", f"fid:{encoder}/")), tmp_path)
+    with pytest.raises(ValueError, match="resolution"):
+        evaluated(settings(model, encoder, resolution=300), tmp_path)
+
+
+def test_the_names_of_metrics():
+    assert parse_metric("cmmd") == ("mmd", "clip")
+    assert parse_metric("dino_mmd") == ("mmd", "dinov2")
+    assert parse_metric("fid") == ("fid", "inception")
+    assert parse_metric("mmd:a/b") == ("mmd", "a/b")
