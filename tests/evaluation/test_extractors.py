@@ -34,8 +34,10 @@ from transformers import (
 
 import tiny
 import zoo
+from diffusers_prx.evaluation import extractors
 from diffusers_prx.evaluation.clip_score import load_clip_score
 from diffusers_prx.evaluation.extractors import InceptionExtractor, load_extractor, resize_and_crop, wrap_colours
+from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
 
 SIZE = 28
 SIZES = {
@@ -121,6 +123,25 @@ def test_the_name_and_the_size(tmp_path):
     described = extractor.describe()
     assert described["resizing"] == "bicubic, antialiased, shorter side to 28, centre crop"
     assert described["source"] == str(tmp_path / "scenes ViT")
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "metric"), [("clip", "clip", "CMMD"), ("dinov2", "dinov2_registers", "DINO-MMD")]
+)
+def test_the_studys_encoders_have_metrics_of_their_own(tmp_path, monkeypatch, name, case, metric):
+    """Small ones in their place, seen at another size than in training, as DINOv2 may be."""
+    model, _ = saved(tmp_path, case)
+    monkeypatch.setitem(extractors.NAMED, name, (str(tmp_path), 42))
+    extractor = load_extractor(name)
+    assert (extractor.name, extractor.size) == (name, 42)
+    assert MaximumMeanDiscrepancy(extractor).name == metric
+    assert FrechetDistance(extractor).name == f"FID ({name})"
+    images = photos(42, 42)
+    pixels = (images / 255 - extractor.mean) / extractor.std
+    options = {"interpolate_pos_encoding": True} if name == "clip" else {}
+    with torch.no_grad():
+        expected = F.normalize(CASES[case][3](model(pixels, **options)), dim=-1)
+    torch.testing.assert_close(extractor(images), expected, rtol=0, atol=2e-6)
 
 
 def test_the_fingerprint_follows_what_is_computed(tmp_path):
