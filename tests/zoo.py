@@ -1,5 +1,7 @@
 """Tiny instances of the VAEs and text encoders that `tiny.py` does not have, made on the spot and offline."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +90,18 @@ def clip_model() -> CLIPModel:
     model = CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=vision, projection_dim=8))
     randomised(model.text_model)
     return model.eval()
+
+
+def save_clip(folder: Path) -> CLIPModel:
+    """A whole CLIP with its tokenizer and what normalises its images, in transformers' format."""
+    model = clip_model()
+    for part in (model.vision_model, model.visual_projection, model.text_projection):
+        tiny.randomise(part)
+    model.save_pretrained(folder)
+    clip_tokenizer(max_length=24).save_pretrained(folder)
+    settings = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return model
 
 
 def bert() -> BertModel:

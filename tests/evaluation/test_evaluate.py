@@ -18,9 +18,11 @@ from PIL import Image
 
 import runs
 import tiny
+import zoo
 from diffusers_prx.data.scenes import ScenesDataset
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate, parse_metric
 from diffusers_prx.evaluation.extractors import load_extractor
+from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
 from diffusers_prx.evaluation.pictures import PictureFolder, load_pipeline, pipeline_draw
 from diffusers_prx.evaluation.reports import markdown_table, write_reports
 from diffusers_prx.schedulers import PRXXPredictionScheduler
@@ -295,6 +297,23 @@ def test_every_kind_of_source_is_the_same_reference(model, encoder, sources, tmp
     assert len(list(tmp_path.glob("cache/*"))) == 2
 
 
+def test_clip_score_needs_no_reference_images(model, tmp_path):
+    """Only its captions. Some are too long for this CLIP, which is counted."""
+    folder = tmp_path / "tiny CLIP"
+    zoo.save_clip(folder)
+    scenes = ScenesDataset("easy", 32, seed=3, split="heldout", size=6)
+    tokens = zoo.clip_tokenizer()([scenes[i]["caption"] for i in range(6)], truncation=False)["input_ids"]
+    cut = sum(len(ids) > 24 for ids in tokens)
+    assert 0 < cut < 6
+    given = settings(model, "", metrics=(f"clip_score:{folder}",), num_images=6)
+    report = evaluated(given, tmp_path).report
+    found = report["metrics"]["CLIP score (tiny CLIP)"]
+    assert (found["num_images"], found["captions_cut"], found["higher_is_better"]) == (6, cut, True)
+    assert report["reference"] == {"name": "scenes", "samples_without_caption": 0}
+    assert f"{cut} captions cut" in markdown_table(report)
+    assert not list(tmp_path.glob("cache/*"))
+
+
 def test_what_cannot_be_read_is_counted(model, encoder, sources, tmp_path):
     for file in (sources / "folder").iterdir():
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -328,6 +347,28 @@ def test_scenes_and_metrics_share_their_pictures(model, encoder, tmp_path):
     assert low <= evaluation.report["scene_accuracy"] <= high
     write_reports(evaluation, tmp_path)
     assert "| scene_accuracy_novel | " in (tmp_path / "report.md").read_text()
+
+
+def test_more_damage_is_more_distance(encoder):
+    """Scenes against other scenes, and those with more and more of them turned grey."""
+
+    def scenes(seed):
+        drawn = ScenesDataset("easy", 32, seed, "heldout", size=160)
+        pictures = np.stack([np.asarray(drawn[i]["image"]) for i in range(160)])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+    reference, other = scenes(1), scenes(2)
+    grey = other.float().mean(1, keepdim=True).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    extractor = load_extractor(encoder)
+    for cls in (FrechetDistance, MaximumMeanDiscrepancy):
+        found = []
+        for damaged in (0, 40, 80, 160):
+            metric = cls(extractor)
+            metric.update(reference, real=True)
+            metric.update(torch.cat([grey[:damaged], other[damaged:]]), real=False)
+            found.append(metric.compute().item())
+        assert found == sorted(found)
+        assert found[3] > 3 * found[0]
 
 
 # Wrong use

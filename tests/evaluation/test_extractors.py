@@ -271,13 +271,7 @@ def test_inception_without_its_weights_says_where_they_are(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip") / "tiny CLIP"
-    model = zoo.clip_model()
-    for part in (model.vision_model, model.visual_projection, model.text_projection):
-        tiny.randomise(part)
-    model.save_pretrained(folder)
-    zoo.clip_tokenizer(max_length=24).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder, model
+    return folder, zoo.save_clip(folder)
 
 
 def test_clip_score_is_the_cosine_of_the_model(clip):

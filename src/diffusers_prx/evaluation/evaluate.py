@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from diffusers.utils import logging
 
+from ..data.precomputed import write_json
 from ..data.scenes import LEVELS, ScenesDataset
 from ..data.sources import load_source
 from .clip_score import DEFAULT_CLIP, CLIPScore, load_clip_score
@@ -44,6 +45,7 @@ KINDS: dict[str, str | None] = {"fid": INCEPTION, "mmd": None, "clip_score": DEF
 # the study's names of two of them
 STANDARD = {"cmmd": ("mmd", "clip"), "dino_mmd": ("mmd", "dinov2")}
 PICTURES_SHOWN = 8
+DRAWN_FILE = "drawn.json"
 
 
 def parse_metric(text: str) -> tuple[str, str]:
@@ -187,15 +189,10 @@ def evaluate(
     metrics = build_metrics(settings)
     reference = open_reference(settings, resolution) if metrics else None
 
-    drawn = {  # all that a picture depends on, besides its prompt and its index
-        "pipeline": type(pipeline).__module__.partition(".")[0] + "." + type(pipeline).__name__,
-        "pipeline_fingerprint": pipeline_fingerprint(pipeline),
-        "resolution": resolution,
-        **{name: getattr(settings, name) for name in ("num_inference_steps", "guidance_scale", "seed", "batch_size")},
-        "fixed_noise": settings.compat == PHOTOROOM,
-    }
-    key = hashlib.blake2b(json.dumps(drawn, sort_keys=True).encode(), digest_size=8).hexdigest()
-    pictures = PictureFolder(output_dir / "pictures" / key)
+    drawn = drawn_how(settings, pipeline, resolution)
+    pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
+    if state.is_main_process:
+        write_json(pictures.folder / DRAWN_FILE, {**drawn, "versions": installed_versions()})
     draw = pipeline_draw(
         pipeline, resolution, settings.num_inference_steps, settings.guidance_scale, settings.seed,
         settings.batch_size, drawn["fixed_noise"],
@@ -203,42 +200,17 @@ def evaluate(
     splits = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
     for split, prompts in splits.items():
         draw_missing(draw, pictures, prompts, settings.batch_size, f"Drawing {split} scenes")
-    report: dict[str, Any] = {}
-    prompts = []
+    prompts, report = [], {}
     if reference is not None:
         prompts, without = reference.prompts(settings.num_images)
         if len(prompts) < settings.num_images:
             logger.warning(f"The reference has {len(prompts)} captions, fewer than `num_images`.")
         draw_missing(draw, pictures, prompts, settings.batch_size, "Drawing")
-    del draw, pipeline  # the encoders take its place in memory
-
-    if reference is not None:
+        del draw, pipeline  # the encoders take its place in memory
         reference.size = min(settings.num_reference or prompts[-1][0] + 1, reference.size)
-        for metric in metrics.values():
-            metric.to(state.device)
-        cache = ReferenceCache(cache_dir)
-        content, unreadable = content_hash(reference, metric_batch_size, num_workers)
-        see_reference(list(metrics.values()), reference, content, cache, metric_batch_size, num_workers)
-        see_generated(list(metrics.values()), pictures, prompts, metric_batch_size, num_workers)
-        report["metrics"] = {}
-        for text, metric in metrics.items():
-            encoder = metric.describe() if isinstance(metric, CLIPScore) else metric.extractor.describe()
-            report["metrics"][metric.name] = {
-                **metric.details(settings.bootstrap, settings.seed),
-                "metric": text,
-                "higher_is_better": bool(metric.higher_is_better),
-                "encoder": encoder,
-            }
-        report["reference"] = {
-            "name": settings.reference,
-            "images": len(reference) - len(unreadable),
-            "unreadable_images": len(unreadable),
-            "samples_without_caption": len(without),
-            "first_unreadable": [*unreadable, *without][:3],
-            "resolution": resolution,
-            "fitting": FITTING,
-            "content_hash": content,
-        }
+        loading = {"batch_size": metric_batch_size, "num_workers": num_workers}
+        report = measure(settings, metrics, reference, pictures, prompts, ReferenceCache(cache_dir), loading)
+        report["reference"]["samples_without_caption"] = len(without)
     if not state.is_main_process:
         return None
 
@@ -266,6 +238,70 @@ def evaluate(
         },
     }
     return Evaluation(report, graded, shown_pairs(reference, pictures, prompts))
+
+
+def drawn_how(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
+    """All that a picture depends on, besides its prompt and its index."""
+    return {
+        "pipeline": f"{type(pipeline).__module__.partition('.')[0]}.{type(pipeline).__name__}",
+        "pipeline_fingerprint": pipeline_fingerprint(pipeline),
+        "resolution": resolution,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "fixed_noise": settings.compat == PHOTOROOM,
+    }
+
+
+def _key(drawn: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(drawn, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def measure(
+    settings: EvaluationSettings,
+    metrics: dict[str, FeatureDistance | CLIPScore],
+    reference: ReferenceImages,
+    pictures: PictureFolder,
+    prompts: Sequence[Prompt],
+    cache: ReferenceCache,
+    loading: dict[str, int],
+) -> dict[str, Any]:
+    """What a report says of metrics and reference, from pictures that are all on disk.
+
+    Args:
+        settings: for the bootstrap and for names.
+        metrics: by what the user called them; they are moved to the device of this process.
+        reference, pictures, prompts: what is compared.
+        cache: of references.
+        loading: `batch_size` and `num_workers` of `image_batches`.
+    """
+    for metric in metrics.values():
+        metric.to(PartialState().device)
+    distances = [metric for metric in metrics.values() if isinstance(metric, FeatureDistance)]
+    described: dict[str, Any] = {"name": settings.reference}
+    if distances:  # CLIP score alone needs the captions only
+        content, unreadable = content_hash(reference, **loading)
+        see_reference(distances, reference, content, cache, loading)
+        described |= {
+            "images": len(reference) - len(unreadable),
+            "unreadable_images": len(unreadable),
+            "first_unreadable": unreadable[:3],
+            "resolution": reference.resolution,
+            "fitting": FITTING,
+            "content_hash": content,
+        }
+    see_generated(list(metrics.values()), pictures, prompts, loading)
+    found = {}
+    for text, metric in metrics.items():
+        encoder = metric.describe() if isinstance(metric, CLIPScore) else metric.extractor.describe()
+        found[metric.name] = {
+            **metric.details(settings.bootstrap, settings.seed),
+            "metric": text,
+            "higher_is_better": bool(metric.higher_is_better),
+            "encoder": encoder,
+        }
+    return {"metrics": found, "reference": described}
 
 
 def build_metrics(settings: EvaluationSettings) -> dict[str, FeatureDistance | CLIPScore]:
@@ -367,18 +403,17 @@ class _Features:
 
 
 def see_reference(
-    metrics: Sequence[FeatureDistance | CLIPScore],
+    metrics: Sequence[FeatureDistance],
     reference: ReferenceImages,
     content: str,
     cache: ReferenceCache,
-    batch_size: int,
-    num_workers: int,
+    loading: dict[str, int],
 ) -> None:
     """Give every metric its reference: from the cache, or from the images, which are then looked at once."""
-    missing = [m for m in metrics if isinstance(m, FeatureDistance) and not cache.load(m, content)]
+    missing = [metric for metric in metrics if not cache.load(metric, content)]
     if not missing:
         return
-    for _, images, _ in image_batches(reference, batch_size, num_workers, "Looking at the reference"):
+    for _, images, _ in image_batches(reference, **loading, label="Looking at the reference"):
         if len(images):
             _update(missing, images.to(missing[0].device), real=True)
     for metric in missing:
@@ -389,14 +424,13 @@ def see_generated(
     metrics: Sequence[FeatureDistance | CLIPScore],
     pictures: PictureFolder,
     prompts: Sequence[Prompt],
-    batch_size: int,
-    num_workers: int,
+    loading: dict[str, int],
 ) -> None:
     """Give every metric the generated pictures, and CLIP score their prompts."""
     distances = [metric for metric in metrics if isinstance(metric, FeatureDistance)]
     scores = [metric for metric in metrics if isinstance(metric, CLIPScore)]
     generated = GeneratedImages(pictures, prompts)
-    for places, batch, _ in image_batches(generated, batch_size, num_workers, "Looking at the pictures"):
+    for places, batch, _ in image_batches(generated, **loading, label="Looking at the pictures"):
         images = batch.to(metrics[0].device)
         _update(distances, images, real=False)
         for score in scores:

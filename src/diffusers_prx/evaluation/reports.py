@@ -47,10 +47,13 @@ def markdown_table(report: dict[str, Any]) -> str:
     ]
     if "reference" in report:
         reference = report["reference"]
-        notes.append(
-            f"Reference: `{reference['name']}`, {reference['images']} images ({reference['unreadable_images']} "
-            f"unreadable), {reference['fitting']}, {reference['content_hash']}"
-        )
+        note = f"Reference: `{reference['name']}`"
+        if "content_hash" in reference:
+            note += (
+                f", {reference['images']} images ({reference['unreadable_images']} unreadable), "
+                f"{reference['fitting']}, {reference['content_hash']}"
+            )
+        notes.append(note)
     for name, found in report.get("metrics", {}).items():
         encoder = found["encoder"]
         note = f"{name}: `{encoder['source']}`, {encoder['resizing']}, {encoder['fingerprint']}"
