@@ -24,6 +24,7 @@ from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate, pars
 from diffusers_prx.evaluation.extractors import load_extractor
 from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
 from diffusers_prx.evaluation.pictures import PictureFolder, load_pipeline, pipeline_draw
+from diffusers_prx.evaluation.references import ReferenceCache
 from diffusers_prx.evaluation.reports import markdown_table, write_reports
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 
@@ -236,6 +237,17 @@ def test_compat_draws_from_the_same_noise_in_every_batch(model, encoder, tmp_pat
     assert list(report["metrics"]) == ["FID (scenes ViT, compat photoroom)", MMD]
     assert report["evaluation"]["drawn"]["fixed_noise"]
     assert "not comparable with other numbers" in markdown_table(report)
+
+
+def test_the_cache_knows_which_colours_were_seen(encoder, tmp_path):
+    cache, extractor = ReferenceCache(tmp_path), load_extractor(encoder)
+    paths = [
+        [cache.path(cls(extractor, compat), "content").name for compat in (None, "photoroom")]
+        for cls in (FrechetDistance, MaximumMeanDiscrepancy)
+    ]
+    assert paths[0][0] != paths[0][1]
+    assert paths[1][0] == paths[1][1]  # an MMD sees the images as they are
+    assert cache.path(FrechetDistance(extractor), "other content").name not in paths[0]
 
 
 def test_stock_pipelines(encoder, tmp_path):
