@@ -1,12 +1,15 @@
 """The PRX transformer: image tokens attend to themselves and to text tokens that no block ever changes.
 
 Shapes in this file: B batch, C channels, H x W latent (or pixel) height and width, p patch size, D hidden size,
-h heads, d head dimension (h * d = D), N = (H/p) * (W/p) image tokens, L text tokens.
+h heads, d head dimension (h * d = D), N = (H/p) * (W/p) image tokens, L text tokens, T timesteps.
+
+What no step of a sampling run changes can be computed once before it: `PRXTextContext` and `PRXTimeContext`. They are
+values that the caller keeps and passes in; the model remembers nothing of a run.
 """
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .token_routing import TokenRoute
@@ -90,6 +94,46 @@ class PRXRMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS)
 
 
+# Keys and values of text in one block, (B, L, h, d) each.
+TextKeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+# A mask or None, or for each part of the text one of these.
+AttentionMask: TypeAlias = torch.Tensor | tuple[torch.Tensor | None, ...] | None
+
+
+@dataclass(frozen=True)
+class PRXTextContext:
+    """What the blocks read of a text: computed once per prompt, since no block changes it and no step either.
+
+    `PRXTransformer2DModel.encode_text_context` makes it. It belongs to the weights and adapters that made it.
+
+    Args:
+        keys_values: for each block, keys and values (B, L, h, d); B = 1 serves any number of rows.
+        mask: bool (B, L), true where a token counts; None where all of them do.
+    """
+
+    keys_values: tuple[TextKeysValues, ...]
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PRXTimeContext:
+    """What the blocks make of timesteps: their modulation, computed for all steps of a run in one go.
+
+    `PRXTransformer2DModel.encode_timesteps` makes it. It belongs to the weights and adapters that made it.
+
+    Args:
+        blocks: for each block, shift, scale and gate of attention and MLP for T timesteps, (T, 6, D).
+        final: shift and scale of the final layer, (T, 2, D).
+    """
+
+    blocks: tuple[torch.Tensor, ...]
+    final: torch.Tensor
+
+    def at(self, step: int) -> "PRXTimeContext":
+        """The one timestep (T = 1) with this index, counted from 0, which a forward takes."""
+        return PRXTimeContext(tuple(block[step, None] for block in self.blocks), self.final[step, None])
+
+
 class PRXAttnProcessor:
     """Attention of image tokens over the joint sequence of text and image tokens."""
 
@@ -101,24 +145,48 @@ class PRXAttnProcessor:
         self,
         attn: "PRXAttention",
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | tuple[TextKeysValues, ...],
         image_rotary_emb: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
     ) -> torch.Tensor:
         """Attend from `hidden_states` (B, N, D) to `encoder_hidden_states` (B, L, D) and to itself.
 
         `attention_mask` is bool (B, 1, 1, L + N), true where a key may be looked at, or None. Returns (B, N, D).
+
+        Or the text comes as keys and values that were projected before, in parts of a length and with a mask of their
+        own (the branches of guidance): the first part is for the first rows, and so on, as many for each.
         """
         qkv = attn.img_qkv_proj(hidden_states).unflatten(-1, (3, attn.heads, attn.head_dim))  # (B, N, 3, h, d)
         query, key, value = qkv.unbind(2)  # (B, N, h, d) each
         query = rotate(attn.norm_q(query), image_rotary_emb).to(value.dtype)  # (B, N, h, d)
         key = rotate(attn.norm_k(key), image_rotary_emb).to(value.dtype)  # (B, N, h, d)
 
-        text_kv = attn.txt_kv_proj(encoder_hidden_states).unflatten(-1, (2, attn.heads, attn.head_dim))
-        text_key, text_value = text_kv.unbind(2)  # (B, L, h, d) each
-        text_key = attn.norm_added_k(text_key).to(value.dtype)  # (B, L, h, d); text has no position
+        if isinstance(encoder_hidden_states, torch.Tensor):
+            assert not isinstance(attention_mask, tuple)
+            text_key, text_value = attn.project_text(encoder_hidden_states)  # (B, L, h, d) each
+            hidden_states = self.attend(query, key, value, text_key, text_value, attention_mask)  # (B, N, h, d)
+        else:
+            assert isinstance(attention_mask, tuple)
+            images = [x.unflatten(0, (len(encoder_hidden_states), -1)).unbind() for x in (query, key, value)]
+            attended = []  # for each part of the text, (B / parts, N, h, d)
+            for q, k, v, text, mask in zip(*images, encoder_hidden_states, attention_mask):
+                text_key, text_value = (x.expand(len(q), -1, -1, -1) for x in text)  # (B / parts, L, h, d) each
+                attended.append(self.attend(q, k, v, text_key, text_value, mask))
+            hidden_states = attended[0] if len(attended) == 1 else torch.cat(attended)  # (B, N, h, d)
+        hidden_states = attn.to_out[0](hidden_states.flatten(2))  # (B, N, D)
+        return attn.to_out[1](hidden_states)
 
-        hidden_states = dispatch_attention_fn(
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        text_key: torch.Tensor,
+        text_value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention (B, N, h, d) of image tokens (B, N, h, d) to text tokens (B, L, h, d) and to themselves."""
+        return dispatch_attention_fn(
             query,
             torch.cat((text_key, key), dim=1),  # (B, L + N, h, d)
             torch.cat((text_value, value), dim=1),  # (B, L + N, h, d)
@@ -126,8 +194,6 @@ class PRXAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # (B, N, h, d)
-        hidden_states = attn.to_out[0](hidden_states.flatten(2))  # (B, N, D)
-        return attn.to_out[1](hidden_states)
 
 
 class PRXAttention(nn.Module, AttentionModuleMixin):
@@ -150,12 +216,18 @@ class PRXAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False), nn.Dropout(0.0)])
         self.processor = PRXAttnProcessor()
 
+    def project_text(self, encoder_hidden_states: torch.Tensor) -> TextKeysValues:
+        """Keys and values (B, L, h, d) of text (B, L, D), which has no position: they depend on nothing else."""
+        text_kv = self.txt_kv_proj(encoder_hidden_states).unflatten(-1, (2, self.heads, self.head_dim))
+        text_key, text_value = text_kv.unbind(2)  # (B, L, h, d) each
+        return self.norm_added_k(text_key).to(text_value.dtype), text_value
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | tuple[TextKeysValues, ...],
         image_rotary_emb: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
     ) -> torch.Tensor:
         return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask)
 
@@ -172,10 +244,12 @@ class PRXModulation(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm without parameters, then shift and scale.
+    """Layer norm of x (B, N, D), then shift and scale, (B, 1, D) or, the same for all rows, (D,).
 
     PyTorch's kernel takes mean and variance in float32 whatever the input's type, so no cast is needed for that.
     """
+    if shift.ndim == 1:  # what is the same for all tokens is the norm's own weight and bias: one pass over memory
+        return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, NORM_EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
@@ -194,12 +268,13 @@ class PRXBlock(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | tuple[TextKeysValues, ...],
+        temb: torch.Tensor | tuple[torch.Tensor, ...],
         image_rotary_emb: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
     ) -> torch.Tensor:
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(temb)  # (B, 1, D) each
+        modulation = self.modulation(temb) if isinstance(temb, torch.Tensor) else temb
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation  # (B, 1, D) or (D,) each
 
         x = modulate(hidden_states, attn_shift, attn_scale)  # (B, N, D)
         x = self.attention(x, encoder_hidden_states, image_rotary_emb, attention_mask)  # (B, N, D)
@@ -283,8 +358,10 @@ class PRXFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self.linear = nn.Linear(hidden_size, patch_values)
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(temb)[:, None, :].chunk(2, dim=-1)  # (B, 1, D) each
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if isinstance(temb, torch.Tensor):
+            temb = self.adaLN_modulation(temb)[:, None, :].chunk(2, dim=-1)
+        shift, scale = temb  # (B, 1, D) or (D,) each
         return self.linear(modulate(hidden_states, shift, scale))  # (B, N, C * p * p)
 
 
@@ -444,16 +521,121 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 self._rotary_tables[key] = rotary_table(rows, columns, self.axes_dim, self.config.theta, device)
         return self._rotary_tables[key]
 
+    def _embed_time(
+        self, timestep: torch.Tensor, height: int | None, width: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The vector (T, D) that the modulation of every block is made from, of timesteps (T,)."""
+        temb = get_timestep_embedding(
+            timestep,
+            TIME_EMBEDDING_SIZE,
+            max_period=self.config.time_max_period,
+            scale=self.config.time_factor,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0.0,
+        )  # (T, 256)
+        temb = self.time_in(temb.to(dtype))  # (T, D)
+        if self.resolution_embedder is not None:
+            temb = temb + self.resolution_embedder(height, width, temb.device, dtype)  # (T, D)
+        return temb
+
+    def _embed_text(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        height: int | None,
+        width: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text tokens (B, L, D) and their mask; with resolution tokens two more, which L counts from here on."""
+        txt = self.txt_in(encoder_hidden_states)  # (B, L, D)
+        if self.resolution_token_embedder is not None:
+            size_tokens = self.resolution_token_embedder(height, width, txt.device, txt.dtype)  # (1, 2, D)
+            txt = torch.cat((size_tokens.expand(len(txt), -1, -1), txt), dim=1)  # (B, 2 + L, D)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask.bool(), (2, 0), value=True)
+        return txt, attention_mask
+
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
+    def encode_text_context(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> PRXTextContext:
+        """Project the text to the keys and values of all blocks, for any number of forwards with this text.
+
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape (B, L, `context_in_dim`)): the text; B = 1 serves any number
+                of rows of images.
+            attention_mask (`torch.Tensor` of shape (B, L), *optional*): true where a text token counts.
+            height (`int`, *optional*): H of the `hidden_states` to come; needed with `resolution_tokens`.
+            width (`int`, *optional*): W, likewise.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by s.
+
+        Raises:
+            ValueError: if a shape is not as above, or there is no size where one is needed.
+        """
+        self._check_text(encoder_hidden_states, attention_mask)
+        if self.resolution_token_embedder is not None and (height is None or width is None):
+            raise ValueError("`height` and `width` are needed: this model puts them before the text as tokens.")
+        txt, mask = self._embed_text(encoder_hidden_states, attention_mask, height, width)  # (B, L, D) and (B, L)
+        blocks: Any = self.blocks
+        projected = [block.attention.project_text(txt) for block in blocks]  # (B, L, h, d) each
+        # the values are a view of keys and values together, of which only they are still needed
+        keys_values = tuple((key, value.contiguous()) for key, value in projected)
+        return PRXTextContext(keys_values, None if mask is None else mask.bool())
+
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
+    def encode_timesteps(
+        self,
+        timestep: torch.Tensor,
+        height: int | None = None,
+        width: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> PRXTimeContext:
+        """Compute the modulation of all blocks for all timesteps of a run in one go.
+
+        Args:
+            timestep (`torch.Tensor` of shape (T,)): shares of noise in [0, 1], on the device of the images.
+            height (`int`, *optional*): H of the `hidden_states` to come; needed with `resolution_embeds`.
+            width (`int`, *optional*): W, likewise.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by s.
+
+        Raises:
+            ValueError: if the shape is not as above, or there is no size where one is needed.
+        """
+        if timestep.ndim != 1:
+            raise ValueError(f"`timestep` must have the shape (T,), got {tuple(timestep.shape)}.")
+        if self.resolution_embedder is not None and (height is None or width is None):
+            raise ValueError("`height` and `width` are needed: this model adds them to the timestep.")
+        temb = self._embed_time(timestep, height, width, self.dtype)  # (T, D)
+        blocks: Any = self.blocks
+        modulations = tuple(torch.cat(block.modulation(temb), dim=1) for block in blocks)  # (T, 6, D) each
+        return PRXTimeContext(modulations, self.final_layer.adaLN_modulation(temb).unflatten(-1, (2, -1)))
+
+    def _check_text(self, encoder_hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        text, width = tuple(encoder_hidden_states.shape), self.config.context_in_dim
+        if len(text) != 3 or text[2] != width:
+            raise ValueError(f"`encoder_hidden_states` must have the shape (B, L, {width}), got {text}.")
+        if attention_mask is not None and attention_mask.shape != text[:2]:
+            raise ValueError(
+                f"`attention_mask` must have the shape {text[:2]} of the text tokens, "
+                f"got {tuple(attention_mask.shape)}."
+            )
+
     def _check_inputs(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor | PRXTimeContext,
+        text: torch.Tensor | tuple[PRXTextContext, ...],
         attention_mask: torch.Tensor | None,
         route: TokenRoute | None,
         feature_block: int | None,
     ) -> None:
         channels, patch_size, width = self.config.in_channels, self.config.patch_size, self.config.context_in_dim
+        depth, fusion_range = self.config.depth, self.config.fusion_range
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels:
             raise ValueError(f"`hidden_states` must have the shape (B, {channels}, H, W), got {shape}.")
@@ -462,17 +644,35 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 f"`hidden_states` must have a height and a width that are multiples of the patch size {patch_size}, "
                 f"got {shape[2]} x {shape[3]}."
             )
-        if timestep.ndim != 1 or timestep.shape[0] not in (1, shape[0]):
+        if isinstance(timestep, PRXTimeContext):
+            if len(timestep.blocks) != depth or len(timestep.final) != 1:
+                raise ValueError(
+                    f"`time_context` must hold one timestep (take it with `at`) for the {depth} blocks, "
+                    f"got {len(timestep.final)} for {len(timestep.blocks)}."
+                )
+        elif timestep.ndim != 1 or timestep.shape[0] not in (1, shape[0]):
             raise ValueError(f"`timestep` must have the shape ({shape[0]},) or (1,), got {tuple(timestep.shape)}.")
-        text = tuple(encoder_hidden_states.shape)
-        if len(text) != 3 or text[0] != shape[0] or text[2] != width:
-            raise ValueError(f"`encoder_hidden_states` must have the shape ({shape[0]}, L, {width}), got {text}.")
-        if attention_mask is not None and attention_mask.shape != text[:2]:
-            raise ValueError(
-                f"`attention_mask` must have the shape {text[:2]} of the text tokens, "
-                f"got {tuple(attention_mask.shape)}."
-            )
-        depth, fusion_range = self.config.depth, self.config.fusion_range
+        if isinstance(text, tuple):
+            rows = shape[0] // max(len(text), 1)
+            for part in text:
+                if len(part.keys_values) != depth or len(part.keys_values[0][0]) not in (1, rows):
+                    raise ValueError(
+                        f"`text_context` must hold 1 or {rows} rows ({shape[0]} rows of `hidden_states`, contexts: "
+                        f"{len(text)}) for {depth} blocks, "
+                        f"got {len(part.keys_values[0][0])} for {len(part.keys_values)}."
+                    )
+            if rows * len(text) != shape[0]:
+                raise ValueError(
+                    f"`text_context` must be one for each equal share of {shape[0]} rows, got {len(text)}."
+                )
+            if attention_mask is not None:
+                raise ValueError("`attention_mask` goes to `encode_text_context`: a `text_context` holds its own.")
+        else:
+            if text.ndim == 3 and text.shape[0] != shape[0]:
+                raise ValueError(
+                    f"`encoder_hidden_states` must have the shape ({shape[0]}, L, {width}), got {tuple(text.shape)}."
+                )
+            self._check_text(text, attention_mask)
         if feature_block is not None and not 0 <= feature_block < depth:
             raise ValueError(f"`feature_block` must be one of the {depth} blocks, from 0, got {feature_block}.")
         if route is None:
@@ -497,13 +697,15 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         route: TokenRoute | None = None,
         feature_block: int | None = None,
+        text_context: PRXTextContext | tuple[PRXTextContext, ...] | None = None,
+        time_context: PRXTimeContext | None = None,
     ) -> PRXTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
         """Predict the velocity (or the clean image, by how the network was trained) of noisy latents or pixels.
 
@@ -517,56 +719,65 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             return_dict (`bool`): False for a plain tuple.
             route (`TokenRoute`, *optional*): image tokens that go around a range of blocks.
             feature_block (`int`, *optional*): the block, counted from 0, whose output is returned as well.
+            text_context (`PRXTextContext`, *optional*): what `encode_text_context` made, in place of
+                `encoder_hidden_states` and its mask. Or several, each with a length and a mask of its own: the first
+                is for the first rows, and so on, as many rows for each (the branches of guidance).
+            time_context (`PRXTimeContext`, *optional*): one timestep of what `encode_timesteps` made, in place of
+                `timestep`; for all rows.
 
         Returns:
             `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or the tuple (sample,), or
             (sample, features, feature_indices) with a `feature_block`.
 
         Raises:
-            ValueError: if a shape is not as above.
+            ValueError: if a shape is not as above, or of timestep or text not exactly one form came.
         """
-        self._check_inputs(hidden_states, timestep, encoder_hidden_states, attention_mask, route, feature_block)
+        if (timestep is None) == (time_context is None):
+            raise ValueError("exactly one of `timestep` and `time_context` must be given.")
+        if (encoder_hidden_states is None) == (text_context is None):
+            raise ValueError("exactly one of `encoder_hidden_states` and `text_context` must be given.")
+        contexts = (text_context,) if isinstance(text_context, PRXTextContext) else text_context
+        time: Any = timestep if time_context is None else time_context
+        text: Any = encoder_hidden_states if contexts is None else contexts
+        self._check_inputs(hidden_states, time, text, attention_mask, route, feature_block)
         height, width = hidden_states.shape[-2:]
-        patch_size = self.config.patch_size
+        patch_size, depth = self.config.patch_size, self.config.depth
 
-        txt = self.txt_in(encoder_hidden_states)  # (B, L, D)
         img = self.img_in(patchify(hidden_states, patch_size))  # (B, N, D)
         table = self._rotary(height // patch_size, width // patch_size, img.device)  # (N, d/2, 2)
 
-        temb = get_timestep_embedding(
-            timestep,
-            TIME_EMBEDDING_SIZE,
-            max_period=self.config.time_max_period,
-            scale=self.config.time_factor,
-            flip_sin_to_cos=True,
-            downscale_freq_shift=0.0,
-        )  # (B, 256)
-        temb = self.time_in(temb.to(img.dtype))  # (B, D)
-        if self.resolution_embedder is not None:
-            temb = temb + self.resolution_embedder(height, width, img.device, img.dtype)  # (B, D)
+        if time_context is None:
+            final_time: Any = self._embed_time(time, height, width, img.dtype)  # (B, D)
+            times: list[Any] = [final_time] * depth
+        else:
+            times = [block[0].unbind() for block in time_context.blocks]  # 6 x (D,) each
+            final_time = time_context.final[0].unbind()  # 2 x (D,)
+            # a linear layer gives a view, a block does not: dynamo would compile the first block by itself
+            img = img.clone()  # (B, N, D)
 
-        if self.resolution_token_embedder is not None:
-            size_tokens = self.resolution_token_embedder(height, width, txt.device, txt.dtype)  # (1, 2, D)
-            txt = torch.cat((size_tokens.expand(len(txt), -1, -1), txt), dim=1)  # (B, 2 + L, D), L from here on
-            attention_mask = None if attention_mask is None else F.pad(attention_mask.bool(), (2, 0), value=True)
-
-        joint_mask = None
-        if attention_mask is not None:
-            joint_mask = F.pad(attention_mask.bool(), (0, img.shape[1]), value=True)  # (B, L + N): images all count
-            joint_mask = joint_mask[:, None, None, :]  # (B, 1, 1, L + N)
+        text_mask: AttentionMask
+        if contexts is None:
+            txt, text_mask = self._embed_text(text, attention_mask, height, width)  # (B, L, D)
+            texts: list[Any] = [txt] * depth
+        else:
+            text_mask = tuple(context.mask for context in contexts)  # (B, L) each, or None
+            texts = list(zip(*(context.keys_values for context in contexts)))  # (B, L, h, d) each
 
         start, stop = (self.config.fusion_range or (None, None)) if route is None else (route.start, route.stop)
+        joint_mask = join_mask(text_mask, img.shape[1])  # (B, 1, 1, L + N)
         rotary, mask, features, feature_indices = table, joint_mask, None, None
         for index, block in enumerate(self.blocks):
             if index == start:
                 dense = img  # (B, N, D)
                 if route is not None:
                     img, rotary = route.gather(img), table[route.kept]  # (B, K, D) and (B, K, d/2, 2)
-                    mask = None if mask is None else mask[..., : txt.shape[1] + img.shape[1]]  # (B, 1, 1, L + K)
+                    mask = join_mask(text_mask, img.shape[1])  # (B, 1, 1, L + K)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                img = self._gradient_checkpointing_func(block, img, txt, temb, rotary, mask)  # (B, N or K, D)
+                img = self._gradient_checkpointing_func(
+                    block, img, texts[index], times[index], rotary, mask
+                )  # (B, N or K, D)
             else:
-                img = block(img, txt, temb, rotary, mask)  # (B, N or K, D)
+                img = block(img, texts[index], times[index], rotary, mask)  # (B, N or K, D)
             if index == feature_block:
                 features = img  # (B, N or K, D)
                 feature_indices = None if route is None or rotary is table else route.kept  # (B, K)
@@ -577,10 +788,20 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                     img = route.scatter(img, dense)  # (B, N, D); TREAD: the others as they were
                 rotary, mask = table, joint_mask
 
-        sample = unpatchify(self.final_layer(img, temb), patch_size, height, width)  # (B, C, H, W)
+        sample = unpatchify(self.final_layer(img, final_time), patch_size, height, width)  # (B, C, H, W)
         if not return_dict:
             return (sample,) if feature_block is None else (sample, features, feature_indices)
         return PRXTransformer2DModelOutput(sample, features, feature_indices)
+
+
+def join_mask(text_mask: AttentionMask, tokens: int) -> Any:
+    """Mask (B, 1, 1, L + N) of text tokens (B, L) and of image tokens, which all count; None where all text counts.
+
+    Of parts of the text, a tuple of masks, each by itself.
+    """
+    if isinstance(text_mask, tuple):
+        return tuple(join_mask(part, tokens) for part in text_mask)
+    return None if text_mask is None else F.pad(text_mask.bool(), (0, tokens), value=True)[:, None, None, :]
 
 
 def _is_range(span: tuple[int, int], depth: int) -> bool:

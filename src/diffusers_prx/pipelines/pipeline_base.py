@@ -1,6 +1,7 @@
 """What both PRX pipelines share: the call, the one denoising loop, the checks, saving and loading."""
 
 import copy
+import inspect
 import math
 import os
 import threading
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
@@ -222,8 +224,13 @@ class PRXPipelineBase(DiffusionPipeline):
         if full and (cut := count_cut(self.tokenizer, full, max_length, clean)):
             logger.warning(f"{cut} of {len(texts)} prompts are longer than {max_length} tokens and were cut there.")
         input_ids, mask = trim_tokens(input_ids, mask)
+        # each text once, however often it came: a negative prompt is mostly the same for the whole batch
+        first = {text: row for row, text in reversed(list(enumerate(texts)))}
+        once = sorted(first.values())
+        rows = [once.index(first[text]) for text in texts]
         mask = mask.to(device)
-        return encode_text(self.text_encoder, input_ids.to(device), mask), mask
+        embeds = encode_text(self.text_encoder, input_ids[once].to(device), mask[once])
+        return embeds[rows], mask
 
     # Latents.
 
@@ -442,23 +449,20 @@ class PRXPipelineBase(DiffusionPipeline):
         """The denoising loop, from noise (B, C, h, w) to clean latents, float32 but for the network itself."""
         # A stock scheduler steps along a velocity. Without a clamp, (x_t - x_0) / t leads it exactly to a perfect x_0.
         to_velocity = self.config["prediction_type"] == "x_prediction" and is_stock(scheduler)
-        joint_mask: Any = mask if negative_mask is None else torch.cat([negative_mask, mask])
-        if bool(joint_mask.all()):
-            joint_mask = None  # nothing is padded: attention without a mask is faster
-        text = prompt_embeds if negative_prompt_embeds is None else torch.cat([negative_prompt_embeds, prompt_embeds])
-        text = text.to(self.transformer.dtype)  # (B or 2B, L, D), negative first
+        text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
+        times = self._read_timesteps(scheduler.sigmas[:-1], latents)
 
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 self._call.current_timestep = t
                 sigma = scheduler.sigmas[i]
-                prediction = self._predict(latents, sigma, text, joint_mask)  # (B or 2B, C, h, w)
+                prediction = self._predict(latents, times[i], text)  # (B or 2B, C, h, w)
                 if negative_prompt_embeds is not None:
                     negative, positive = prediction.chunk(2)
                     prediction = negative + guidance_scale * (positive - negative)  # (B, C, h, w)
                 if self_guidance_scale > 1:  # TREAD, arXiv 2501.04765
                     route = self._draw_route(latents, generator)
-                    routed = self._predict(latents, sigma, text, joint_mask, route=route)  # (B, C, h, w)
+                    routed = self._predict(latents, times[i], text, route=route)  # (B, C, h, w)
                     prediction = routed + self_guidance_scale * (prediction - routed)
                 if to_velocity:
                     prediction = (latents - prediction) / sigma
@@ -474,25 +478,61 @@ class PRXPipelineBase(DiffusionPipeline):
                     changed = {} if changed is None else changed
                     check_callback_result(changed, given)
                     latents = changed.get("latents", latents).to(latents)
-                    prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
-                    text = torch.cat([e for e in (negative_prompt_embeds, prompt_embeds) if e is not None]).to(text)
+                    if not changed.keys() <= {"latents"}:
+                        prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
+                        text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
                 progress_bar.update()
                 if self.interrupt:
                     break
         self._call.current_timestep = None
         return latents
 
+    def _read_text(
+        self,
+        prompt_embeds: torch.Tensor,
+        mask: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_mask: torch.Tensor | None,
+        latents: torch.Tensor,
+    ) -> dict[str, Any]:
+        """The text (B, L, D), behind the negative one where there is one, as arguments of the network.
+
+        Where the network can, that is the keys and values of its blocks, for all steps of the call.
+        """
+        dtype, (height, width) = self.transformer.dtype, latents.shape[-2:]
+        branches = [(prompt_embeds.to(dtype), mask)]
+        if negative_prompt_embeds is not None and negative_mask is not None:
+            branches.insert(0, (negative_prompt_embeds.to(dtype), negative_mask))
+        if _takes_contexts(self.transformer):
+            texts = [trim_text(*_unrepeated(*branch)) for branch in branches]  # 1 or B rows, of their own length each
+            contexts = [self.transformer.encode_text_context(*text, height=height, width=width) for text in texts]
+            return {"text_context": tuple(contexts)}
+        text, masks = (torch.cat(parts) for parts in zip(*branches))  # (B or 2B, L, D)
+        # where nothing is padded, attention without a mask is faster
+        return {"encoder_hidden_states": text, "attention_mask": None if bool(masks.all()) else masks}
+
+    def _read_timesteps(self, sigmas: torch.Tensor, latents: torch.Tensor) -> list[dict[str, Any]]:
+        """The noise level of every step as arguments of the network."""
+        sigmas = sigmas.to(latents.device)
+        if _takes_contexts(self.transformer):
+            times = self.transformer.encode_timesteps(sigmas, *latents.shape[-2:])
+            return [{"time_context": times.at(step)} for step in range(len(sigmas))]
+        return [{"timestep": sigma[None]} for sigma in sigmas]
+
     def _predict(
-        self, latents: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, **route: Any
+        self, latents: torch.Tensor, time: dict[str, Any], text: dict[str, Any], **route: Any
     ) -> torch.Tensor:
-        """What the network predicts, float32, for latents (B, C, h, w) with text (B or 2B, L, D), row by row."""
+        """What the network predicts, float32, for latents (B, C, h, w) with each branch of the text."""
+        contexts = text.get("text_context")
+        branches = len(text["encoder_hidden_states"]) // len(latents) if contexts is None else len(contexts)
+        if "timestep" in time:
+            time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
         return self.transformer(
-            hidden_states=latents.to(text.dtype).repeat(len(text) // len(latents), 1, 1, 1),  # (B or 2B, C, h, w)
-            timestep=sigma.to(latents.device).expand(len(text)),  # (B or 2B,)
-            encoder_hidden_states=text,
-            attention_mask=mask,
+            hidden_states=latents.to(self.transformer.dtype).repeat(branches, 1, 1, 1),  # (B or 2B, C, h, w)
             return_dict=False,
+            **time,
+            **text,
             **route,  # given only where there is one: not every transformer takes it
         )[0].float()  # (B or 2B, C, h, w)
 
@@ -505,6 +545,23 @@ class PRXPipelineBase(DiffusionPipeline):
         # the order of normal draws is as random as that of uniform ones; one call serves single and listed generators
         scores = randn_tensor((len(latents), tokens), generator, latents.device, torch.float32)  # (B, N)
         return sample_route(scores, ratio, start, stop)
+
+
+def _takes_contexts(transformer: Any) -> bool:
+    """Whether what no step changes can be computed once for a call.
+
+    Not every transformer takes it: stock's does not. And with group offloading a block's weights are there only while
+    the block runs, so that its text is projected then, as in training.
+    """
+    transformer = getattr(transformer, "_orig_mod", transformer)  # out of the wrapper of torch.compile
+    parameters = inspect.signature(transformer.forward).parameters
+    return {"text_context", "time_context"} <= parameters.keys() and not _is_group_offload_enabled(transformer)
+
+
+def _unrepeated(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The one row of a text that is the same for the whole batch, as negative prompts mostly are; or all rows."""
+    same = bool((embeds == embeds[:1]).all()) and bool((mask == mask[:1]).all())
+    return (embeds[:1], mask[:1]) if same else (embeds, mask)
 
 
 def _with_mask(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
