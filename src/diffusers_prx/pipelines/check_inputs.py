@@ -4,6 +4,10 @@ import math
 from typing import Any
 
 import torch
+from diffusers.guiders import BaseGuidance
+
+
+DEFAULT_GUIDANCE_SCALE = 4.0
 
 
 def check_count(name: str, value: Any) -> None:
@@ -16,6 +20,24 @@ def check_guidance(guidance_scale: Any) -> bool:
     if not number or not 1 <= guidance_scale < math.inf:
         raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it has to be a finite number of at least 1 (off).")
     return guidance_scale > 1
+
+
+def check_guider(guider: Any, guidance_scale: Any) -> bool:
+    """Check that a guider combines nothing but two predictions, and that it alone is asked to guide; always guided."""
+    if not isinstance(guider, BaseGuidance):
+        raise ValueError(f"`guider` is a {type(guider).__name__}; it has to be one of diffusers' guiders, or None.")
+    hooked = type(guider).prepare_models is not BaseGuidance.prepare_models
+    if hooked or guider._input_predictions != ["pred_cond", "pred_uncond"]:
+        raise ValueError(
+            f"`guider` is a {type(guider).__name__}, which changes the network for a prediction of its own; accepted"
+            " are those that combine a prediction with the prompt and one with the negative prompt."
+        )
+    if guidance_scale != DEFAULT_GUIDANCE_SCALE:
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale!r} and there is a `guider`, which has a scale of its own; leave one"
+            " of them out."
+        )
+    return True
 
 
 def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, float]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders import BaseGuidance
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -20,12 +21,14 @@ from ..models.token_routing import TokenRoute, sample_route
 from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
 from ..text import count_cut, encode_text, tokenize_prompts, trim_text, trim_tokens
 from .check_inputs import (
+    DEFAULT_GUIDANCE_SCALE,
     check_callback_names,
     check_callback_result,
     check_count,
     check_embeds,
     check_generator,
     check_guidance,
+    check_guider,
     check_prompts,
     check_self_guidance,
     check_token_route,
@@ -76,7 +79,9 @@ class PRXPipelineBase(DiffusionPipeline):
     ) -> None:
         """Check and register what is no component. `register_modules` has to come first."""
         if prediction_type is None:
-            prediction_type = getattr(self.scheduler, "prediction_type", self.default_prediction_type)
+            # diffusers' solvers have a setting of that name, which says something else
+            stock = is_stock(self.scheduler)
+            prediction_type = self.default_prediction_type if stock else self.scheduler.prediction_type
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"`prediction_type` is {prediction_type!r}; accepted are {list(PREDICTION_TYPES)} and None."
@@ -296,7 +301,7 @@ class PRXPipelineBase(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 28,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -313,6 +318,7 @@ class PRXPipelineBase(DiffusionPipeline):
         skip_text_cleaning: bool | None = None,
         sigmas: Sequence[float] | None = None,
         self_guidance_scale: float = 1.0,
+        guider: BaseGuidance | None = None,
     ) -> PRXPipelineOutput | tuple[Any]:
         """Draw images. Several threads may call one pipeline at the same time.
 
@@ -352,6 +358,12 @@ class PRXPipelineBase(DiffusionPipeline):
                 with the prompt. `routed` is the network with a part of the tokens led around the blocks of
                 `token_route`, drawn anew at each step from `generator`; at 1, the least, it is off. It takes the place
                 of classifier-free guidance (set `guidance_scale=1`) and costs as much.
+            guider: one of diffusers' guiders with its own scale, in place of `guidance_scale` (leave that out):
+                ClassifierFreeGuidance with `start` and `stop`, the shares of the steps between which it guides (arXiv
+                2404.07724; at the others the network runs on half the batch), ClassifierFreeZeroStarGuidance (arXiv
+                2503.18886), AdaptiveProjectedGuidance (arXiv 2410.02416), or another that combines a prediction with
+                the prompt and one with the negative prompt. It is given velocities, whatever the network predicts. The
+                call works on a copy.
 
         Returns:
             `PRXPipelineOutput`, or a tuple of its images.
@@ -360,7 +372,7 @@ class PRXPipelineBase(DiffusionPipeline):
             ValueError: an argument that is not as described; the message says what is accepted.
         """
         # 1. Arguments.
-        guided = check_guidance(guidance_scale)
+        guided = check_guidance(guidance_scale) if guider is None else check_guider(guider, guidance_scale)
         check_self_guidance(self_guidance_scale, self.config.get("token_route"), guided, self.transformer)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -381,7 +393,7 @@ class PRXPipelineBase(DiffusionPipeline):
         check_scheduler(self.scheduler, self.config["prediction_type"])
         scheduler = copy.deepcopy(self.scheduler)
         set_schedule(scheduler, num_inference_steps, timesteps, sigmas)
-        self._call.guidance_scale = float(guidance_scale)
+        self._call.guidance_scale = float(guidance_scale if guider is None else guider.config["guidance_scale"])
         self._call.num_timesteps = len(scheduler.timesteps)
         self._call.interrupt = False
 
@@ -419,6 +431,7 @@ class PRXPipelineBase(DiffusionPipeline):
             negative_mask,
             float(guidance_scale),
             float(self_guidance_scale),
+            copy.deepcopy(guider),
             generator,
             callback_on_step_end,
             names,
@@ -442,6 +455,7 @@ class PRXPipelineBase(DiffusionPipeline):
         negative_mask: torch.Tensor | None,
         guidance_scale: float,
         self_guidance_scale: float,
+        guider: Any,
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[..., dict[str, Any] | None] | None,
         callback_names: list[str],
@@ -456,8 +470,12 @@ class PRXPipelineBase(DiffusionPipeline):
             for i, t in enumerate(scheduler.timesteps):
                 self._call.current_timestep = t
                 sigma = scheduler.sigmas[i]
-                prediction = self._predict(latents, times[i], text)  # (B or 2B, C, h, w)
-                if negative_prompt_embeds is not None:
+                if guider is not None:
+                    guider.set_state(i, len(scheduler.timesteps), t)
+                    prediction = self._guide(guider, latents, sigma, times[i], text)  # (B, C, h, w)
+                else:
+                    prediction = self._predict(latents, times[i], text)  # (B or 2B, C, h, w)
+                if guider is None and negative_prompt_embeds is not None:
                     negative, positive = prediction.chunk(2)
                     prediction = negative + guidance_scale * (positive - negative)  # (B, C, h, w)
                 if self_guidance_scale > 1:  # TREAD, arXiv 2501.04765
@@ -535,6 +553,23 @@ class PRXPipelineBase(DiffusionPipeline):
             **text,
             **route,  # given only where there is one: not every transformer takes it
         )[0].float()  # (B or 2B, C, h, w)
+
+    def _guide(
+        self, guider: Any, latents: torch.Tensor, sigma: torch.Tensor, time: dict[str, Any], text: dict[str, Any]
+    ) -> torch.Tensor:
+        """What one of diffusers' guiders makes of the predictions (B, C, h, w); it says how many it needs now."""
+        x_prediction = self.config["prediction_type"] == "x_prediction"
+        inputs = guider.prepare_inputs({})  # with the prompt, then with the negative one
+        if len(inputs) == 1:
+            text = {  # the last rows are those with the prompt
+                name: value if value is None else value[-1:] if name == "text_context" else value[-len(latents) :]
+                for name, value in text.items()
+            }
+        predictions = self._predict(latents, time, text).chunk(len(inputs))  # (B, C, h, w) each
+        for given, prediction in zip(inputs, reversed(predictions)):
+            given.noise_pred = (latents - prediction) / sigma if x_prediction else prediction
+        velocity = guider(inputs).pred  # (B, C, h, w)
+        return latents - sigma * velocity if x_prediction else velocity
 
     def _draw_route(
         self, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None

@@ -1,0 +1,167 @@
+"""Guiders of diffusers in the loop, against loops written by hand."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    SkipLayerGuidance,
+)
+
+import tiny
+from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
+
+PROMPTS, NEGATIVE = ["a red cat on the beach", "sunset"], "one small circle"
+SHIFT, STEPS, SCALE = 3.0, 5, 3.0
+KINDS = ["latent", "pixel"]  # velocity and x-prediction
+
+
+class Watched(PRXTransformer2DModel):
+    """Notes the rows of every forward."""
+
+    def forward(self, hidden_states, time_context=None, text_context=None, return_dict=True):
+        self.rows = [*getattr(self, "rows", []), len(hidden_states)]
+        return super().forward(
+            hidden_states, time_context=time_context, text_context=text_context, return_dict=return_dict
+        )
+
+
+def pipeline(kind, **changes):
+    make, settings = {
+        "latent": (tiny.latent_pipeline, {}),
+        "pixel": (tiny.pixel_pipeline, tiny.PIXEL_SETTINGS),
+    }[kind]
+    return make(transformer=tiny.transformer(cls=Watched, **settings), **changes)
+
+
+def draw(pipe, **kwargs):
+    settings = {"generator": tiny.generators(1, 2), "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe(PROMPTS, negative_prompt=NEGATIVE, **settings | kwargs).images
+
+
+@torch.no_grad()
+def by_hand(pipe, combine):
+    """Images one after the other; `combine(positive, negative, step, state)` makes one velocity of two."""
+    channels, side = pipe.transformer.config["in_channels"], 32 // pipe.vae_scale_factor
+    network = tiny.transformer(**tiny.PIXEL_SETTINGS if channels == 3 else {})  # the same weights
+    grid = [1 - i / STEPS for i in range(STEPS + 1)]
+    sigmas = [SHIFT * s / (1 + (SHIFT - 1) * s) for s in grid]
+    images = []
+    for prompt, seed in zip(PROMPTS, (1, 2)):
+        noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed))
+        x, state = noise * pipe.config["noise_scale"], {}
+        for step in range(STEPS):
+            sigma, velocities = sigmas[step], []
+            for text in (prompt, NEGATIVE):
+                embeds, _, _, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+                output = network(x, torch.tensor([sigma]), embeds).sample
+                velocities.append((x - output) / sigma if channels == 3 else output)
+            x = x + (sigmas[step + 1] - sigma) * combine(*velocities, step, state)
+        images.append(x)
+    return torch.cat(images)
+
+
+def plain(positive, negative, step, state):
+    return negative + SCALE * (positive - negative)
+
+
+def in_the_middle(positive, negative, step, state):
+    return plain(positive, negative, step, state) if step in (1, 2) else positive
+
+
+def zero_star(positive, negative, step, state):
+    """arXiv 2503.18886: no move in the first step; the negative velocity at its best length."""
+    if step == 0:
+        return torch.zeros_like(positive)
+    products = [(p * n, n * n) for p, n in zip(positive.flatten().tolist(), negative.flatten().tolist())]
+    best = math.fsum(pn for pn, _ in products) / math.fsum(nn for _, nn in products)
+    return best * negative + SCALE * (positive - best * negative)
+
+
+def projected(positive, negative, step, state):
+    """arXiv 2410.02416: momentum, a largest length, and less of what is parallel to the prediction."""
+    state["sum"] = (positive - negative) - 0.5 * state.get("sum", 0)
+    change = state["sum"] * min(1.0, 20.0 / state["sum"].double().norm().item())
+    direction = positive / positive.double().norm()
+    parallel = (change * direction).sum() * direction
+    return negative + SCALE * (change - parallel + 0.2 * parallel)
+
+
+GUIDERS = {
+    "plain": (lambda: ClassifierFreeGuidance(SCALE), plain, [4] * 5),
+    "interval": (lambda: ClassifierFreeGuidance(SCALE, start=0.2, stop=0.6), in_the_middle, [2, 4, 4, 2, 2]),
+    "zero_star": (lambda: ClassifierFreeZeroStarGuidance(SCALE), zero_star, [4] * 5),
+    "projected": (
+        lambda: AdaptiveProjectedGuidance(
+            SCALE,
+            adaptive_projected_guidance_momentum=-0.5,
+            adaptive_projected_guidance_rescale=20.0,
+            eta=0.2,
+        ),
+        projected,
+        [4] * 5,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", GUIDERS)
+def test_against_a_loop_by_hand(kind, name):
+    """Twice with one guider: what it remembers of a call belongs to that call."""
+    make, combine, rows = GUIDERS[name]
+    pipe, guider = pipeline(kind), make()
+    expected = by_hand(pipe, combine)
+    size = expected.abs().max().item()
+    for _ in range(2):
+        pipe.transformer.rows = []
+        assert (draw(pipe, guider=guider) - expected).abs().max() < 2e-5 * size  # seen: up to 3e-6
+        assert pipe.transformer.rows == rows  # outside the interval half the batch
+    assert pipe.guidance_scale == SCALE
+    assert (expected - by_hand(pipe, lambda positive, *_: positive)).abs().max() > 1e-2 * size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_guider_is_the_guidance_scale_with_every_scheduler(kind):
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": SHIFT}
+    for scheduler in (
+        None,
+        FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        DPMSolverMultistepScheduler(**flow),
+    ):
+        pipe = pipeline(kind, **{} if scheduler is None else {"scheduler": scheduler})
+        expected = draw(pipe, guidance_scale=SCALE)
+        difference = (draw(pipe, guider=ClassifierFreeGuidance(SCALE)) - expected).abs().max()
+        assert difference < 1e-4 * expected.abs().max()
+
+
+def test_the_transformer_that_takes_no_contexts():
+    class Plain(PRXTransformer2DModel):
+        def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask=None, return_dict=True):
+            return super().forward(
+                hidden_states, timestep, encoder_hidden_states, attention_mask, return_dict=return_dict
+            )
+
+    other = tiny.latent_pipeline(transformer=tiny.transformer(cls=Plain))
+    guider = ClassifierFreeGuidance(SCALE, start=0.2, stop=0.6)
+    expected = draw(pipeline("latent"), guider=guider)
+    assert (draw(other, guider=guider) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guider": 3.0}, "`guider` is a float"),
+        ({"guider": ClassifierFreeGuidance(3.0), "guidance_scale": 3.0}, "`guidance_scale` is 3.0 and there is a"),
+        ({"guider": ClassifierFreeGuidance(3.0), "self_guidance_scale": 2.0}, "no `token_route`"),
+        ({"guider": SkipLayerGuidance(3.0, skip_layer_guidance_layers=[0])}, "which changes the network"),
+        ({"guider": AutoGuidance(3.0, auto_guidance_layers=[0], dropout=0.1)}, "which changes the network"),
+    ],
+)
+def test_wrong_use(change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipeline("latent"), **change)
