@@ -8,12 +8,19 @@ values that the caller keeps and passes in; the model remembers nothing of a run
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -509,6 +516,39 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         stored = json.loads(super().to_json_string()) | {"_class_name": self.stored_class_name}
         stored = {key: value for key, value in stored.items() if value or key not in OWN_OPTIONS}
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuse features of earlier steps (`CacheMixin.enable_cache`, hooks of diffusers; sampling only).
+
+        Args:
+            config: FirstBlockCacheConfig or MagCacheConfig (blocks are left out where little changes),
+                TaylorSeerCacheConfig (attention is extrapolated or, with `use_lite_mode`, the final layer; arXiv
+                2503.06923) or PyramidAttentionBroadcastConfig (attention is repeated, arXiv 2408.12588). The state is
+                the module's: one sampling run at a time.
+
+        Raises:
+            ValueError: another cache, or one that this network has no place for.
+        """
+        whole_blocks = isinstance(config, (FirstBlockCacheConfig, MagCacheConfig))
+        if not whole_blocks and not isinstance(config, (TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig)):
+            raise ValueError(
+                f"`config` is a {type(config).__name__}; accepted are FirstBlockCacheConfig, MagCacheConfig,"
+                " TaylorSeerCacheConfig and PyramidAttentionBroadcastConfig."
+            )
+        if whole_blocks and (self.config.fusion_range is not None or self.config.depth < 2):
+            raise ValueError(
+                f"`config` is a {type(config).__name__}, which leaves out blocks up to the last: that takes a model"
+                f" of at least two blocks and without a `fusion_range`, got {self.config.depth} and"
+                f" {self.config.fusion_range}."
+            )
+        if isinstance(config, TaylorSeerCacheConfig):  # by default it looks for names that this model does not have
+            if config.use_lite_mode:
+                names = {"skip_predict_identifiers": [r"blocks\.\d+"], "cache_identifiers": ["final_layer"]}
+                config = replace(config, use_lite_mode=False, **names)
+            elif config.skip_predict_identifiers is None and config.cache_identifiers is None:
+                config = replace(config, cache_identifiers=[r"blocks\.\d+\.attention"])
+        TransformerBlockRegistry.register(PRXBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """The rotary table of a token grid, remembered: it depends on nothing but the shape."""

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from diffusers.guiders import BaseGuidance
 
-
 DEFAULT_GUIDANCE_SCALE = 4.0
 
 
@@ -22,7 +21,7 @@ def check_guidance(guidance_scale: Any) -> bool:
     return guidance_scale > 1
 
 
-def check_guider(guider: Any, guidance_scale: Any) -> bool:
+def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> bool:
     """Check that a guider combines nothing but two predictions, and that it alone is asked to guide; always guided."""
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"`guider` is a {type(guider).__name__}; it has to be one of diffusers' guiders, or None.")
@@ -36,6 +35,12 @@ def check_guider(guider: Any, guidance_scale: Any) -> bool:
         raise ValueError(
             f"`guidance_scale` is {guidance_scale!r} and there is a `guider`, which has a scale of its own; leave one"
             " of them out."
+        )
+    if cached and (guider._start > 0 or guider._stop < 1):
+        raise ValueError(
+            f"`guider` guides between the shares {guider._start} and {guider._stop} of the steps, but the transformer"
+            " has a cache, which would mix up one branch and two: call `transformer.disable_cache()`, or guide at all"
+            " steps."
         )
     return True
 

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -372,7 +373,11 @@ class PRXPipelineBase(DiffusionPipeline):
             ValueError: an argument that is not as described; the message says what is accepted.
         """
         # 1. Arguments.
-        guided = check_guidance(guidance_scale) if guider is None else check_guider(guider, guidance_scale)
+        guided = (
+            check_guidance(guidance_scale)
+            if guider is None
+            else check_guider(guider, guidance_scale, _is_cached(self.transformer))
+        )
         check_self_guidance(self_guidance_scale, self.config.get("token_route"), guided, self.transformer)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -463,6 +468,8 @@ class PRXPipelineBase(DiffusionPipeline):
         """The denoising loop, from noise (B, C, h, w) to clean latents, float32 but for the network itself."""
         # A stock scheduler steps along a velocity. Without a clamp, (x_t - x_0) / t leads it exactly to a perfect x_0.
         to_velocity = self.config["prediction_type"] == "x_prediction" and is_stock(scheduler)
+        if _is_cached(self.transformer):
+            self.transformer._reset_stateful_cache()  # an error may have ended the call before this one
         text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
         times = self._read_timesteps(scheduler.sigmas[:-1], latents)
 
@@ -546,13 +553,15 @@ class PRXPipelineBase(DiffusionPipeline):
         branches = len(text["encoder_hidden_states"]) // len(latents) if contexts is None else len(contexts)
         if "timestep" in time:
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
-        return self.transformer(
-            hidden_states=latents.to(self.transformer.dtype).repeat(branches, 1, 1, 1),  # (B or 2B, C, h, w)
-            return_dict=False,
-            **time,
-            **text,
-            **route,  # given only where there is one: not every transformer takes it
-        )[0].float()  # (B or 2B, C, h, w)
+        # all branches are one call to a cache of diffusers: they are reused together or not at all
+        with self.transformer.cache_context("branches") if _is_cached(self.transformer) else nullcontext():
+            return self.transformer(
+                hidden_states=latents.to(self.transformer.dtype).repeat(branches, 1, 1, 1),  # (B or 2B, C, h, w)
+                return_dict=False,
+                **time,
+                **text,
+                **route,  # given only where there is one: not every transformer takes it
+            )[0].float()  # (B or 2B, C, h, w)
 
     def _guide(
         self, guider: Any, latents: torch.Tensor, sigma: torch.Tensor, time: dict[str, Any], text: dict[str, Any]
@@ -591,6 +600,10 @@ def _takes_contexts(transformer: Any) -> bool:
     transformer = getattr(transformer, "_orig_mod", transformer)  # out of the wrapper of torch.compile
     parameters = inspect.signature(transformer.forward).parameters
     return {"text_context", "time_context"} <= parameters.keys() and not _is_group_offload_enabled(transformer)
+
+
+def _is_cached(transformer: Any) -> bool:
+    return getattr(transformer, "is_cache_enabled", False)
 
 
 def _unrepeated(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
