@@ -19,11 +19,11 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test soak quality bench clean
+.PHONY: help install quickstart test soak quality bench bench-sampling clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make the environment in .venv and install the package with all that developing takes
 
@@ -68,6 +68,9 @@ bench: $(STAMP) ## time the model against the one in diffusers, the techniques, 
 	$(BIN)/python training/benchmarks/bench_techniques.py
 	$(BIN)/python training/benchmarks/bench_muon.py
 	$(BIN)/python training/benchmarks/bench_loader.py
+
+bench-sampling: $(STAMP) ## time whole pipeline calls against diffusers' pipeline, and measure their peak memory
+	$(BIN)/python training/benchmarks/bench_sampling.py
 
 clean: ## remove the environment and what tools leave behind; outputs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
