@@ -16,6 +16,14 @@ class PRXPipeline(PRXPipelineBase):
     >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft").to("cuda")
     >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
 
+    Three ways to sample; training/README.md says how each was measured:
+
+    - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
+    - fast, about the same picture: a solver of second order,
+      `pipe.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction",
+      flow_shift=pipe.scheduler.shift)`, and `num_inference_steps=10`.
+    - fastest, a preview: the same with `num_inference_steps=6`.
+
     Loads what this package saved, what stock diffusers saved, and the published checkpoints.
 
     Args:
