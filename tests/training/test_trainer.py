@@ -249,6 +249,9 @@ def test_the_saved_pipeline_draws_what_the_trained_one_draws(whole):
         return pipeline(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
 
     loaded = PRXPixelPipeline.from_pretrained(whole.output_dir)
+    for network in (loaded.transformer, loaded.text_encoder):
+        for weight in network.parameters():  # mapped from the file at any address, by which products round (6e-8)
+            weight.data = weight.data.clone()
     assert torch.equal(draw(loaded), draw(whole.nets.pipeline(whole.cfg)))
     assert loaded.scheduler.config["clamp"] == 0.05
     assert loaded.tokenizer.model_max_length == loaded.max_tokens == 48

@@ -594,12 +594,13 @@ class PRXPipelineBase(DiffusionPipeline):
 def _takes_contexts(transformer: Any) -> bool:
     """Whether what no step changes can be computed once for a call.
 
-    Not every transformer takes it: stock's does not. And with group offloading a block's weights are there only while
-    the block runs, so that its text is projected then, as in training.
+    Not every transformer takes it: stock's does not. And with group offloading, or sharded over processes, a block's
+    weights are there only while the block runs, so that its text is projected then, as in training.
     """
     transformer = getattr(transformer, "_orig_mod", transformer)  # out of the wrapper of torch.compile
     parameters = inspect.signature(transformer.forward).parameters
-    return {"text_context", "time_context"} <= parameters.keys() and not _is_group_offload_enabled(transformer)
+    whole = not _is_group_offload_enabled(transformer) and not hasattr(transformer, "unshard")  # torch's FSDPModule
+    return {"text_context", "time_context"} <= parameters.keys() and whole
 
 
 def _is_cached(transformer: Any) -> bool:

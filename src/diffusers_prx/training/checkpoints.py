@@ -36,7 +36,6 @@ FIXED = (
     "seed", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
     "muon_momentum", "muon_adjust_lr_fn", "muon_fused", "muon_newton_schulz_dtype", "use_ema", "ema_decay",
     "train_text_encoder", "prediction_type", "noise_scale", "max_sequence_length", "weights_dtype",
-    "trained_parameters", "transformer", "frozen_networks",
 )  # fmt: skip
 
 
@@ -45,9 +44,10 @@ class RunState:
     """What a run knows besides weights, optimizer and schedule; saved with every checkpoint.
 
     Args:
-        settings: of the run, and what its networks are; those of `FIXED` must be the same when it is resumed.
+        settings: of the run; those of `FIXED` must be the same when it is resumed.
         stages: of each stage its steps, the size of its data and the samples of an optimizer step over all processes;
             stages that have begun must be the same when the run is resumed.
+        networks: what they are, by `trainer.identity`; they must be the same when the run is resumed.
         step: optimizer steps done.
         seconds: training time so far, without validation and checkpoints.
         seconds_waiting: how much of it the main process has waited for data.
@@ -63,6 +63,7 @@ class RunState:
 
     settings: dict[str, Any]
     stages: list[dict[str, Any]]
+    networks: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     seconds_waiting: float = 0.0
@@ -90,6 +91,7 @@ class RunState:
                 "(`max_train_steps`, of all stages together)."
             )
         same = [(name, state["settings"].get(name), self.settings.get(name)) for name in FIXED]
+        same += [(name, state["networks"].get(name), network) for name, network in self.networks.items()]
         for number, (old, new) in enumerate(zip(state["stages"], self.stages)):
             if step > old["first_step"]:
                 begun = [name for name in old if name != "stop_step" or old["stop_step"] < step]
@@ -101,7 +103,7 @@ class RunState:
                     "must keep it."
                 )
         for name, value in state.items():
-            if name not in ("settings", "stages"):
+            if name not in ("settings", "stages", "networks"):
                 setattr(self, name, value)
 
 

@@ -160,8 +160,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, 
         raise ValueError(f"`checkpoint` is {str(checkpoint)!r}, which is no complete checkpoint.")
     saved = read_run(checkpoint)
     state = RunState(**saved["state"])
-    settings = {name: value for name, value in state.settings.items() if name != "trained_parameters"}
-    cfg = TrainingConfig(**settings | {"output_dir": str(output_dir)})
+    cfg = TrainingConfig(**state.settings | {"output_dir": str(output_dir)})
     if average and not cfg.use_ema:
         raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
     kind = "weights" if average is False or not cfg.use_ema else "average"

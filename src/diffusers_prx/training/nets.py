@@ -324,10 +324,10 @@ def build_nets(
         transformer = new_transformer(cfg.transformer_config, latent_channels(vae), context_in_dim)
     else:
         transformer = loaded["transformer"]
-    if transformer.config["context_in_dim"] != context_in_dim:
+    stored = transformer.config["context_in_dim"]
+    if stored != context_in_dim:
         raise ValueError(
-            f"The transformer's `context_in_dim` is {transformer.config['context_in_dim']}, but the text encoder has "
-            f"{context_in_dim}."
+            f"The transformer's `context_in_dim` is {stored}, but the other networks need {context_in_dim}."
         )
     check_fit(transformer.config, vae, cfg.stage_configs())
     options = {

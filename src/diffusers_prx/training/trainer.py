@@ -89,8 +89,9 @@ class Run:
         self.nets = build_nets(cfg, captions, teacher_width=self.teacher_width)
         open_precomputed(self.stages, self.nets)
         self.state = RunState(
-            settings=cfg.to_dict() | identity(cfg, self.nets, self.teacher_width),
+            settings=cfg.to_dict(),
             stages=[stage.record(self.accelerator.num_processes) for stage in self.stages],
+            networks=identity(cfg, self.nets, self.teacher_width),
         )
         if self.checkpoint is not None:  # before weights are loaded: it says what does not fit
             self.state.load_state_dict(read_run(self.checkpoint)["state"])
@@ -116,7 +117,7 @@ class Run:
             saved = read_run(self.checkpoint)
             self.burn_in.load_state_dict(saved["burn_in"])
             if self._alignment_is_over(saved["state"]["step"]):
-                self.teacher_width = saved["state"]["settings"]["teacher_width"]
+                self.teacher_width = saved["state"]["networks"]["teacher_width"]
         check_techniques(cfg, self.teacher_width is None)
         if accelerator.is_main_process:
             figures = [caption_figures(cfg, stage, networks.in_pixels) for stage in self.stages]
@@ -495,8 +496,8 @@ def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict
     trained = nets.trainable(cfg)
     frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}
     return {
-        "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
         "trained_parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in trained.items()},
+        "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
         "frozen_networks": {name: fingerprint(module) for name, module in frozen.items() if name not in trained},
         "teacher_width": teacher_width if nets.teacher is None else nets.teacher.hidden_size,
     }
