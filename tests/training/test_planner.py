@@ -127,6 +127,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "transformer_config": SMALL | {"patch_size": 2},
     },
     "text encoder trained along": {"train_text_encoder": True},
+    "weights in bf16": {"weights_dtype": "bf16", "mixed_precision": "bf16"},
 }  # fmt: skip
 
 

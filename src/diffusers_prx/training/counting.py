@@ -154,7 +154,9 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
     for module in nets.trainable(cfg).values():
         module.requires_grad_(True).train()
     if cfg.weights_dtype == "bf16":
-        transformer.to(torch.bfloat16)
+        for module in transformer.modules():  # by hand: `to` swaps tensors, which those without values refuse
+            for name, weight in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(weight.detach().bfloat16()))
     if cfg.attention_backend == "_native_math":  # the others compute what the default does
         transformer.set_attention_backend(cfg.attention_backend)
     return nets
