@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import shutil
 import tarfile
 import time
@@ -22,6 +23,7 @@ import tiny
 from diffusers_prx.data.mixing import ENDLESS
 from diffusers_prx.data.scenes import ScenesDataset, long_caption, short_caption
 from diffusers_prx.training.config import TrainingConfig
+from diffusers_prx.training.faults import steady_batches
 from diffusers_prx.training.nets import build_nets
 from diffusers_prx.training.preflight import memory, outline
 from diffusers_prx.training.stages import build_stages
@@ -361,6 +363,32 @@ def test_a_stream_is_numbered_from_the_beginning_of_its_stage(text_encoder, tars
         ]
         assert numbers[0] == numbers[1]
         assert numbers[0][0][0] == {0: 0, 1: 8, 2: 0, 4: 8}[step]
+
+
+def test_a_lost_worker_of_a_stream_loses_no_sample(text_encoder, tars, tmp_path):
+    """In the middle of a step, whose first micro-batch has been trained on already."""
+    values = {"dataset_name": tars, "streaming": True, "dataloader_num_workers": 2, "max_train_steps": 6}
+    cfg = TrainingConfig(
+        **runs.settings(tmp_path, text_encoder, **values, train_batch_size=2, gradient_accumulation_steps=2)
+    )
+
+    def new_stage():
+        (stage,) = build_stages(cfg)
+        stage.sort(8, 1)
+        return stage
+
+    def told(batch) -> tuple:
+        return batch["captions"], batch["sample_index"], batch["worker"], batch["place"]
+
+    wanted = [told(batch) for batch in new_stage().training_batches(0, 0, 1, CPU)]
+    found, counts = [], Counter()
+    for batch in steady_batches(new_stage(), 0, 0, 1, CPU, counts):
+        found.append(told(batch))
+        if len(found) == 3:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+    assert found == wanted
+    assert counts["lost_workers"] >= 1
 
 
 def test_what_does_not_fit_is_counted_in_a_stream_too(text_encoder, tars, tmp_path):

@@ -252,7 +252,8 @@ def wait_for(condition, processes: list) -> None:
 
 def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, capsys) -> None:
     changes = {
-        "optimizer": "muon", "use_ema": True, "ema_update_every": 1, "max_train_steps": steps, "train_batch_size": 2,
+        "optimizer": "muon", "use_ema": True, "ema_update_every": 1, "max_train_steps": steps, "train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
         "checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest", "sharding": "full",
     }  # fmt: skip
     values = runs.settings(tmp_path / "undisturbed", text_encoder, **changes)
