@@ -18,7 +18,6 @@ import copy
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,10 +36,8 @@ from diffusers import (
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
 
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS, ScenesDataset
+from diffusers_prx.evaluation.pictures import load_pipeline
 from diffusers_prx.evaluation.scene_checker import read_scene, scene_matches
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evaluate_prx import load_pipeline
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -192,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     pipeline = load_pipeline(args.model)
+    pipeline.set_progress_bar_config(disable=True)
     resolution = pipeline.config["default_sample_size"] or pipeline.default_resolution
     scenes = ScenesDataset(
         args.level,
