@@ -12,7 +12,7 @@ CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.
 def main(argv: list[str] | None = None) -> None:
     try:
         run = Run(parse_config(argv), CARD_TEMPLATE)
-    except ValueError as error:  # settings, data or networks that do not fit: the message says what would
+    except (ValueError, OSError) as error:  # what does not fit or cannot be read: the message says what would do
         sys.exit(f"error: {error}")
     run.train()
 
