@@ -1,10 +1,7 @@
 """Shards, their index and the samples read from them, against the samples that training reads from the images."""
 
-import contextlib
 import pickle
 import re
-import resource
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +35,7 @@ from diffusers_prx.data.samples import TrainingSamples, build_loader
 from diffusers_prx.data.sources import load_source
 from diffusers_prx.data.stream import StreamSampler, every_sample_once
 from diffusers_prx.training.rng import derive_seed
+from disks import full_disk
 
 SIZES = [(20, 30), (30, 20), (16, 16), (40, 16), (16, 17), (25, 25), (9, 9), (33, 18), (18, 33)]  # (9, 9) is too small
 BROKEN = 3
@@ -328,17 +326,6 @@ def test_nothing_that_can_be_used(tmp_path, source, images):
 
 
 # A full disk
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file may be larger than `size` bytes: the call that writes fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_what_was_written(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffusers_prx.data.sources import Slice, UnreadableSample, expand, load_sou
 from diffusers_prx.data.stream import Position
 from diffusers_prx.data.tars import TarImages
 from diffusers_prx.training.rng import derive_seed
+from disks import full_disk
 
 COLOURS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
 
@@ -276,19 +276,12 @@ def test_metadata_that_is_broken_ends_the_run(folder):
 
 
 def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path):
-    """A limit of the system on the size of files stands for a full disk: writing fails in the same way."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 100, 100, 3), dtype=np.uint8)
     rows = datasets.Dataset.from_dict({"image": [PIL.Image.fromarray(x) for x in noise], "text": ["a cat"] * 4})
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(
-            OSError, match=r"No space left for the data set's cache in .*cache, nothing of it was kept"
-        ):
-            load_source(f"{tmp_path}/a.parquet")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"No space left for the data set's cache in .*cache, nothing of it was kept"
+    with full_disk(20_000), pytest.raises(OSError, match=message):
+        load_source(f"{tmp_path}/a.parquet")
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     assert len(load_source(f"{tmp_path}/a.parquet")) == 4
 

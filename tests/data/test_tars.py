@@ -5,7 +5,6 @@ import http.server
 import io
 import json
 import os
-import resource
 import tarfile
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusers_prx.data import tars
 from diffusers_prx.data.captioned import read_sample
 from diffusers_prx.data.images import UnreadableSample
 from diffusers_prx.data.tars import TarImages, TarShards, index_tar
+from disks import full_disk
 
 COLOURS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
 
@@ -196,14 +196,9 @@ def test_the_index_is_kept_until_the_tar_changes(pair, tmp_path, caplog):
 
 
 def test_an_index_that_cannot_be_kept_is_done_without(pair, tmp_path, caplog):
-    """A limit of the system on the size of files stands for a full disk: writing fails in the same way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     cache = tmp_path / "cache"
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
+    with full_disk(100):
         source = TarImages(pair, "image", ["text"], str(cache))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_sample(source[7], 7)
     assert os.listdir(cache) == []
     assert "is not kept" in caplog.text

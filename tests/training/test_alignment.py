@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import threading
 
 import numpy as np
@@ -24,6 +23,7 @@ from diffusers_prx.training.alignment import (
     teacher_features,
 )
 from diffusers_prx.training.teachers import VisionTeacher
+from disks import full_disk
 
 GRID = (3, 4)
 TOKENS = GRID[0] * GRID[1]
@@ -524,13 +524,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     net, pixels, cache = teacher(), pictures(1), FeatureCache(tmp_path)
     path = cache.path(net, pixels[0], GRID)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # writing more fails as on a full disk
-    try:
-        with pytest.raises(OSError, match=r"Teacher features cannot be kept in .*`repa_cache_dir`.*make room"):
-            cache.features(net, pixels, GRID)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"Teacher features cannot be kept in .*`repa_cache_dir`.*make room"
+    with full_disk(100), pytest.raises(OSError, match=message):
+        cache.features(net, pixels, GRID)
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == []
     assert torch.equal(cache.features(net, pixels, GRID), teacher_features(net, pixels, GRID).bfloat16().float())
     assert path.is_file()

@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +32,7 @@ from diffusers_prx.training.checkpoints import (
 )
 from diffusers_prx.training.distributed import Exchange
 from diffusers_prx.training.optimizers import MuonAdamW
+from disks import full_disk
 
 SETTINGS = runs.config().to_dict()
 
@@ -172,21 +171,10 @@ def test_the_next_waits_for_the_one_before(tmp_path):
 # A disk that does not take it
 
 
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file can grow beyond a size: the kernel's other way to say that there is no room."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_is_full_leaves_the_previous_one(tmp_path):
     writer = new_writer(tmp_path, 1)
     save(writer, 1)
-    with file_limit(40_000):
+    with full_disk(40_000):
         writer.save(2, tensors(2.0, size=100_000), {})
         with pytest.raises(
             OSError, match=r"checkpoint-2 could not be written: .*Complete are \['checkpoint-1'\]: make"
