@@ -225,7 +225,7 @@ def test_a_stage_may_have_data_of_its_own():
 
 
 def test_an_unknown_setting_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"unknown settings \['batchsize'\]; known: \['adam_beta1', .*'train_batch_s"):
+    with pytest.raises(ValueError, match=r"unknown settings \['batchsize'\]; known: \['activation_budget', .*'train_batch_s"):
         parse_config(recipe(tmp_path, "batchsize: 3\n") + FLAGS)
     for flag in ("--batchsize", "--train_batch"):  # no abbreviations either
         with pytest.raises(SystemExit):
@@ -306,6 +306,7 @@ DINO = {"dino_weight": 0.01, "dino_teacher": "dino"}
         ({"vae_name_or_path": "vae"}, {"lpips_weight": 0.1}, "`vae_name_or_path` makes this a run in latents"),
         ({"vae_name_or_path": "vae"}, DINO, "`vae_name_or_path` makes this a run in latents"),
         ({"mixed_precision": "bf16"}, {"mixed_precision": "no", "weights_dtype": "bf16"}, "`weights_dtype` bf16"),
+        ({}, {"activation_budget": 0.5}, "`activation_budget` is 0.5, but without `gradient_checkpointing` all"),
     ],
 )  # fmt: skip
 def test_techniques_that_exclude_each_other(legal, changes, message):

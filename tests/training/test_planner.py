@@ -105,6 +105,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "REPA and TREAD": REPA | {"route_ratio": 0.5, "route_range": [1, 3], "repa_projector": "attention"},
     "iREPA": REPA | {"repa_projector": "conv", "repa_spatial_gamma": 0.8},
     "checkpointing": {"gradient_checkpointing": True, "mixed_precision": "bf16"},
+    "checkpointing within a budget": {"gradient_checkpointing": True, "activation_budget": 0.4},  # one block of three
     "checkpointing, TREAD and REPA": REPA
     | {"gradient_checkpointing": True, "route_ratio": 0.5, "route_range": [1, 3]},
     "latents": {

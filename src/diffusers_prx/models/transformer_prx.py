@@ -460,6 +460,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             )
         self.axes_dim = axes
         self.gradient_checkpointing = False
+        self.kept_blocks = 0  # with checkpointing: so many of the last blocks keep their activations all the same
         self._rotary_tables: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
         patch_values = in_channels * patch_size**2
@@ -812,7 +813,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 if route is not None:
                     img, rotary = route.gather(img), table[route.kept]  # (B, K, D) and (B, K, d/2, 2)
                     mask = join_mask(text_mask, img.shape[1])  # (B, 1, 1, L + K)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            recomputed = self.gradient_checkpointing and index < self.config.depth - self.kept_blocks
+            if torch.is_grad_enabled() and recomputed:
                 img = self._gradient_checkpointing_func(
                     block, img, texts[index], times[index], rotary, mask
                 )  # (B, N or K, D)

@@ -182,6 +182,9 @@ class TrainingConfig:
         "21.87): small updates are lost.",
     ] = "float32"
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
+    activation_budget: Annotated[
+        float, "With gradient_checkpointing, share of the blocks that keep their activations; 0: none."
+    ] = 0.0
     attention_backend: Annotated[
         str | None, "diffusers' attention backend of the transformer, as `flash` or `_native_math`; none: its default."
     ] = None
@@ -330,7 +333,7 @@ class TrainingConfig:
         for name in ["caption_dropout", "uniform_fraction", "max_corrupt_share", "max_crop"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a share in [0, 1], got {getattr(self, name)}.")
-        for name in ["adam_beta1", "adam_beta2", "ema_decay", "muon_momentum", "route_ratio"]:
+        for name in ["adam_beta1", "adam_beta2", "ema_decay", "muon_momentum", "route_ratio", "activation_budget"]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
 
@@ -361,6 +364,10 @@ class TrainingConfig:
             )
         if self.weights_dtype == "bf16" and self.mixed_precision != "bf16":
             raise ValueError("`weights_dtype` bf16 needs `mixed_precision` bf16.")
+        if self.activation_budget and not self.gradient_checkpointing:
+            raise ValueError(
+                f"`activation_budget` is {self.activation_budget}, but without `gradient_checkpointing` all are kept."
+            )
         if self.use_ema and self.ema_update_every > self.max_train_steps:
             raise ValueError(
                 f"`ema_update_every` ({self.ema_update_every}) must be at most `max_train_steps` "

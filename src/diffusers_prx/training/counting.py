@@ -28,7 +28,7 @@ from .alignment import alignment_loss, build_projector, spatial_normalize
 from .config import TrainingConfig
 from .known_networks import encoder_config, teacher_outline, text_config, text_encoder_outline
 from .losses import LPIPSLoss, contrastive_loss, dino_perceptual_loss
-from .nets import Nets
+from .nets import Nets, kept_blocks
 from .optimizers import build_optimizer
 from .preflight import outline
 from .teachers import VisionTeacher
@@ -157,6 +157,7 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
         for module in transformer.modules():  # by hand: `to` swaps tensors, which those without values refuse
             for name, weight in list(module.named_parameters(recurse=False)):
                 module.register_parameter(name, nn.Parameter(weight.detach().bfloat16()))
+    transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
     if cfg.attention_backend == "_native_math":  # the others compute what the default does
         transformer.set_attention_backend(cfg.attention_backend)
     return nets

@@ -229,6 +229,11 @@ def new_transformer(settings: dict[str, Any], in_channels: int, context_in_dim: 
     return PRXTransformer2DModel(**settings)
 
 
+def kept_blocks(cfg: TrainingConfig, depth: int) -> int:
+    """How many of the blocks keep their activations under gradient checkpointing, within the budget."""
+    return int(cfg.activation_budget * depth)
+
+
 def check_positions(cfg: TrainingConfig, text_config: Any) -> None:
     """Refuse more tokens than a text encoder has positions for.
 
@@ -355,6 +360,7 @@ def build_nets(
         transformer.to(torch.bfloat16)
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+        transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
     if cfg.attention_backend is not None:
         transformer.set_attention_backend(cfg.attention_backend)
     return nets
