@@ -225,7 +225,8 @@ def test_a_stage_may_have_data_of_its_own():
 
 
 def test_an_unknown_setting_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"unknown settings \['batchsize'\]; known: \['activation_budget', .*'train_batch_s"):
+    known = r"known: \['activation_budget', .*'train_batch_size'"
+    with pytest.raises(ValueError, match=rf"unknown settings \['batchsize'\]; {known}"):
         parse_config(recipe(tmp_path, "batchsize: 3\n") + FLAGS)
     for flag in ("--batchsize", "--train_batch"):  # no abbreviations either
         with pytest.raises(SystemExit):
