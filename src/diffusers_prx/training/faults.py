@@ -89,6 +89,10 @@ def _opened(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from batches
 
 
+# how long a process that has written its stacks waits for others to write theirs; at most as long as its own limit
+GRACE_SECONDS = 30.0
+
+
 class Watch:
     """Notices what ends a run from outside: signals, and a step that does not end. To be used as a context.
 
@@ -139,6 +143,9 @@ class Watch:
             errors.write(f"\nrank {self.rank} ({where}): no end of a step after {self.seconds} s; its stacks:\n")
             errors.flush()
             faulthandler.dump_traceback(errors, all_threads=True)
+            # the end of this process breaks its connections: the others, whose steps began a little later, would end
+            # by that error and not write their stacks
+            time.sleep(min(self.seconds, GRACE_SECONDS))
             os._exit(EXIT_HUNG)
 
 
