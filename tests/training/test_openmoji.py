@@ -251,7 +251,11 @@ def test_shards_are_of_nearly_equal_size():
 
 
 @needs_renderer
-@pytest.mark.parametrize("hashes", [integrity(b"another package"), "sha1-x", "", integrity(make_package())[:-3]])
+@pytest.mark.parametrize(
+    "hashes",
+    [integrity(b"another package"), "sha1-x", "", integrity(make_package())[:-3]],
+    ids=["another", "another kind", "none", "cut off"],  # the package has the time of its making in it
+)
 def test_a_wrong_hash_is_refused_and_nothing_is_written(registry, tmp_path, hashes):
     registry.announce(hashes)
     with pytest.raises(SystemExit, match=r"^error: The package has the hash sha512-.* but the registry says"):
