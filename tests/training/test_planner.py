@@ -311,6 +311,8 @@ class Sent(TorchDispatchMode):
                 self.bytes["all-reduce"] += 2 * share * sum(t.nbytes for t in tensors)
             elif name in ("_allgather_base_", "allgather_"):
                 self.bytes["all-gather"] += share * sum(t.nbytes for t in tensors)  # the results
+            elif name == "broadcast_":
+                self.bytes["broadcast"] += share * sum(t.nbytes for t in tensors)
             elif name == "_reduce_scatter_base_":
                 self.bytes["reduce-scatter"] += share * self.world * sum(t.nbytes for t in tensors)
             elif name == "alltoall_base_":
@@ -381,7 +383,7 @@ def test_traffic_of_groups(folders):
     assert [t.apart for t in found.values()] == [False, False, True]
     assert {(t.what, t.kind, t.apart) for t in muon} > {
         ("Muon's matrices", "all-to-all", False),
-        ("Muon's updates", "all-gather", True),
+        ("Muon's updates", "broadcast", True),
     }
 
 

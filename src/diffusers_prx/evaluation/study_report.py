@@ -358,8 +358,8 @@ def samples_picture(results: Results, path: Path) -> dict[str, list[str]]:
         record = results.records.get((arm, results.study.seeds[0]))
         if file.is_file() and record is not None and record["config"]["validation_prompts"]:
             prompts[arm] = record["config"]["validation_prompts"][:8]
-            with PIL.Image.open(file) as picture:
-                lines[arm] = tiles(picture.convert("RGB"), len(record["config"]["validation_prompts"]))[:8]
+            with PIL.Image.open(file) as opened:
+                lines[arm] = tiles(opened.convert("RGB"), len(record["config"]["validation_prompts"]))[:8]
     if not lines:
         return {}
     columns = max(map(len, lines.values()))

@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -208,15 +208,23 @@ def gather(
     shapes: list[list[tuple[int, ...]]],
     group: dist.ProcessGroup | None,
     empty: torch.Tensor,
-) -> list[list[torch.Tensor]]:
-    """Send `tensors` to all ranks of the group, and receive tensors of `shapes[n]` from rank n."""
+) -> Iterator[torch.Tensor]:
+    """Send `tensors` to all ranks of the group, and receive tensors of `shapes[n]` from rank n, in the order of ranks.
+
+    Broadcasts and not an all-gather: what ranks have differs in size, often it is nothing, and the tensors of one rank
+    only are in memory at a time.
+    """
     if group is None:
-        return [tensors]
-    longest = max(sum(math.prod(shape) for shape in of_rank) for of_rank in shapes)
-    flat = torch.cat([empty, *(tensor.flatten() for tensor in tensors)])
-    received = [empty.new_empty(longest) for _ in shapes]
-    dist.all_gather(received, nn.functional.pad(flat, (0, longest - flat.numel())), group=group)
-    return [unpack(padded, of_rank) for padded, of_rank in zip(received, shapes)]
+        yield from tensors
+        return
+    for rank, of_rank in enumerate(shapes):
+        if rank == dist.get_rank(group):
+            flat = torch.cat([empty, *(tensor.flatten() for tensor in tensors)])
+        else:
+            flat = empty.new_empty(sum(math.prod(shape) for shape in of_rank))
+        if flat.numel():
+            dist.broadcast(flat, group=group, group_src=rank)
+        yield from unpack(flat, of_rank)
 
 
 class MuonAdamW(Optimizer):
@@ -235,7 +243,7 @@ class MuonAdamW(Optimizer):
     Traffic of one step, in the type of Newton-Schulz: under DDP every rank receives all matrices once, a quarter of
     what the all-reduce of float32 gradients moves if the type is bfloat16. Under FSDP2 on N ranks, every rank sends
     and receives twice 1/N of the matrices: the rows to the rank that orthogonalises, and the rows of the result back.
-    Replicas of shards share out the matrices as well and then gather the results, as under DDP.
+    Replicas of shards share out the matrices as well and then send each other the results, as under DDP.
 
     Attributes:
         orthogonalised (`int`): how many matrices this rank orthogonalised in the last step.
@@ -370,15 +378,14 @@ class MuonAdamW(Optimizer):
             orthogonal = iter(orthogonalise(matrices))
             self.orthogonalised += len(matrices)
             whole = [torch.cat([next(orthogonal) for _ in range(weight.stacked)]) for weight in mine]
-        with record_function("MuonAdamW.exchange"):  # and go back: in this replica, then to the others
+        with record_function("MuonAdamW.exchange"):  # and go back to the ranks of this replica
             cut = [rows.split(weight.rows_of(shards)) for weight, rows in zip(mine, whole)]
             sent = [[blocks[n] for blocks in cut] for n in range(shards)]
             shapes = [[weight.shape_of(shard, shards) for weight in theirs] for theirs in here]
             updates = list(chain(*exchange(sent, shapes, layout.shards, empty)))
-            shapes = [[weight.shape_of(shard, shards) for weight in chain(*replica)] for replica in by_replica]
-            updates = list(chain(*gather(updates, shapes, layout.replicas, empty)))
         with record_function("MuonAdamW.update"):
-            for weight, update in zip(chain(*by_rank), updates):
+            shapes = [[weight.shape_of(shard, shards) for weight in chain(*replica)] for replica in by_replica]
+            for weight, update in zip(chain(*by_rank), gather(updates, shapes, layout.replicas, empty), strict=True):
                 weight.apply(update)
 
 

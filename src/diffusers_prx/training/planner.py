@@ -251,7 +251,7 @@ class Transfer:
 
     Args:
         what: is exchanged.
-        kind: `all-reduce`, `all-gather`, `reduce-scatter` or `all-to-all`.
+        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `broadcast`.
         ranks: of a group that exchanges.
         sent: bytes that each GPU sends in a step; with the ring algorithm where there is a choice.
         apart: the ranks of a group are on different nodes, one of each.
@@ -280,7 +280,7 @@ class Transfer:
 
 
 def ring(ranks: int) -> float:
-    """What a rank sends in an all-gather or reduce-scatter over the size of the whole."""
+    """What a rank sends in an all-gather, a reduce-scatter or broadcasts of all parts, over the size of the whole."""
     return (ranks - 1) / ranks
 
 
@@ -329,8 +329,8 @@ def muon_traffic(
         for rank in range(shards):
             # elements of the rows that this shard has of the weights dealt to each replica
             rows = [sum(_elements(weights, rank, shards) for weights in replica) for replica in by_replica]
-            gathered[rank] += (replicas - 1) * max(rows)
-            most = max(most, replicas * max(rows))
+            gathered[rank] += sum(rows)
+            most = max(most, *rows)
             for number, replica in enumerate(by_replica):
                 kept = _elements(replica[rank], rank, shards)
                 own = sum(w.rows * w.columns for w in replica[rank])
@@ -340,7 +340,8 @@ def muon_traffic(
     if shards > 1:
         transfers.append(Transfer("Muon's matrices", "all-to-all", shards, size * max(exchanged)))
     if replicas > 1:
-        transfers.append(Transfer("Muon's updates", "all-gather", replicas, size * max(gathered), shards > 1))
+        sent = size * max(gathered) * ring(replicas)
+        transfers.append(Transfer("Muon's updates", "broadcast", replicas, sent, shards > 1))
     return transfers, size * most if replicas > 1 else 0
 
 
