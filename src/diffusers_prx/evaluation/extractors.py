@@ -14,6 +14,7 @@ B images of H x W pixels in a batch, E features of each. Every extractor takes w
 
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +89,7 @@ def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
     return pixels[:, :, top : top + size, left : left + size]  # (B, 3, size, size)
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(nn.Module, ABC):
     """A frozen network from uint8 images to features, and all that a report has to say of it.
 
     Attributes:
@@ -107,12 +108,13 @@ class FeatureExtractor(nn.Module):
     num_features: int
 
     @cached_property
+    @abstractmethod
     def fingerprint(self) -> str:
-        raise NotImplementedError
+        """A hash of all that the features depend on."""
 
+    @abstractmethod
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, E), float32, of uint8 images (B, 3, H, W). Raises `ValueError` as `check_images` does."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
         """Stays in evaluation mode whatever is asked."""

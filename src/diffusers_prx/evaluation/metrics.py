@@ -12,6 +12,7 @@ the shares. The sums are float64: the order of batches and processes moves a res
 the batch size by what it does to the float32 features.
 """
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -69,9 +70,9 @@ class FeatureDistance(Metric):
             self.add_state(name, torch.tensor(-1), dist_reduce_fx="max")
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """As it stands in reports: with the encoder's name, unless it is the metric's standard one."""
-        raise NotImplementedError
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, E) of uint8 images (B, 3, H, W)."""
@@ -148,23 +149,29 @@ class FeatureDistance(Metric):
                     "[0, 1], cast to uint8 without a factor of 255."
                 )
 
+    @abstractmethod
     def _add(self, side: str, features: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Keep of features (B, E) what the distance needs."""
 
+    @abstractmethod
     def _count(self, side: str) -> int:
-        raise NotImplementedError
+        """Images of a side so far."""
 
+    @abstractmethod
     def _distance(self) -> torch.Tensor:
-        raise NotImplementedError
+        """A float64 scalar."""
 
+    @abstractmethod
     def _details(self, resamples: int, seed: int) -> dict[str, Any]:
-        raise NotImplementedError
+        """What else a report says of this kind of distance."""
 
+    @abstractmethod
     def _reference(self) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """What is known of the reference, to be kept."""
 
+    @abstractmethod
     def _load_reference(self, state: dict[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        """Take what `_reference` gave."""
 
 
 class FrechetDistance(FeatureDistance):
