@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_output import PRXPipelineOutput
     from .pipelines.pipeline_prx import PRXPipeline
     from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
+    from .schedulers.fast import fast_scheduler, fast_sigmas
     from .schedulers.scheduling_prx import PRXFlowMatchScheduler, PRXSchedulerOutput, PRXXPredictionScheduler
 
 # public name -> the module of this package that defines it
@@ -24,6 +25,8 @@ _MODULES = {
     "PRXSchedulerOutput": "schedulers.scheduling_prx",
     "PRXTransformer2DModel": "models.transformer_prx",
     "PRXXPredictionScheduler": "schedulers.scheduling_prx",
+    "fast_scheduler": "schedulers.fast",
+    "fast_sigmas": "schedulers.fast",
 }
 
 __all__ = [
@@ -35,6 +38,8 @@ __all__ = [
     "PRXTransformer2DModel",
     "PRXXPredictionScheduler",
     "__version__",
+    "fast_scheduler",
+    "fast_sigmas",
 ]
 
 

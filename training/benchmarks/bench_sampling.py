@@ -16,10 +16,10 @@ pipeline fails with a batch and guidance together. The sides:
 - `fast` and `fastest`: ours with a solver of second order and fewer steps, as training/README.md describes them. What
   they do to the picture is measured on a trained network by sampling_error.py: random weights prove nothing about it.
 
-`loop` is stock / exact with prompts that were encoded before: the denoising loop alone. The sides take turns in random
-order; a number is the median over the repeats, a ratio is a ratio of medians. `--compile` compiles every block by
-itself as one graph with dynamic shapes, with the same settings for both; its time is not counted. Peak memory is that
-of one call above what the process held before, each side in a process of its own.
+The sides take turns in random order, after a call of two steps each; a number is the median over the repeats, a ratio
+is a ratio of medians. `--compile` compiles every block by itself as one graph with dynamic shapes, with the same
+settings for both; its time is not counted. Peak memory is that of one call above what the process held before, each
+side in a process of its own.
 """
 
 import argparse
@@ -37,11 +37,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-from diffusers_prx import PRXFlowMatchScheduler, PRXPipeline, PRXTransformer2DModel
+from diffusers_prx import PRXFlowMatchScheduler, PRXPipeline, PRXTransformer2DModel, fast_scheduler, fast_sigmas
 
 TRANSFORMER = {
     "in_channels": 16,
@@ -49,14 +48,14 @@ TRANSFORMER = {
     "context_in_dim": 768,
     "hidden_size": 512,
     "num_heads": 8,
-    "depth": 8,
+    "depth": 4,
     "axes_dim": [32, 32],
 }
 TEXT_ENCODER = {
     "vocab_size": 1024,
     "hidden_size": 768,
     "intermediate_size": 3072,
-    "num_hidden_layers": 10,
+    "num_hidden_layers": 5,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 96,
@@ -105,7 +104,7 @@ def make_pipelines(dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", model_max_length=WINDOW, padding_side="right"
     )
     shared = {"text_encoder": encoder, "tokenizer": tokenizer, "default_sample_size": 256}
-    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=SHIFT)
+    solver = fast_scheduler()
     pipelines = {
         "stock": diffusers.PRXPipeline(stock, ExactEuler(shift=SHIFT), **shared),
         "exact": PRXPipeline(ours, PRXFlowMatchScheduler(shift=SHIFT), **shared),
@@ -128,11 +127,13 @@ def draw_prompts(count: int, order: random.Random) -> list[str]:
     ]
 
 
-def arguments(side: str, case: str, size: int, seed: int) -> dict[str, Any]:
+def arguments(side: str, case: str, size: int, seed: int, steps: int | None = None) -> dict[str, Any]:
+    steps = steps or STEPS[side]
+    levels = {"sigmas": fast_sigmas(steps)} if side in ("fast", "fastest") else {"num_inference_steps": steps}
     return {
+        **levels,
         "height": size,
         "width": size,
-        "num_inference_steps": STEPS[side],
         "guidance_scale": CASES[case][1],
         "use_resolution_binning": False,
         "output_type": "latent",
@@ -140,38 +141,27 @@ def arguments(side: str, case: str, size: int, seed: int) -> dict[str, Any]:
     }
 
 
-def encode(pipeline: Any, prompts: list[str], guided: bool) -> dict[str, torch.Tensor | None]:
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    with torch.no_grad():
-        return dict(zip(names, pipeline.encode_prompt(prompts, torch.device("cpu"), guided)))
-
-
 def measure(
     pipelines: dict[str, Any], case: str, size: int, clock: Callable[[], float], repeats: int
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds of every repeat of every side, and the difference of the latents of `stock` and `exact`."""
     order = random.Random(0)
-    rows, guidance_scale = CASES[case]
-    seconds: dict[str, list[float]] = {name: [] for name in (*pipelines, "stock_loop", "exact_loop")}
+    seconds: dict[str, list[float]] = {name: [] for name in pipelines}
     difference = 0.0
-    for repeat in range(-1, repeats):  # the first is to warm up
-        prompts = draw_prompts(rows, order)
+    for repeat in range(-1, repeats):
+        prompts = draw_prompts(CASES[case][0], order)
         latents = {}
-        for name in order.sample(list(seconds), len(seconds)):
-            side, _, loop = name.partition("_")
-            given = {"prompt": prompts}
-            if loop:
-                given = {
-                    "prompt": None,
-                    "negative_prompt": None,
-                    **encode(pipelines[side], prompts, guidance_scale > 1),
-                }
+        for side in order.sample(list(seconds), len(seconds)):
+            if repeat < 0:  # to warm up
+                pipelines[side](prompts, **arguments(side, case, size, 0, steps=2))
+                continue
+            given = arguments(side, case, size, repeat + 1)
             start = clock()
-            latents[name] = pipelines[side](**given, **arguments(side, case, size, repeat + 1)).images
-            if repeat >= 0:
-                seconds[name].append(clock() - start)
-        gap = (latents["stock"].float() - latents["exact"].float()).abs().max() / latents["stock"].abs().max()
-        difference = max(difference, gap.item())
+            latents[side] = pipelines[side](prompts, **given).images
+            seconds[side].append(clock() - start)
+        if repeat >= 0:
+            gap = (latents["stock"].float() - latents["exact"].float()).abs().max() / latents["stock"].abs().max()
+            difference = max(difference, gap.item())
     return seconds, difference
 
 
@@ -179,10 +169,10 @@ def peak_memory(side: str, dtype: torch.dtype, case: str, size: int, answer: Any
     """Put the bytes that one call needs above what was there before. In a process of its own."""
     pipeline = make_pipelines(dtype, False)[side]
     prompts = draw_prompts(CASES[case][0], random.Random(0))
-    pipeline(prompts, **arguments(side, case, size, 0) | {"num_inference_steps": 2})  # what stays: tables, kernels
+    pipeline(prompts, **arguments(side, case, size, 0, steps=2))  # what stays: tables, kernels
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = memory("VmRSS")
-    pipeline(prompts, **arguments(side, case, size, 0) | {"num_inference_steps": 2})
+    pipeline(prompts, **arguments(side, case, size, 0, steps=2))
     answer.put(memory("VmHWM") - before)
 
 
@@ -210,7 +200,7 @@ def as_markdown(line: dict[str, Any]) -> str:
     cells = [line["case"], f"{line['size']} px", line["dtype"], "compiled" if line["compiled"] else "eager"]
     cells += [f"{line['median_seconds'][side]:.2f}" for side in STEPS]
     cells += [f"**{line['stock_over'][side]:.2f}x**" for side in ("exact", "fast", "fastest")]
-    cells += [f"{line['stock_over']['loop']:.2f}x", f"{line['difference']:.0e}"]
+    cells += [f"{line['difference']:.0e}"]
     cells += [" / ".join(f"{peak:.0f}" for peak in line["peak_megabytes"].values()) or "-", str(line["repeats"])]
     return "| " + " | ".join(cells) + " |"
 
@@ -222,7 +212,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["256", "512", "all"], default="all")
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks as well")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each side")
     parser.add_argument("--threads", type=int, help="threads of PyTorch; default: its own choice")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_sampling.json"))
@@ -238,7 +228,6 @@ def main() -> None:
         "stock / exact",
         "stock / fast",
         "stock / fastest",
-        "loop",
         "difference",
         "peak MB: stock / exact / fast",
         "n",
@@ -268,7 +257,7 @@ def main() -> None:
                     "compiled": compiled,
                     "repeats": args.repeats,
                     "median_seconds": medians,
-                    "stock_over": {**ratios, "loop": medians["stock_loop"] / medians["exact_loop"]},
+                    "stock_over": ratios,
                     "difference": difference,
                     "peak_megabytes": peak_of_each(weights, case, size) if args.memory and not compiled else {},
                     "seconds": seconds,

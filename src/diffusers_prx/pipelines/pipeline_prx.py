@@ -19,10 +19,8 @@ class PRXPipeline(PRXPipelineBase):
     Three ways to sample; training/README.md says how each was measured:
 
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
-    - fast, about the same picture: a solver of second order,
-      `pipe.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction",
-      flow_shift=pipe.scheduler.shift)`, and `num_inference_steps=10`.
-    - fastest, a preview: the same with `num_inference_steps=6`.
+    - fast, about the same picture: `pipe.scheduler = fast_scheduler()` and `pipe(prompt, sigmas=fast_sigmas(10))`.
+    - fastest, a preview: the same with 6 steps.
 
     Loads what this package saved, what stock diffusers saved, and the published checkpoints.
 
