@@ -6,7 +6,8 @@ Or compare what it draws with a reference, by any metrics; on several processes 
    --reference 'photos/{000..009}.tar' --metrics fid cmmd dino_mmd --num_inference_steps 50 --guidance_scale 3.5`
 
 Killed, it goes on where it was when it is started again. The last line of the output is JSON with the scores;
-report.json, report.md and labelled pictures go to the output folder.
+report.json, report.md and labelled pictures go to the output folder; where that is the folder of the run itself, its
+model card takes them in.
 """
 
 import argparse
@@ -22,8 +23,11 @@ from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.metrics import PHOTOROOM
 from diffusers_prx.evaluation.pictures import DTYPES
 from diffusers_prx.evaluation.reports import write_reports
+from diffusers_prx.training.cards import said_before, write_card
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
+from diffusers_prx.training.publishing import CARD_FILE, is_ours
 
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 CACHE = Path(constants.HF_HOME) / "diffusers_prx" / "references"
 NOT_IN_LAST_LINE = ("config", "versions", "evaluation")
 
@@ -109,6 +113,12 @@ def main(argv: list[str] | None = None) -> None:
         record = json.loads(training.read_text())
         report.update({name: record[name] for name in ("steps", "seconds", "commit", "versions", "config")})
     write_reports(evaluation, args.output_dir)
+    if (
+        training.is_file()
+        and args.output_dir.resolve() == Path(args.model).resolve()
+        and is_ours(args.output_dir / CARD_FILE)
+    ):
+        write_card(args.output_dir, CARD_TEMPLATE, report, **said_before(args.output_dir))
     print(json.dumps({name: value for name, value in report.items() if name not in NOT_IN_LAST_LINE}))
 
 

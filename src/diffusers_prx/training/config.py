@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from .publishing import check_name
+
 # What a stage of a run may change; everything else belongs to the run as a whole.
 STAGE_SETTINGS = (
     "dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "image_column", "caption_column",
@@ -286,8 +288,12 @@ class TrainingConfig:
     ] = 1800
     report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], "Experiment tracker."] = "tensorboard"
     logging_steps: Annotated[int, "Steps between two entries of the log."] = 10
-    push_to_hub: Annotated[bool, "Upload the final pipeline."] = False
-    hub_model_id: Annotated[str | None, "Repository to upload to; none: the name of output_dir."] = None
+    push_to_hub: Annotated[
+        bool, "Upload the final pipeline; that the token may write to the repository is made sure of at the start."
+    ] = False
+    hub_model_id: Annotated[
+        str | None, "Repository to upload to, as name or namespace/name; none: the name of output_dir."
+    ] = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -384,6 +390,8 @@ class TrainingConfig:
             )
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, but `push_to_hub` is not set.")
+        if self.push_to_hub:
+            check_name(self.repo_id)
 
     def _check_data(self) -> None:
         given = [bool(self.data_sources), self.dataset_name is not None, self.train_data_dir is not None]
@@ -514,6 +522,11 @@ class TrainingConfig:
                 f"`dino_crop` cuts {self.dino_size} pixels (`dino_size`) out of images whose shorter side has {side}: "
                 "make `dino_size` smaller, or leave out `dino_crop`."
             )
+
+    @property
+    def repo_id(self) -> str:
+        """The repository to upload to; without a namespace it is the token's own."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
     @property
     def timestep_shift(self) -> float:

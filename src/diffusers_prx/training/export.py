@@ -1,22 +1,21 @@
 """What a finished run leaves behind: the pipeline, its model card, the loss plot, the record of the run."""
 
 import json
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import matplotlib.figure
 import PIL.Image
-from huggingface_hub import ModelCard, ModelCardData
 
+from .cards import PICTURES, REPORT_FILE, begun_stages, write_card
 from .checkpoints import RunState, is_complete, read_run, read_tensors
-from .config import TrainingConfig, sources_of
+from .config import TrainingConfig
 from .nets import Nets, build_nets
+from .publishing import CARD_FILE, is_ours
 from .stages import CAPTIONS_FOR_TOKENIZER, build_stages
-
-REPORT_FILE = "training.json"
 
 
 def commit_of_this_package() -> str | None:
@@ -94,37 +93,9 @@ def image_grid(images: list[PIL.Image.Image]) -> PIL.Image.Image:
     return grid
 
 
-def write_model_card(
-    cfg: TrainingConfig, stage: TrainingConfig, record: dict[str, Any], pipeline_class: str, template: Path,
-    repo_id: str | None,
-) -> None:  # fmt: skip
-    """Fill in the model card's template with what was run; of folders of this machine it names the last part only."""
-    names = [Path(name).name if Path(name).exists() else name for name in (s.name for s in sources_of(cfg))]
-    base = cfg.pretrained_model_name_or_path
-    card_data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["prx", "text-to-image", "diffusers", "flow-matching"],
-        base_model=None if base is None or Path(base).exists() else base,
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(template),
-        name=Path(cfg.output_dir).name,
-        load_from=repo_id or cfg.output_dir,
-        pipeline_class=pipeline_class,
-        dataset=", ".join(names),
-        record=record,
-        config=stage.to_dict(),
-        prompt=(cfg.validation_prompts or [""])[0],
-    )
-    card.save(Path(cfg.output_dir) / "README.md")
-
-
 def last_stage(cfg: TrainingConfig, state: RunState) -> TrainingConfig:
     """The settings of the last stage that has begun."""
-    begun = [number for number, stage in enumerate(state.stages) if stage["first_step"] < state.step]
-    return cfg.stage_configs()[begun[-1]]
+    return begun_stages(cfg, state.step)[-1]
 
 
 def export_run(
@@ -136,9 +107,14 @@ def export_run(
     stage = last_stage(cfg, state)
     pipeline = nets.pipeline(stage)
     pipeline.save_pretrained(output_dir)
-    record = write_record(cfg, state, nets, machine)
+    write_record(cfg, state, nets, machine)
     plot_loss(state, output_dir / "loss_curve.png")
-    write_model_card(cfg, stage, record, type(pipeline).__name__, card_template, repo_id)
+    shutil.rmtree(output_dir / PICTURES, ignore_errors=True)  # of what was there before
+    card = output_dir / CARD_FILE
+    if card.is_file() and not is_ours(card):
+        print(f"{card} is not as we wrote it; it stays")
+    else:
+        write_card(output_dir, card_template, load_from=repo_id or cfg.output_dir)
 
 
 def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, card_template: Path) -> None:
@@ -175,18 +151,3 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, 
     }
     read_tensors(checkpoint, parameters)
     export_run(cfg, state, nets, saved["machine"], card_template)
-
-
-def hub_repository(cfg: TrainingConfig) -> str:
-    """Create (or find) the repository to upload to, at the start of a run: a wrong token must not cost a training."""
-    return huggingface_hub.create_repo(cfg.hub_model_id or Path(cfg.output_dir).name, exist_ok=True).repo_id
-
-
-def push_to_hub(cfg: TrainingConfig, repo_id: str) -> None:
-    """Upload what `export_run` wrote, without checkpoints and logs."""
-    huggingface_hub.upload_folder(
-        repo_id=repo_id,
-        folder_path=cfg.output_dir,
-        commit_message="End of training",
-        ignore_patterns=["checkpoint-*", "logs/*", "validation/*"],
-    )

@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from transformers import AutoTokenizer
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
@@ -23,6 +22,7 @@ from .config import TrainingConfig, cache_folder, sources_of
 from .known_networks import autoencoder_outline, teacher_outline, text_config
 from .nets import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .optimizers import muon_weights
+from .publishing import require_token
 from .stages import Stage
 
 BYTES = {"float32": 4, "bf16": 2}
@@ -99,8 +99,8 @@ def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
             raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is no file.")
         if stage.precomputed_dir is not None:
             require_complete(cache_folder(stage))
-    if cfg.push_to_hub and huggingface_hub.get_token() is None:
-        raise ValueError("`push_to_hub` needs a token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN.")
+    if cfg.push_to_hub:
+        require_token()
 
 
 def _keeps_text_encoder(cfg: TrainingConfig) -> bool:
@@ -181,7 +181,7 @@ def report(
         ("memory", f"{sum(parts.values()) / 1e9:.3g} GB ({shown}), besides activations and other networks"),
     ]
     if cfg.push_to_hub:
-        rows.append(("upload to", cfg.hub_model_id or Path(cfg.output_dir).name))
+        rows.append(("upload to", cfg.repo_id))
     for number, (stage, figures) in enumerate(zip(stages, captions)):
         rows.append((f"stage {number}", f"steps {stage.first_step} to {stage.stop_step}"))
         rows += _stage_rows(stage, figures, processes)

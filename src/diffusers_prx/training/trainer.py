@@ -30,7 +30,7 @@ from .checkpoints import (
 )
 from .config import TrainingConfig
 from .distributed import Exchange, Trained, distribute, norm_of_clipped, shard_count, start_accelerator, whole_module
-from .export import export_run, hub_repository, image_grid, push_to_hub, write_record
+from .export import export_run, image_grid, write_record
 from .faults import (
     EXIT_PREEMPTED,
     PREEMPTED_FILE,
@@ -45,6 +45,7 @@ from .optimizers import build_lr_scheduler, build_optimizer
 from .precision import check_precision
 from .precompute import open_precomputed
 from .preflight import caption_figures, check_techniques, outline, report
+from .publishing import EXIT_NOT_UPLOADED, OF_AN_EVALUATION, UploadError, kind_of, repository, upload
 from .rng import StepRandom
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages
 from .tracking import Tracking
@@ -66,7 +67,8 @@ class Run:
         card_template: the model card's template, filled in at the end.
 
     Raises:
-        ValueError: for data and networks that are missing or do not fit.
+        ValueError: for data and networks that are missing or do not fit, and with `push_to_hub` for a token that may
+            not write to the repository.
         SystemExit: with `dry_run`, once the run is printed.
     """
 
@@ -83,7 +85,8 @@ class Run:
         }
         self.checkpoint = find_checkpoint(self.output_dir, cfg.resume_from_checkpoint)
         self._plan()
-        self.repo_id = hub_repository(cfg) if cfg.push_to_hub and self.accelerator.is_main_process else None
+        # now: neither a wrong token nor a wrong name may cost a training
+        self.repo_id = repository(cfg.repo_id) if cfg.push_to_hub and self.accelerator.is_main_process else None
         set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
         captions = self.stages[0].captions(CAPTIONS_FOR_TOKENIZER)
         self.nets = build_nets(cfg, captions, teacher_width=self.teacher_width)
@@ -176,7 +179,8 @@ class Run:
         Raises:
             ValueError: for data that cannot be read, and losses that are not finite.
             OSError: if a checkpoint cannot be written.
-            SystemExit: with `EXIT_PREEMPTED`, once a signal has ended the run and its checkpoint is complete.
+            SystemExit: with `EXIT_PREEMPTED`, once a signal has ended the run and its checkpoint is complete; with
+                `EXIT_NOT_UPLOADED`, if everything is saved and its upload has failed.
         """
         bar = tqdm(
             total=self.stages[-1].stop_step,
@@ -479,10 +483,19 @@ class Run:
             for module in (self.nets.transformer, self.nets.text_encoder):
                 module.eval()
             export_run(cfg, state, self.nets, self.machine, self.card_template, self.repo_id)
-            if self.repo_id is not None:
-                push_to_hub(cfg, self.repo_id)
             accelerator.print(f"saved to {cfg.output_dir}")
         self.tracking.end()
+        if self.repo_id is not None:
+            self._upload(self.repo_id)
+
+    def _upload(self, repo_id: str) -> None:
+        """Upload what the run has left. A failure is told with what to do, and ends with `EXIT_NOT_UPLOADED`."""
+        try:
+            url = upload(self.output_dir, repo_id, kind_of(self.output_dir), "End of training", OF_AN_EVALUATION)
+        except UploadError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_NOT_UPLOADED)
+        print(f"uploaded to {url}")
 
 
 def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:

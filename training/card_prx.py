@@ -1,0 +1,37 @@
+"""Write the model card of a finished run again, with the evaluation that was run since:
+
+`python training/card_prx.py --model outputs/quickstart`
+
+A report.json in the folder is taken if it is of the weights that are there now. With --output_dir the card and the
+pictures that it shows go to another folder, and the weights stay.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffusers_prx.training.cards import copy_card, read_report, said_before, write_card
+
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="The folder of a finished run.")
+    parser.add_argument("--load_from", help="Folder or repository that the card's code loads. Default: as it is now.")
+    parser.add_argument("--license", help="The Hub's identifier, as apache-2.0. Default: as it is now.")
+    parser.add_argument("--output_dir", type=Path, help="Another folder for the card. Default: that of the model.")
+    args = parser.parse_args(argv)
+    try:
+        given = {"load_from": args.load_from, "license": args.license}
+        said = said_before(args.model) | {name: value for name, value in given.items() if value is not None}
+        card = write_card(args.model, CARD_TEMPLATE, read_report(args.model), **said)
+        if args.output_dir is not None:
+            card = copy_card(args.model, args.output_dir)
+    except (ValueError, OSError) as error:  # no finished run, a report of other weights, somebody's own card
+        sys.exit(f"error: {error}")
+    print(f"written to {card}")
+
+
+if __name__ == "__main__":
+    main()

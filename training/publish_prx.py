@@ -1,0 +1,35 @@
+"""Publish a folder on the Hugging Face Hub: a pipeline, a LoRA, a Space, or the report of a study.
+
+`python training/publish_prx.py --folder outputs/quickstart --repo_id me/prx-quickstart`
+
+What it is, it sees by the files. Interrupted or failed, the same command goes on: what the Hub has is not sent again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffusers_prx.training.publishing import EXIT_NOT_UPLOADED, UploadError, publish_folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="What to publish.")
+    parser.add_argument(
+        "--repo_id", help="Name, or namespace/name; created where it is not there. Default: the folder's name."
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="Of a new repository; one that is there stays as it is."
+    )
+    args = parser.parse_args(argv)
+    try:
+        print(f"uploaded to {publish_folder(args.folder, args.repo_id or args.folder.resolve().name, args.private)}")
+    except ValueError as error:  # the folder, the token or the name: the message says what is wrong with it
+        sys.exit(f"error: {error}")
+    except UploadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_NOT_UPLOADED)
+
+
+if __name__ == "__main__":
+    main()
