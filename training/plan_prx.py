@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     kinds = ", ".join(
         f"{key}: {gpu.name}, {gpu.memory_gb:g} GB, ${gpu.price_per_hour:.2f}" for key, gpu in GPUS.items()
     )
+    source = UTILISATION_SOURCE.replace("%", "%%")  # argparse puts values in where a help text has one
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="A recipe.")
     parser.add_argument("--gpu", choices=list(GPUS), required=True, help=kinds)
     parser.add_argument("--num_gpus", type=int, required=True, help="Of all nodes together.")
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--utilisation",
         type=float,
         default=UTILISATION,
-        help=f"Share of the peak that all operations of a step reach. Default {UTILISATION}: {UTILISATION_SOURCE}.",
+        help=f"Share of the peak that all operations of a step reach. Default {UTILISATION}: {source}.",
     )
     parser.add_argument("--price_per_hour", type=float, help=f"Of one GPU in US dollars; the defaults: {PRICES}.")
     parser.add_argument("--num_images", type=int, help="Of the data set: adds its epochs and the size of its caches.")

@@ -407,8 +407,8 @@ def attributes_read() -> set[str]:
 
 def test_no_option_that_nothing_reads():
     read = attributes_read()
-    assert {"stage_configs", "timestep_shift"} <= read  # through which these two are read
-    assert sorted(set(FIELDS) - read - {"stages", "shift", "shift_base_resolution"}) == []
+    assert {"stage_configs", "timestep_shift", "repo_id"} <= read  # through which these are read
+    assert sorted(set(FIELDS) - read - {"stages", "shift", "shift_base_resolution", "hub_model_id"}) == []
 
 
 def test_a_flag_that_stages_override_is_refused(tmp_path):

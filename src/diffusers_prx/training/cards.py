@@ -187,7 +187,8 @@ def write_widget_pictures(folder: Path, step: int, count: int) -> None:
 
 def begun_stages(cfg: TrainingConfig, step: int) -> list[TrainingConfig]:
     """The settings of the stages of a run that had begun by a step, the first in any case."""
-    begun, first_step = [], 0
+    begun: list[TrainingConfig] = []
+    first_step = 0
     for stage in cfg.stage_configs():
         if begun and first_step >= step:
             break
@@ -319,9 +320,10 @@ def _widget(folder: Path, place: int, prompt: str) -> dict[str, Any]:
 
 def _stage_facts(stages: list[TrainingConfig], steps: int, processes: int) -> list[dict[str, Any]]:
     """A row for each stage, of the steps that were made."""
-    facts = []
+    facts: list[dict[str, Any]] = []
     for stage in stages:
-        made = min(stage.max_train_steps, steps - sum(row["steps"] for row in facts))
+        made = min(stage.max_train_steps, steps)
+        steps -= made
         row = {
             "steps": made,
             "resolution": stage.resolution,
