@@ -48,7 +48,7 @@ def blocks(file: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 # Python. A snippet is run as it stands in an empty folder. Of the names that it loads, tiny pipelines of the same
-# class lie there under the same relative paths, where `from_pretrained` finds them before it would ask the Hub; a model
+# class lie there under the same relative paths, where `from_pretrained` finds them before it asks the Hub; a model
 # released with this repository is loaded itself. The one word that is changed is "cuda", where there is none.
 
 TINY = {"PRXPipeline": tiny.latent_pipeline, "PRXPixelPipeline": tiny.pixel_pipeline}
