@@ -329,7 +329,7 @@ def test_latents_of_a_folder_of_pictures(latent, text_encoder):
     drawn = pipeline(PROMPTS, height=32, width=32, num_inference_steps=1, output_type="pt").images
     assert drawn.shape == (2, 3, 32, 32)
     card = check_card(latent.output_dir / "README.md")
-    assert "| data | `photos` (split train) |" in card.text
+    assert f"| data | `{Path(latent.cfg.train_data_dir).name}` (split train) |" in card.text
     assert latent.cfg.train_data_dir not in card.content  # not the path of this machine
 
 
