@@ -12,18 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
+    apply_context_parallel,
 )
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -31,6 +35,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from .token_routing import TokenRoute
 
@@ -90,6 +95,20 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)  # (B, N, h, d)
 
 
+def exchange_tokens_for_heads(x: torch.Tensor, tokens: int, config: ContextParallelConfig) -> torch.Tensor:
+    """From 1/w of the tokens, padded to a multiple of w, to `tokens` = N with 1/w of the heads, on w processes.
+
+    (B, n, h, d) to (B, N, h/w, d): Ulysses, arXiv 2309.14509. The padding is gone on this side, so it needs no mask.
+    """
+    return SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x, 2, 1)[:, :tokens]  # (B, N, h/w, d)
+
+
+def exchange_heads_for_tokens(x: torch.Tensor, tokens: int, config: ContextParallelConfig) -> torch.Tensor:
+    """The way back: from (B, N, h/w, d) to (B, n, h, d) with `tokens` = n, in which the padding is zero."""
+    x = F.pad(x, (0, 0, 0, 0, 0, config.ulysses_degree * tokens - x.shape[1]))  # (B, w * n, h/w, d)
+    return SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x, 1, 2)  # (B, n, h, d)
+
+
 class PRXRMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467) over the last dimension, computed and returned in float32."""
 
@@ -142,9 +161,15 @@ class PRXTimeContext:
 
 
 class PRXAttnProcessor:
-    """Attention of image tokens over the joint sequence of text and image tokens."""
+    """Attention of image tokens over the joint sequence of text and image tokens.
 
-    # set by `set_attention_backend` and by context parallelism
+    On several processes (`enable_parallelism`) each of them comes with its n of the N image tokens and with the whole
+    text. In here it has all tokens and its share of the heads, so that mask, rotary table and text stay what they are
+    on one process, and no text key counts twice. (diffusers' own templates would take the keys of all processes for
+    parts of one sequence.)
+    """
+
+    # set by `set_attention_backend` and by `enable_parallelism`
     _attention_backend: Any = None
     _parallel_config: Any = None
 
@@ -163,7 +188,12 @@ class PRXAttnProcessor:
         Or the text comes as keys and values that were projected before, in parts of a length and with a mask of their
         own (the branches of guidance): the first part is for the first rows, and so on, as many for each.
         """
+        parallel, own_tokens = self._context_parallel, hidden_states.shape[1]
         qkv = attn.img_qkv_proj(hidden_states).unflatten(-1, (3, attn.heads, attn.head_dim))  # (B, N, 3, h, d)
+        if parallel is not None:  # n tokens with h heads before, N with h/w from here on
+            by_head, tokens = qkv.transpose(2, 3).flatten(3), image_rotary_emb.shape[-3]  # (B, n, h, 3 * d)
+            by_head = exchange_tokens_for_heads(by_head, tokens, parallel)  # (B, N, h/w, 3 * d)
+            qkv = by_head.unflatten(3, (3, -1)).transpose(2, 3)  # (B, N, 3, h/w, d)
         query, key, value = qkv.unbind(2)  # (B, N, h, d) each
         query = rotate(attn.norm_q(query), image_rotary_emb).to(value.dtype)  # (B, N, h, d)
         key = rotate(attn.norm_k(key), image_rotary_emb).to(value.dtype)  # (B, N, h, d)
@@ -180,6 +210,8 @@ class PRXAttnProcessor:
                 text_key, text_value = (x.expand(len(q), -1, -1, -1) for x in text)  # (B / parts, L, h, d) each
                 attended.append(self.attend(q, k, v, text_key, text_value, mask))
             hidden_states = attended[0] if len(attended) == 1 else torch.cat(attended)  # (B, N, h, d)
+        if parallel is not None:
+            hidden_states = exchange_heads_for_tokens(hidden_states, own_tokens, parallel)  # (B, n, h, d)
         hidden_states = attn.to_out[0](hidden_states.flatten(2))  # (B, N, D)
         return attn.to_out[1](hidden_states)
 
@@ -193,14 +225,20 @@ class PRXAttnProcessor:
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention (B, N, h, d) of image tokens (B, N, h, d) to text tokens (B, L, h, d) and to themselves."""
+        if self._context_parallel is not None:
+            degree, rank = self._context_parallel.ulysses_degree, self._context_parallel._ulysses_local_rank
+            text_key, text_value = (x.chunk(degree, dim=2)[rank] for x in (text_key, text_value))  # (B, L, h/w, d)
         return dispatch_attention_fn(
             query,
             torch.cat((text_key, key), dim=1),  # (B, L + N, h, d)
             torch.cat((text_value, value), dim=1),  # (B, L + N, h, d)
             attn_mask=attention_mask,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )  # (B, N, h, d)
+
+    @property
+    def _context_parallel(self) -> ContextParallelConfig | None:
+        return None if self._parallel_config is None else self._parallel_config.context_parallel_config
 
 
 class PRXAttention(nn.Module, AttentionModuleMixin):
@@ -423,7 +461,15 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PRXBlock"]  # noqa: RUF012 (the names and forms here are diffusers')
     _repeated_blocks = ["PRXBlock"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["norm", "time_in", "resolution_", "modulation"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = [  # noqa: RUF012
+        "norm", "time_in", "resolution_", "modulation", "img_in", "txt_in", "final_layer",
+    ]  # fmt: skip
+    # image tokens are split over processes from their embedding to the last projection; see `enable_parallelism`
+    _cp_plan = {  # noqa: RUF012
+        "img_in": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "final_layer": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    _parallel_config: Any = None  # set by `enable_parallelism`
 
     @register_to_config
     def __init__(
@@ -518,6 +564,57 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         stored = {key: value for key, value in stored.items() if value or key not in OWN_OPTIONS}
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
+    def enable_parallelism(self, *, config: ContextParallelConfig | ParallelConfig, cp_plan: Any = None) -> None:
+        """Share one forward out over several processes, each with its part of the image tokens (sampling only).
+
+        Every process calls the model, or the pipeline, with the same arguments and gets the whole answer. Text, text
+        contexts and masks stay whole everywhere: attention exchanges tokens for heads (Ulysses, arXiv 2309.14509), and
+        what it exchanges are image tokens. `torch.distributed` must be initialised, on each process with its device.
+
+        Args:
+            config (`ContextParallelConfig`): with an `ulysses_degree` that divides the heads. Where it does not divide
+                the image tokens, they are padded.
+            cp_plan: not taken; which tensors are split is the model's.
+
+        Raises:
+            ValueError: another kind of parallelism, a degree that does not divide the heads, or a FirstBlockCache.
+            RuntimeError: parallelism is on already, or `torch.distributed` is not initialised.
+        """
+        parallel = config.context_parallel_config if isinstance(config, ParallelConfig) else config
+        if not isinstance(parallel, ContextParallelConfig):
+            raise ValueError(f"`config` is {config}; accepted is a ContextParallelConfig, with an `ulysses_degree`.")
+        if parallel.ring_degree > 1:
+            raise ValueError(
+                f"`config` has a `ring_degree` of {parallel.ring_degree}, which has to be 1: ring attention takes no"
+                " mask, and would count the text once per process. Use `ulysses_degree`."
+            )
+        if self.config.num_heads % parallel.ulysses_degree:
+            raise ValueError(
+                f"`config` has an `ulysses_degree` of {parallel.ulysses_degree}, which has to divide the"
+                f" {self.config.num_heads} attention heads."
+            )
+        if parallel.ulysses_anything:
+            raise ValueError("`config` has `ulysses_anything`; leave it out: any number of tokens is accepted.")
+        if cp_plan is not None:
+            raise ValueError("`cp_plan` was given; leave it out: the model's own is the one that its forward is for.")
+        _check_cache(self._cache_config, True)
+        if self._parallel_config is not None:
+            raise RuntimeError("parallelism is on already, and stays as it is.")
+        if not dist.is_initialized():
+            raise RuntimeError("`torch.distributed.init_process_group` has to be called first.")
+        # diffusers' own steps need an accelerator (0.42), and an attention backend that its templates know
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device_type = "cpu" if accelerator is None else accelerator.type
+        mesh = parallel.mesh
+        if mesh is None:
+            mesh = init_device_mesh(device_type, parallel.mesh_shape, mesh_dim_names=parallel.mesh_dim_names)
+        together = ParallelConfig(context_parallel_config=parallel)
+        together.setup(dist.get_rank(), dist.get_world_size(), torch.device(device_type), mesh=mesh)
+        self._parallel_config = together
+        for processor in self.attn_processors.values():
+            processor._parallel_config = together
+        apply_context_parallel(self, parallel, self._cp_plan)
+
     def enable_cache(self, config: Any) -> None:
         """Reuse features of earlier steps (`CacheMixin.enable_cache`, hooks of diffusers; sampling only).
 
@@ -530,6 +627,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         Raises:
             ValueError: another cache, or one that this network has no place for.
         """
+        _check_cache(config, self._parallel_config is not None)
         whole_blocks = isinstance(config, (FirstBlockCacheConfig, MagCacheConfig))
         if not whole_blocks and not isinstance(config, (TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig)):
             raise ValueError(
@@ -716,6 +814,9 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             self._check_text(text, attention_mask)
         if feature_block is not None and not 0 <= feature_block < depth:
             raise ValueError(f"`feature_block` must be one of the {depth} blocks, from 0, got {feature_block}.")
+        if self._parallel_config is not None and (route is not None or feature_block is not None):
+            name = "feature_block" if route is None else "route"
+            raise ValueError(f"`{name}` was given, but in parallel a process has only its share of the tokens.")
         if route is None:
             return
         if not _is_range((route.start, route.stop), depth):
@@ -784,7 +885,11 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         height, width = hidden_states.shape[-2:]
         patch_size, depth = self.config.patch_size, self.config.depth
 
-        img = self.img_in(patchify(hidden_states, patch_size))  # (B, N, D)
+        patches = patchify(hidden_states, patch_size)  # (B, N, C * p * p)
+        if self._parallel_config is not None:
+            degree = self._parallel_config.context_parallel_config.ulysses_degree
+            patches = F.pad(patches, (0, 0, 0, -patches.shape[1] % degree))  # N a multiple of w, up to the last line
+        img = self.img_in(patches)  # (B, N, D), in parallel (B, N/w, D)
         table = self._rotary(height // patch_size, width // patch_size, img.device)  # (N, d/2, 2)
 
         if time_context is None:
@@ -805,7 +910,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             texts = list(zip(*(context.keys_values for context in contexts)))  # (B, L, h, d) each
 
         start, stop = (self.config.fusion_range or (None, None)) if route is None else (route.start, route.stop)
-        joint_mask = join_mask(text_mask, img.shape[1])  # (B, 1, 1, L + N)
+        joint_mask = join_mask(text_mask, len(table))  # (B, 1, 1, L + N)
         rotary, mask, features, feature_indices = table, joint_mask, None, None
         for index, block in enumerate(self.blocks):
             if index == start:
@@ -830,7 +935,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                     img = route.scatter(img, dense)  # (B, N, D); TREAD: the others as they were
                 rotary, mask = table, joint_mask
 
-        sample = unpatchify(self.final_layer(img, final_time), patch_size, height, width)  # (B, C, H, W)
+        patches = self.final_layer(img, final_time)[:, : len(table)]  # (B, N, C * p * p)
+        sample = unpatchify(patches, patch_size, height, width)  # (B, C, H, W)
         if not return_dict:
             return (sample,) if feature_block is None else (sample, features, feature_indices)
         return PRXTransformer2DModelOutput(sample, features, feature_indices)
@@ -844,6 +950,15 @@ def join_mask(text_mask: AttentionMask, tokens: int) -> Any:
     if isinstance(text_mask, tuple):
         return tuple(join_mask(part, tokens) for part in text_mask)
     return None if text_mask is None else F.pad(text_mask.bool(), (0, tokens), value=True)[:, None, None, :]
+
+
+def _check_cache(config: Any, parallel: bool) -> None:
+    """Raise a ValueError for a cache by which processes could come to run different blocks, and wait for ever."""
+    if parallel and isinstance(config, FirstBlockCacheConfig):
+        raise ValueError(
+            "FirstBlockCacheConfig does not go with parallelism: each process would judge its own tokens, and the"
+            " blocks that one leaves out the others would wait for. Use another cache."
+        )
 
 
 def _is_range(span: tuple[int, int], depth: int) -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
+from diffusers.hooks import FirstBlockCacheConfig
+from torch.distributed import ProcessGroup
 
 DEFAULT_GUIDANCE_SCALE = 4.0
 
@@ -43,6 +45,27 @@ def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> bool:
             " steps."
         )
     return True
+
+
+def check_guidance_group(group: Any, guided: bool, transformer: Any) -> None:
+    """Check that there are two branches for the two processes, which draw what one would."""
+    if group is None:
+        return
+    if not isinstance(group, ProcessGroup) or group.size() != 2:
+        came = f"a group of {group.size()}" if isinstance(group, ProcessGroup) else f"a {type(group).__name__}"
+        raise ValueError(
+            f"`guidance_group` is {came}; it has to be a torch.distributed.ProcessGroup of two, this process in it."
+        )
+    if not guided:
+        raise ValueError(
+            "`guidance_group` came with guidance off, so that there is one branch for two processes; leave it out, or"
+            " set `guidance_scale` above 1."
+        )
+    if isinstance(getattr(transformer, "_cache_config", None), FirstBlockCacheConfig):
+        raise ValueError(
+            "`guidance_group` came, but the transformer has a FirstBlockCache, which judges both branches together:"
+            " call `transformer.disable_cache()`, or use another cache."
+        )
 
 
 def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, float]:
@@ -88,6 +111,11 @@ def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool
         raise ValueError(
             f"`self_guidance_scale` is {self_guidance_scale!r}, but the transformer has a cache, which would mix up"
             " the two predictions: call `transformer.disable_cache()`, or leave `self_guidance_scale` out."
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"`self_guidance_scale` is {self_guidance_scale!r}, but of the tokens that its route takes each process of"
+            " a parallel transformer has a share only; leave `self_guidance_scale` out."
         )
 
 

@@ -17,6 +17,7 @@ from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from torch.distributed import ProcessGroup
 
 from ..models.token_routing import TokenRoute, sample_route
 from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
@@ -29,12 +30,14 @@ from .check_inputs import (
     check_embeds,
     check_generator,
     check_guidance,
+    check_guidance_group,
     check_guider,
     check_prompts,
     check_self_guidance,
     check_token_route,
 )
 from .loading import resolve_components, stored_form
+from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
 from .prompt_cleaning import clean_prompt, repair_prompt
 from .resolution_bins import RESOLUTION_BINS
@@ -51,6 +54,7 @@ class _CallState(threading.local):
     num_timesteps: int = 0
     current_timestep: torch.Tensor | None = None
     interrupt: bool = False
+    guidance_group: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copied or unpickled pipeline starts with a state of its own
@@ -320,6 +324,7 @@ class PRXPipelineBase(DiffusionPipeline):
         sigmas: Sequence[float] | None = None,
         self_guidance_scale: float = 1.0,
         guider: BaseGuidance | None = None,
+        guidance_group: ProcessGroup | None = None,
     ) -> PRXPipelineOutput | tuple[Any]:
         """Draw images. Several threads may call one pipeline at the same time.
 
@@ -365,6 +370,9 @@ class PRXPipelineBase(DiffusionPipeline):
                 2503.18886), AdaptiveProjectedGuidance (arXiv 2410.02416), or another that combines a prediction with
                 the prompt and one with the negative prompt. It is given velocities, whatever the network predicts. The
                 call works on a copy.
+            guidance_group: two processes of `torch.distributed` that make this call together, with the same arguments:
+                the first predicts with the negative prompt, the second with the prompt, and both have the images. With
+                one call at a time; the first noise is the first process's. None: this process does both.
 
         Returns:
             `PRXPipelineOutput`, or a tuple of its images.
@@ -378,6 +386,7 @@ class PRXPipelineBase(DiffusionPipeline):
             if guider is None
             else check_guider(guider, guidance_scale, _is_cached(self.transformer))
         )
+        check_guidance_group(guidance_group, guided, self.transformer)
         check_self_guidance(self_guidance_scale, self.config.get("token_route"), guided, self.transformer)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -401,6 +410,7 @@ class PRXPipelineBase(DiffusionPipeline):
         self._call.guidance_scale = float(guidance_scale if guider is None else guider.config["guidance_scale"])
         self._call.num_timesteps = len(scheduler.timesteps)
         self._call.interrupt = False
+        self._call.guidance_group = guidance_group
 
         # 3. Text.
         device = self._execution_device
@@ -427,6 +437,7 @@ class PRXPipelineBase(DiffusionPipeline):
         latents = self.prepare_latents(
             batch_size, self.transformer.config["in_channels"], *drawn_size, embeds.dtype, device, generator, latents
         )
+        latents = share_noise(latents, self.transformer, guidance_group)
         latents = self._denoise(
             scheduler,
             latents,
@@ -551,6 +562,9 @@ class PRXPipelineBase(DiffusionPipeline):
         """What the network predicts, float32, for latents (B, C, h, w) with each branch of the text."""
         contexts = text.get("text_context")
         branches = len(text["encoder_hidden_states"]) // len(latents) if contexts is None else len(contexts)
+        if branches == 2 and (group := self._call.guidance_group) is not None:
+            own = take_branch(text, group.rank(), len(latents))
+            return gather_branches(self._predict(latents, time, own, **route), group)  # (2B, C, h, w)
         if "timestep" in time:
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
         # all branches are one call to a cache of diffusers: they are reused together or not at all
@@ -570,10 +584,7 @@ class PRXPipelineBase(DiffusionPipeline):
         x_prediction = self.config["prediction_type"] == "x_prediction"
         inputs = guider.prepare_inputs({})  # with the prompt, then with the negative one
         if len(inputs) == 1:
-            text = {  # the last rows are those with the prompt
-                name: value if value is None else value[-1:] if name == "text_context" else value[-len(latents) :]
-                for name, value in text.items()
-            }
+            text = take_branch(text, 1, len(latents))
         predictions = self._predict(latents, time, text).chunk(len(inputs))  # (B, C, h, w) each
         for given, prediction in zip(inputs, reversed(predictions)):
             given.noise_pred = (latents - prediction) / sigma if x_prediction else prediction
