@@ -280,9 +280,11 @@ def test_every_import_is_declared(metadata):
     assert core <= declared(metadata), "only training needs the extras"
     training = declared(metadata, "training", "wandb", "trackio")
     assert third_party_imports(SRC) <= training
-    assert third_party_imports(ROOT / "training") <= training | declared(metadata, "openmoji")
+    assert third_party_imports(ROOT / "training") <= training | declared(metadata, "openmoji", "quantization")
     # packaging is a dependency of both huggingface_hub and pytest
-    assert third_party_imports(ROOT / "tests") - {"packaging"} <= declared(metadata, "training", "openmoji", "dev")
+    assert third_party_imports(ROOT / "tests") - {"packaging"} <= declared(
+        metadata, "training", "openmoji", "quantization", "dev"
+    )
 
 
 def test_every_dependency_is_used_or_has_a_reason(metadata):
