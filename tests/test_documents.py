@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def blocks(file: Path, *languages: str) -> list[tuple[str, str]]:
 
 # Python. A snippet is run as it stands in an empty folder. Of the names that it loads, tiny pipelines of the same
 # class lie there under the same relative paths, where `from_pretrained` finds them before it asks the Hub; a model
-# released with this repository is loaded itself. The one word that is changed is "cuda", where there is none.
+# released with this repository is loaded itself. The one word that is changed is "cuda", where there is none. What is
+# written for several processes is run on two.
 
 TINY = {"PRXPipeline": tiny.latent_pipeline, "PRXPixelPipeline": tiny.pixel_pipeline}
 
@@ -85,8 +87,21 @@ def test_python_snippets_run(where, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_what_it_loads(code, tmp_path)
     if not torch.cuda.is_available():
-        code = code.replace('"cuda"', '"cpu"')
-    exec(compile(code, where, "exec"), {"__name__": "__main__"})
+        code = code.replace('"cuda"', '"cpu"').replace("torch.cuda.", "torch.cpu.")
+    if "init_process_group" in code:
+        (tmp_path / "snippet.py").write_text(code)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "snippet.py",
+        ]
+        subprocess.run(command, check=True, timeout=300)
+    else:
+        exec(compile(code, where, "exec"), {"__name__": "__main__"})
     saved = re.findall(r'\.save\("([^"]+)"\)', code)
     assert saved, f"{where} leaves nothing that could be looked at"
     for file in saved:
