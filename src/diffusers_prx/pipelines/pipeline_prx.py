@@ -20,7 +20,7 @@ class PRXPipeline(PRXPipelineBase):
 
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
     - fast, about the same picture: `pipe.scheduler = fast_scheduler()` and `pipe(prompt, sigmas=fast_sigmas(10))`.
-    - fastest, a preview: the same with 6 steps.
+    - fastest, a preview: `pipe(prompt, num_inference_steps=7)`.
 
     Loads what this package saved, what stock diffusers saved, and the published checkpoints.
 
