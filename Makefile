@@ -19,7 +19,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test soak quality bench bench-sampling clean
+.PHONY: help install quickstart demo test soak quality bench bench-sampling clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -49,11 +49,14 @@ quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out 
 	@echo '    pipeline = PRXPixelPipeline.from_pretrained("outputs/quickstart")'
 	@echo '    pipeline("a big red circle at the top left on a white background.", guidance_scale=3.0).images[0].save("scene.png")'
 
+demo: $(STAMP) ## open the demo in spaces/prx: draw with the models of this machine in a browser
+	$(BIN)/python spaces/prx/app.py
+
 # worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do
 test: $(STAMP) ## run the whole test suite, offline, on two cores
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-soak: $(STAMP) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, and fifty kills of one run
+soak: $(STAMP) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, fifty kills of one run, the demo under load
 	RUN_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow \
 		--ignore tests/training/test_faults.py $(PYTEST_ARGS)
 	RUN_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/training/test_faults.py
@@ -74,4 +77,4 @@ bench-sampling: $(STAMP) ## time whole pipeline calls against diffusers' pipelin
 
 clean: ## remove the environment and what tools leave behind; outputs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
-	find src tests training -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests training spaces -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -68,7 +68,7 @@ def third_party_imports(path: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
     ours = {"diffusers_prx", "training", "tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
-    ours |= {file.stem for file in (ROOT / "training").rglob("*.py")}
+    ours |= {file.stem for folder in ("training", "spaces") for file in (ROOT / folder).rglob("*.py")}
     return {normalised(DISTRIBUTIONS.get(name, name)) for name in names - ours - sys.stdlib_module_names}
 
 
@@ -229,6 +229,8 @@ def test_sdist_holds_what_a_user_needs_to_train_and_test(built):
         "tests/test_package.py",
         "training/train_prx.py",
         "training/recipes/quickstart.yaml",
+        "spaces/prx/app.py",
+        "spaces/prx/requirements.txt",
     ):
         assert name in names
     waste = {".git", ".venv", "outputs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".ci"}
@@ -281,6 +283,8 @@ def test_every_import_is_declared(metadata):
     training = declared(metadata, "training", "wandb", "trackio")
     assert third_party_imports(SRC) <= training
     assert third_party_imports(ROOT / "training") <= training | declared(metadata, "openmoji", "quantization")
+    # gradio is made with fastapi; ZeroGPU brings spaces, elsewhere there is none
+    assert third_party_imports(ROOT / "spaces") - {"fastapi", "spaces"} <= declared(metadata, "demo")
     # packaging is a dependency of both huggingface_hub and pytest
     assert third_party_imports(ROOT / "tests") - {"packaging"} <= declared(
         metadata, "training", "openmoji", "quantization", "dev"

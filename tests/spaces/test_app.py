@@ -1,0 +1,340 @@
+"""The served page, asked by programs: pictures, sentences for errors, no way to other files, an end to the work."""
+
+import http.client
+import io
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from PIL import Image
+
+import diffusers_prx
+import tiny
+from space_tools import counted, rests
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
+
+import gradio as gr
+from training.benchmarks.load_space import ask, draw_body, is_clear, load, main, malformed, send_malformed
+
+import app
+import page_parts
+import serving
+from model_cache import ModelCache, find_models
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACE = ROOT / "spaces" / "prx"
+SIZE = "32 x 32"
+
+
+@pytest.fixture(scope="module")
+def served(model_folder):
+    """A page over the tiny pipelines: its port, its cache, the page itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRX_MODELS", str(model_folder))
+        models = find_models()
+    cache = ModelCache(models, {})
+    page = app.build(models, cache)
+    _, url, _ = serving.launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    yield int(url.rstrip("/").rpartition(":")[2]), cache, page
+    page.close()
+
+
+@pytest.fixture
+def port(served):
+    return served[0]
+
+
+def get(port: int, path: str, method: str = "GET", body: bytes = b"", headers: dict | None = None):
+    """Status and body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    found = response.status, response.read()
+    connection.close()
+    return found
+
+
+class Visitor:
+    """A browser's part of gradio's queue: it joins, listens, and can leave or press Stop."""
+
+    def __init__(self, port: int, page, endpoint: str, data: list):
+        self.port = port
+        self.session = uuid.uuid4().hex
+        self.fn_index = next(index for index, fn in page.fns.items() if fn.api_name == endpoint)
+        body = {"data": data, "fn_index": self.fn_index, "session_hash": self.session}
+        status, text = self.post("queue/join", body)
+        assert status == 200, text
+        self.event_id = json.loads(text)["event_id"]
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self.connection.request("GET", f"/gradio_api/queue/data?session_hash={self.session}")
+        self.stream = self.connection.getresponse()
+
+    def post(self, path: str, body: dict) -> tuple[int, bytes]:
+        return get(
+            self.port, f"/gradio_api/{path}", "POST", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+
+    def hear(self, message: str) -> dict:
+        """Listen until a message of this kind."""
+        for line in self.stream:
+            if line.startswith(b"data: "):
+                heard = json.loads(line[6:])
+                if heard["msg"] == message:
+                    return heard
+        raise AssertionError(f"no {message} came")
+
+    def stop(self) -> None:
+        body = {"session_hash": self.session, "fn_index": self.fn_index, "event_id": self.event_id}
+        assert self.post("cancel", body)[0] == 200
+
+    def leave(self) -> None:
+        self.stream.close()
+        self.connection.close()
+
+
+def slow(steps: int = 50) -> list:
+    return ["a red cat", "", "pixels", SIZE, "exact", steps, 3.0, 0, 1]
+
+
+def test_a_program_draws_through_the_page(served):
+    port, cache, _ = served
+    answer = ask(port, "draw", json.dumps({"data": ["a red cat", "", "pixels", SIZE, "exact", 3, 3.0, 5, 2]}).encode())
+    assert answer.kind == "answered", answer.said
+    pictures = answer.data[2]["value"]
+    assert [picture["caption"] for picture in pictures] == ["Seed 5", "Seed 6"]
+    path = pictures[0]["image"]["url"].partition(str(port))[2]
+    drawn = np.asarray(Image.open(io.BytesIO(get(port, path)[1])))
+    pipeline, _ = cache.get("pixels")
+    generators = tiny.generators(5, 6)
+    expected = pipeline(
+        "a red cat", num_inference_steps=3, guidance_scale=3.0, num_images_per_prompt=2, generator=generators
+    )
+    assert np.array_equal(drawn, np.asarray(expected.images[0]))
+
+
+def test_two_ways_are_compared(port):
+    data = ["a red cat", "", 3, "pixels", "exact", 3, 3.0, "latents", "fast", 4, 2.0]
+    answer = ask(port, "compare", json.dumps({"data": data}).encode())
+    assert answer.kind == "answered", answer.said
+    status, first, about_first, second, about_second = answer.data
+    assert "Done." in status
+    assert "<img" in first
+    assert "<img" in second
+    assert first != second
+    assert "exact, 3 steps" in about_first
+    assert "fast, 4 steps" in about_second
+    assert "seed=3" in about_first
+    assert "seed=3" in about_second
+
+
+def test_each_of_many_malformed_requests_is_a_sentence(port):
+    figures = send_malformed(port, "pixels", SIZE, 40)
+    assert figures["unclear"] == []
+    assert figures["a_right_one_after_them"] == "answered"
+
+
+def test_the_malformed_requests_are_of_all_kinds():
+    """Or the test above would test less than it says; a right request is no clear refusal."""
+    kinds = [malformed(number, "pixels", SIZE) for number in range(200)]
+    assert len(set(kinds)) > 100
+    assert {endpoint for endpoint, _ in kinds} > {"draw", "compare", "nothing"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../../etc/passwd", "/proc/self/environ", "{space}/app.py", "{models}/pixels/model_index.json"],
+)
+def test_no_file_outside_can_be_read(port, model_folder, path):
+    path = path.format(space=SPACE, models=model_folder)
+    for prefix in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/gradio_api/stream/"):
+        for spelled in (path, path.replace("/", "%2F"), path.replace("/", "%252F")):
+            status, body = get(port, prefix + spelled)
+            assert status >= 400 or b"<html" in body[:200].lower(), (prefix, spelled)
+            assert b"root:" not in body
+            assert b"_class_name" not in body
+
+
+def test_nothing_can_be_uploaded(port):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
+    status, _ = get(port, "/gradio_api/upload", "POST", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert status >= 400
+
+
+def test_the_page_asks_no_other_host_and_keeps_no_history(served):
+    port, _, page = served
+    assert page.analytics_enabled is False
+    assert page.allowed_paths == []
+    config = json.loads(get(port, "/config")[1])
+    assert config["analytics_enabled"] is False
+    assert page.run_history is False
+
+
+def test_stop_ends_the_work_within_a_step(served):
+    port, cache, page = served
+    network = counted(cache, "pixels", 0.1)
+    visitor = Visitor(port, page, "draw", slow())
+    while "Step 2" not in str(visitor.hear("process_generating")["output"]["data"]):
+        pass
+    visitor.stop()
+    seen = network.calls
+    assert rests(network)
+    assert network.calls <= seen + 1
+    assert seen < 40
+    visitor.leave()
+
+
+def test_who_goes_away_frees_the_work(served):
+    port, cache, page = served
+    network = counted(cache, "pixels", 0.1)
+    visitor = Visitor(port, page, "draw", slow())
+    visitor.hear("process_generating")
+    visitor.leave()
+    assert rests(network)
+    assert network.calls < 40
+
+
+def test_who_goes_away_while_waiting_is_not_drawn(served):
+    port, cache, page = served
+    network = counted(cache, "pixels", 0.1)
+    busy = [Visitor(port, page, "draw", slow(20)) for _ in range(2)]
+    for visitor in busy:
+        visitor.hear("process_generating")
+    waiting = Visitor(port, page, "draw", slow(50))
+    waiting.leave()
+    for visitor in busy:
+        assert visitor.hear("process_completed")["success"]
+        visitor.leave()
+    assert rests(network)
+    assert network.calls == 40
+
+
+def test_a_full_queue_refuses_and_keeps_its_order(served):
+    port, cache, page = served
+    counted(cache, "pixels", 0.02)
+    order: list[int] = []
+    visitors = [Visitor(port, page, "draw", slow(3)) for _ in range(2)]
+    for visitor in visitors:
+        visitor.hear("process_starts")
+    visitors += [Visitor(port, page, "draw", slow(10 if number < 2 else 2)) for number in range(app.QUEUE_SIZE)]
+    refused = ask(port, "draw", draw_body("x", "pixels", SIZE, 0))
+    lock = threading.Lock()
+
+    def listen(number: int) -> None:
+        visitors[number].hear("process_starts")
+        with lock:
+            order.append(number)
+        assert visitors[number].hear("process_completed")["success"]
+
+    threads = [threading.Thread(target=listen, args=(number,)) for number in range(2, len(visitors))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    if refused.kind == "refused":  # on a fast machine one of the waiting may have had its turn before
+        assert "Queue is full" in refused.said
+    assert len(order) == app.QUEUE_SIZE
+    assert max(abs(place - number + 2) for place, number in enumerate(order)) <= 2  # two at a time
+    for visitor in visitors:
+        visitor.leave()
+
+
+def test_links_fill_the_page(served):
+    _, _, page = served
+    request = app.check_request(dict(zip(app.FIELDS, slow())), {"pixels": (SIZE,)}, [])
+    (opening,) = (fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "open_link")
+
+    asked = SimpleNamespace(query_params=dict(parse_qsl(request.link()[1:])))
+    linked, status, *values = opening.fn(asked)
+    assert (linked, status) == ("yes", "")
+    assert values[0] == "a red cat"
+    assert values[3].value == SIZE
+    asked.query_params = {"prompt": "<b>", "steps": "900"}
+    linked, status, *values = opening.fn(asked)
+    assert linked == ""
+    assert "Steps: 900 came" in status
+
+
+def test_what_people_write_is_escaped():
+    bad = '<img src=x onerror="alert(1)">'
+    request = app.Request(bad, bad, bad, SIZE, "exact", 1, 1.0, 0)
+    shown = page_parts.details(request) + page_parts.said(bad)
+    assert "<img" not in shown
+    assert 'onerror="' not in shown
+    assert "<" not in str(app.as_sentence(ValueError(bad)).message)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret"), OSError("/secret/path"), KeyError("secret")])
+def test_errors_of_ours_say_nothing_of_the_inside(error, capsys):
+    said = app.as_sentence(error)
+    assert "secret" not in said.message
+    assert said.message.endswith(".")
+    assert "secret" in capsys.readouterr().err  # but the log does
+
+
+def test_without_a_model_the_page_says_how_to_get_one():
+    page = app.build({}, ModelCache({}, {}))
+    (text,) = (block for block in page.blocks.values() if isinstance(block, gr.Markdown))
+    assert "make quickstart" in text.value
+
+
+def test_time_on_a_gpu_grows_with_the_work():
+    small = app.Request("x", "", "m", "512 x 512", "exact", 28, 1.0, 0)
+    assert 15 < app.seconds_needed(small) < app.seconds_needed(replace(small, guidance_scale=2.0))
+    assert app.seconds_needed(replace(small, steps=50, images=4, size="1024 x 1024")) == 120
+
+
+def test_the_spaces_files_fit_each_other():
+    """The front matter names what is there; gradio's version is one that the demo extra allows."""
+    front = dict(re.findall(r"^(\w+): (.+)$", (SPACE / "README.md").read_text().split("---")[1], re.MULTILINE))
+    assert front["sdk"] == "gradio"
+    assert (SPACE / front["app_file"]).is_file()
+    assert len(front["short_description"]) <= 60
+    lines = [line.partition(" #")[0].strip() for line in (SPACE / "requirements.txt").read_text().splitlines()]
+    requirements = {Requirement(line).name: Requirement(line) for line in lines if line and not line.startswith("#")}
+    assert requirements["diffusers-prx"].specifier.contains(diffusers_prx.__version__)
+    (declared,) = re.findall(r'"(gradio>=.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert Requirement(declared).specifier.contains(front["sdk_version"])
+
+
+def test_the_load_script_sees_what_is_unclear(port):
+    """A right request is answered: `is_clear` has to call that unclear, and an inner error too."""
+    answer = ask(port, "draw", draw_body("a red cat", "pixels", SIZE, 0, steps=1))
+    assert not is_clear(answer)
+    answer.kind, answer.said = "failed", "Traceback (most recent call last)"
+    assert not is_clear(answer)
+    answer.said = "Steps: 900 came; a whole number is accepted."
+    assert is_clear(answer)
+
+
+def test_a_short_load(served, capsys):
+    port, _, _ = served
+    figures = load(port, "pixels", SIZE, clients=4, seconds=1.0)
+    assert figures["failed"] == 0
+    assert figures["answered"] >= 4
+    assert figures["overtaken"] == 0
+    main(["--port", str(port), "--model", "pixels", "--clients", "2", "--seconds", "0.2", "--malformed", "2"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == 0
+
+
+@pytest.mark.slow
+def test_thirty_two_people_for_three_minutes(served):
+    port, _, _ = served
+    begin = time.monotonic()
+    figures = load(port, "pixels", SIZE, clients=32, seconds=180.0, pid=os.getpid())
+    assert time.monotonic() - begin > 180
+    assert figures["failed"] == 0, figures
+    assert figures["answered"] > 100
+    assert figures["overtaken"] == 0
+    assert figures["memory_mb_at_the_end"] < figures["memory_mb_after_a_quarter"] + 100, figures
+    assert send_malformed(port, "pixels", SIZE, 200)["unclear"] == []

@@ -1,0 +1,147 @@
+"""The page in a real browser: type, draw, watch, stop, change the model, compare, open a link again, on a phone."""
+
+import re
+import shutil
+
+import pytest
+
+from space_tools import counted, rests
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
+pytest.importorskip("playwright", reason="playwright is not installed: pip install 'diffusers-prx[dev]'")
+
+from playwright.sync_api import expect, sync_playwright
+
+import app
+import serving
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed: apt-get install chromium")
+
+PHONE = {"width": 390, "height": 844}
+SECONDS = 60_000  # milliseconds that an expectation waits at most
+
+# Texts of less contrast to what is behind them than WCAG 2 asks of normal text, 4.5.
+LOW_CONTRAST = """() => {
+    const numbers = colour => [...colour.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+    const light = rgb => rgb.slice(0, 3).map(v => v / 255)
+        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = element => {
+        for (let e = element; e; e = e.parentElement) {
+            const colour = numbers(getComputedStyle(e).backgroundColor);
+            if (colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const low = [];
+    for (const element of document.querySelectorAll("body *")) {
+        const text = [...element.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join("");
+        if (!text || !element.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
+        const [a, b] = [numbers(getComputedStyle(element).color), behind(element)].map(light);
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) low.push(`${text}: ${ratio.toFixed(2)}`);
+    }
+    return low;
+}"""
+NAMELESS = """() => [...document.querySelectorAll("input, textarea, select, button")]
+    .filter(e => e.checkVisibility())
+    .filter(e => ![e.ariaLabel, e.title, e.innerText, e.getAttribute("aria-labelledby"),
+        ...[...(e.labels || [])].map(label => label.innerText)].some(name => name && name.trim()))
+    .map(e => e.outerHTML.slice(0, 200))"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(cache, browser):
+    """The page, and the errors and foreign addresses that the browser saw."""
+    models = {name: cache.models[name] for name in ("pixels", "latents")}  # it opens on the first
+    served = app.build(models, cache)
+    _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url)
+    context.set_default_timeout(SECONDS)
+    trouble: list[str] = []
+    context.on("weberror", lambda error: trouble.append(str(error.error)))
+    context.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+    own = ("http://127.0.0.1", "http://localhost", "data:", "blob:")
+    context.on("request", lambda request: request.url.startswith(own) or trouble.append(request.url))
+    yield context.new_page()
+    assert trouble == []
+    context.close()
+    served.close()
+
+
+def fill(page, prompt: str, steps: int) -> None:
+    page.get_by_label("Prompt", exact=True).first.fill(prompt)
+    page.get_by_label(re.compile("^number input for Steps")).first.fill(str(steps))
+    page.keyboard.press("Tab")
+
+
+def fits(page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_whole_way(page, cache):
+    network = counted(cache, "pixels", 0.05)
+    page.goto("/")
+    # type, draw with the keyboard, watch
+    bad = "a red cat ${alert(1)} {{7*7}} <img src=x onerror=alert(2)>"
+    fill(page, bad, 8)
+    page.get_by_label("Prompt", exact=True).first.press("Enter")
+    expect(page.locator(".expected img")).to_be_visible(timeout=SECONDS)
+    expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+    expect(page.locator(".details td").first).to_have_text(bad)
+    link = page.locator(".details a").get_attribute("href")
+    picture = page.locator(".gallery-container img").first
+    expect(picture).to_be_visible()
+    for check in (LOW_CONTRAST, NAMELESS):
+        assert page.evaluate(check) == []
+    # stop
+    fill(page, "a blue dog", 50)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text(re.compile("Step [0-9]+ of 50"))).to_be_visible(timeout=SECONDS)
+    before = network.calls
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("Stopped.")).to_be_visible(timeout=SECONDS)
+    assert rests(network)
+    assert network.calls < before + 30
+    # an error is a sentence
+    fill(page, "", 2)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text("There is no prompt yet")).to_be_visible(timeout=SECONDS)
+    # another model, the dice, an example
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="latents").click()
+    page.get_by_role("button", name="Roll the dice").first.click()
+    expect(page.get_by_label("Seed").first).not_to_have_value("0")
+    page.get_by_role("button", name=re.compile("green heart")).click()
+    expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green heart"))
+    fill(page, "a green heart", 2)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.locator(".details").get_by_text("latents", exact=True)).to_be_visible(timeout=SECONDS)
+    # compare
+    page.get_by_role("tab", name="Compare").click()
+    panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
+    panel.get_by_label("Prompt", exact=True).fill("a lion")
+    for side in ("first", "second"):
+        panel.get_by_label(f"number input for Steps ({side})").fill("2")
+    panel.get_by_role("button", name="Compare").click()
+    expect(panel.get_by_text("Done.", exact=True)).to_be_visible(timeout=SECONDS)
+    expect(panel.locator(".expected img")).to_have_count(2)
+    assert page.evaluate(LOW_CONTRAST) == []
+    # the link, on a phone: the same picture, and nothing to scroll sideways
+    page.set_viewport_size(PHONE)
+    page.goto("/" + link)
+    expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+    expect(page.locator(".details td").first).to_have_text(bad)
+    assert page.locator(".details a").get_attribute("href") == link
+    assert fits(page)
+    page.get_by_role("tab", name="Compare").click()
+    assert fits(page)

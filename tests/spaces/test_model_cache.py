@@ -1,0 +1,105 @@
+"""Which models can be asked for, what they can draw, and how many stay in memory."""
+
+import json
+import threading
+
+import pytest
+
+from diffusers_prx import PRXPipeline
+from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
+
+import model_cache
+from model_cache import ModelCache, find_loras, find_models
+from settings import NO_LORA
+
+
+def write_index(folder, **entries):
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PRXPipeline"} | entries))
+
+
+def test_models_are_the_folders_with_a_pipeline(tmp_path, monkeypatch, capsys):
+    write_index(tmp_path / "runs" / "zoo", default_sample_size=32)
+    write_index(tmp_path / "runs" / "quickstart", _class_name="PRXPixelPipeline", default_sample_size=512)
+    write_index(tmp_path / "runs" / "other", _class_name="StableDiffusionPipeline")
+    write_index(tmp_path / "runs" / "deep" / "below", default_sample_size=32)
+    write_index(tmp_path / "one", default_sample_size=None)
+    (tmp_path / "runs" / "empty").mkdir()
+    monkeypatch.setenv("PRX_MODELS", f"{tmp_path / 'runs'}:{tmp_path / 'one'}:{tmp_path / 'missing'}")
+    models = find_models()
+    assert list(models) == ["quickstart", "zoo", "one"]  # the page opens on the first
+    assert "Left out" in capsys.readouterr().out
+    assert models["zoo"].sizes == ("32 x 32",)  # no other size was in training
+    assert models["one"].default_size == "512 x 512"
+    assert "704 x 352" in models["one"].sizes
+    assert len(models["quickstart"].sizes) == len(RESOLUTION_BINS[512])
+
+
+def test_without_a_setting_the_repositorys_own_folders_are_searched(tmp_path, monkeypatch):
+    monkeypatch.delenv("PRX_MODELS", raising=False)
+    monkeypatch.delenv("PRX_HUB_MODELS", raising=False)
+    monkeypatch.setattr(model_cache, "REPOSITORY", tmp_path)
+    write_index(tmp_path / "model_cards" / "prx-scenes-small", default_sample_size=32)
+    assert find_models() == {}  # as in a Space, where there is no repository around the folder
+    (tmp_path / "pyproject.toml").touch()
+    assert list(find_models()) == ["prx-scenes-small"]
+    write_index(tmp_path / "outputs" / "quickstart", default_sample_size=32)
+    write_index(tmp_path / "outputs" / "another", default_sample_size=32)
+    assert list(find_models()) == ["quickstart", "prx-scenes-small", "another"]
+
+
+def test_a_model_on_the_hub_that_does_not_answer_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("PRX_MODELS", "")
+    monkeypatch.setenv("PRX_HUB_MODELS", "nobody/nothing, ")
+    assert find_models() == {}
+    assert "Left out nobody/nothing" in capsys.readouterr().out
+
+
+def test_least_recently_used_makes_room(cache):
+    small = ModelCache(cache.models, {}, capacity=1)
+    pixels, _ = small.get("pixels")
+    assert small.get("pixels")[0] is pixels
+    small.get("latents")
+    assert small.get("pixels")[0] is not pixels
+
+
+def test_a_model_is_loaded_once_for_many_who_ask(cache):
+    got = []
+    start = threading.Barrier(4)
+
+    def person():
+        start.wait()
+        got.append(cache.get("pixels")[0])
+
+    threads = [threading.Thread(target=person) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 4
+    assert len({id(pipeline) for pipeline in got}) == 1
+
+
+def test_requests_without_a_lora_do_not_wait(cache):
+    stop = threading.Event()
+    with cache.lend("pixels", NO_LORA, 1.0, stop) as one, cache.lend("pixels", NO_LORA, 1.0, stop) as two:
+        assert one is two
+
+
+@pytest.mark.skipif(hasattr(PRXPipeline, "load_lora_weights"), reason="the pipelines load LoRAs")
+def test_no_lora_is_offered_that_cannot_be_loaded(tmp_path, monkeypatch):
+    (tmp_path / "style.safetensors").touch()
+    monkeypatch.setenv("PRX_LORAS", str(tmp_path))
+    assert find_loras() == {}
+
+
+@pytest.mark.skipif(not hasattr(PRXPipeline, "load_lora_weights"), reason="the pipelines load no LoRAs yet")
+def test_lora_files_are_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "style.safetensors").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / model_cache.LORA_FILE).touch()
+    (tmp_path / "run" / "other.safetensors").touch()
+    monkeypatch.setenv("PRX_LORAS", str(tmp_path))
+    assert list(find_loras()) == ["style", "run"]
