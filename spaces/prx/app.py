@@ -237,7 +237,7 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
     def settings_of(event: gr.SelectData, request: Request | None) -> Any:
         return gr.skip() if request is None else parts.details(request.of_image(event.index))
 
-    def stopped() -> str:
+    def stopped() -> str:  # comes after the cancelling: a step on its way would overwrite it
         return parts.said("Stopped.")
 
     limits = {"concurrency_limit": CONCURRENCY, "concurrency_id": "draw"}  # one queue for both pages
@@ -275,7 +275,7 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
                 [go.click, prompt.submit], draw_one, inputs, [status, view, gallery, about, drawn],
                 api_name="draw", preprocess=False, show_progress="hidden", **limits,
             )  # fmt: skip
-            stop.click(stopped, None, status, cancels=drawing, **quick)
+            stop.click(None, cancels=drawing).then(stopped, None, status, **quick)
             controls.model.input(change_model, controls.model, [controls.size, examples], **quick)
             examples.click(lambda sample: sample[0], examples, prompt, **quick)
             gallery.select(settings_of, drawn, about, **quick)
@@ -300,7 +300,7 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
                 [prompt, negative, seed, *fields_of[0], *fields_of[1], *sides[0].loras, *sides[1].loras],
                 [status, *panels], api_name="compare", preprocess=False, show_progress="hidden", **limits,
             )  # fmt: skip
-            stop.click(stopped, None, status, cancels=comparing, **quick)
+            stop.click(None, cancels=comparing).then(stopped, None, status, **quick)
     return demo.queue(max_size=QUEUE_SIZE, api_open=False)
 
 

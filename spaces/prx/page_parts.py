@@ -57,7 +57,9 @@ img.small, .small img { image-rendering: pixelated; }
 .details th { width: 6rem; text-align: left; vertical-align: top; font-weight: 600; padding: 0.15rem 0; }
 .details td { overflow-wrap: anywhere; padding: 0.15rem 0; }
 .details :is(table, th, td) { border: 0 !important; font-size: var(--text-sm); }
-.details tr { border-bottom: 1px solid var(--border-color-primary); }
+.details tr { border: solid var(--border-color-primary); border-width: 0 0 1px; }
+/* errors are said in a message of their own; gradio writes "Error" over these after a Stop, too */
+:is(.progress, .expected, .details) > [data-testid="status-tracker"] { display: none; }
 /* behind a large picture the small ones would shine through */
 .gallery-container .preview { background: var(--background-fill-primary); backdrop-filter: none; }
 .tabs button.selected { color: var(--primary-700); }

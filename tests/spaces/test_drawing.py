@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
 from diffusers_prx.schedulers.stock import set_schedule
 from space_tools import counted, rests
@@ -17,6 +18,7 @@ from space_tools import counted, rests
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
 
 from drawing import Update, draw, predicted_clean, preview_of, with_preset
+from model_cache import ModelCache, Stopped, find_loras
 from settings import PRESETS, Request
 
 PROMPT = "a red cat on the beach"
@@ -212,3 +214,58 @@ def test_an_error_reaches_who_waits(cache):
     with pytest.raises(KeyError):
         list(draw(request("nowhere"), cache))
     assert last(draw(request("latents"), cache)).images  # the seats are free again
+
+
+@pytest.fixture
+def lora_folder(cache, tmp_path):
+    """A LoRA of the pixel pipeline that changes its pictures."""
+    network = tiny.transformer(**tiny.PIXEL_SETTINGS)
+    layers = {}
+    for name, module in network.named_modules():
+        if name.endswith(("img_qkv_proj", "to_out.0")):
+            layers[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features)
+            layers[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4) / 4
+    cache.get("pixels")[0].save_lora_weights(tmp_path / "style", transformer_lora_layers=layers)
+    return tmp_path
+
+
+@pytest.mark.skipif(not hasattr(PRXPixelPipeline, "load_lora_weights"), reason="the pipelines load no LoRAs yet")
+def test_a_lora_changes_its_own_requests_only(cache, lora_folder, monkeypatch):
+    """Two weights of one LoRA, and no LoRA, at the same time: each as alone."""
+    monkeypatch.setenv("PRX_LORAS", str(lora_folder))
+    cache = ModelCache(cache.models, find_loras())
+    asked = [
+        request(seed=1),
+        request(seed=1, lora="style", lora_weight=1.0),
+        request(seed=1, lora="style", lora_weight=0.3),
+        request(seed=1, lora="style", lora_weight=0.0),
+    ]
+    alone = [pixels(last(draw(one, cache)).images[0]) for one in asked]
+    assert np.array_equal(alone[3], alone[0])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert abs(alone[one] - alone[other]).max() > 3
+    wrong = []
+
+    def person(index: int) -> None:
+        for _ in range(4):
+            if not np.array_equal(pixels(last(draw(asked[index], cache)).images[0]), alone[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=person, args=(index,)) for index in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert not cache.get("pixels")[0].get_list_adapters()
+
+
+@pytest.mark.skipif(not hasattr(PRXPixelPipeline, "load_lora_weights"), reason="the pipelines load no LoRAs yet")
+def test_who_waits_for_a_lora_can_stop(cache, lora_folder, monkeypatch):
+    monkeypatch.setenv("PRX_LORAS", str(lora_folder))
+    cache = ModelCache(cache.models, find_loras())
+    stop = threading.Event()
+    with cache.lend("pixels", "style", 1.0, stop):
+        stop.set()
+        with pytest.raises(Stopped), cache.lend("pixels", "style", 0.5, stop):
+            pass
