@@ -121,7 +121,7 @@ def test_a_preview_is_small_and_shows_all_images():
 
 
 def test_the_last_preview_is_the_picture(cache):
-    counted(cache, "pixels", 0.05)  # slow enough that every step is shown
+    counted(cache, "pixels", 0.3)  # slow enough that every step is shown
     updates = list(draw(request(), cache))
     previews = [update.preview for update in updates if update.preview is not None]
     assert len(previews) == 4
@@ -130,7 +130,7 @@ def test_the_last_preview_is_the_picture(cache):
 
 
 def test_a_closed_generator_ends_the_work_within_a_step(cache):
-    network = counted(cache, "pixels", 0.1)
+    network = counted(cache, "pixels", 0.3)
     updates = draw(request(steps=50), cache)
     while next(updates).step < 2:
         pass
@@ -141,7 +141,7 @@ def test_a_closed_generator_ends_the_work_within_a_step(cache):
 
 
 def test_a_step_that_takes_long_gives_signs_of_life(cache):
-    network = counted(cache, "pixels", 1.2)
+    network = counted(cache, "pixels", 2.5)
     updates = draw(request(steps=2), cache)
     times = []
     begin = time.monotonic()
@@ -150,7 +150,7 @@ def test_a_step_that_takes_long_gives_signs_of_life(cache):
         if update.step == 1:
             break
     updates.close()
-    assert max(b - a for a, b in itertools.pairwise(times)) < 1.0
+    assert max(b - a for a, b in itertools.pairwise(times)) < 2.0
     assert rests(network)
 
 
