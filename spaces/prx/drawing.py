@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from diffusers_prx import fast_scheduler, fast_sigmas
 from diffusers_prx import latents as vae_latents
 from diffusers_prx.schedulers.stock import set_schedule
 from model_cache import ModelCache, Stopped
@@ -92,10 +92,10 @@ def _work(
 @torch.no_grad()
 def _draw(request: Request, pipeline: Any, reports: "queue.Queue[Update | Exception]", stop: threading.Event) -> None:
     begin = time.monotonic()
-    pipeline = with_preset(pipeline, request.preset)
+    pipeline, levels = with_preset(pipeline, request.preset, request.steps)
     height, width = request.height_width
     scheduler = copy.deepcopy(pipeline.scheduler)
-    set_schedule(scheduler, request.steps)
+    set_schedule(scheduler, request.steps, sigmas=levels)
     sigmas = scheduler.sigmas.tolist()
     # what the call would draw itself; here, because the first preview needs the noise that the first step came from
     noise = pipeline.prepare_latents(
@@ -130,28 +130,29 @@ def _draw(request: Request, pipeline: Any, reports: "queue.Queue[Update | Except
         guidance_scale=request.guidance_scale,
         num_images_per_prompt=request.images,
         latents=noise,
+        sigmas=levels,
         callback_on_step_end=report_step,
     ).images
     reports.put(Update(request.steps, request.steps, time.monotonic() - begin, images=tuple(images)))
 
 
-def with_preset(pipeline: Any, preset: str) -> Any:
-    """The pipeline as a preset of `PRXPipeline` has it: a second one around the same networks, with another solver."""
+def with_preset(pipeline: Any, preset: str, steps: int) -> tuple[Any, list[float] | None]:
+    """The pipeline as a preset of `PRXPipeline` has it, and the noise levels for its call.
+
+    It is a second pipeline around the same networks, with another solver: nothing that another request sees.
+    """
     if preset == "exact":
-        return pipeline
+        return pipeline, None
     pipeline = copy.copy(pipeline)
-    shift = pipeline.scheduler.config.get("flow_shift") or pipeline.scheduler.config["shift"]
-    solver = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=float(shift)
-    )
-    pipeline.register_modules(scheduler=solver)
-    return pipeline
+    pipeline.register_modules(scheduler=fast_scheduler())
+    return pipeline, fast_sigmas(steps)
 
 
 def predicted_clean(before: torch.Tensor, after: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
-    """The clean image that a step went towards, guidance and the solver's memory of earlier steps included.
+    """The clean image that a step went towards, with guidance: it stepped along x_s = x_0 + (s / t) (x_t - x_0).
 
-    Euler and DPM-Solver++ (arXiv 2211.01095) both step along x_s = x_0 + (s / t) (x_t - x_0).
+    For Euler that is the prediction of the network; UniPC (arXiv 2302.04867) puts its memory of the steps before into
+    it, and what it corrected of `before`.
 
     Args:
         before: (B, C, h, w), x_t at the noise level `sigma`.

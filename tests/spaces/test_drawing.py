@@ -49,13 +49,14 @@ def pixels(image) -> np.ndarray:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pictures_are_those_of_the_pipelines_call(cache, model, preset):
     updates = list(draw(request(model, preset=preset, images=2), cache))
-    pipeline = with_preset(cache.get(model)[0], preset)
+    pipeline, levels = with_preset(cache.get(model)[0], preset, 4)
     expected = pipeline(
         PROMPT,
         num_inference_steps=4,
         guidance_scale=3.0,
         num_images_per_prompt=2,
         generator=tiny.generators(5, 6),
+        sigmas=levels,
     ).images
     for image, other in zip(updates[-1].images, expected, strict=True):
         assert np.array_equal(pixels(image), pixels(other))
@@ -77,10 +78,11 @@ def test_an_image_of_several_is_the_one_drawn_alone(cache):
 def test_the_clean_image_is_what_the_solver_aimed_at(preset):
     """On exactly solvable data: a step of Euler aims at the prediction itself; every last step ends on its aim."""
     network = tiny.transformer(cls=tiny.GaussianData)
-    pipeline = with_preset(tiny.latent_pipeline(transformer=network, scheduler=PRXFlowMatchScheduler()), preset)
+    pipeline = tiny.latent_pipeline(transformer=network, scheduler=PRXFlowMatchScheduler())
+    pipeline, levels = with_preset(pipeline, preset, 6)
     noise = torch.randn(2, 4, 16, 16)
     scheduler = copy.deepcopy(pipeline.scheduler)
-    set_schedule(scheduler, 6)
+    set_schedule(scheduler, 6, sigmas=levels)
     sigmas = scheduler.sigmas
     states = [noise]
     pipeline(
@@ -89,6 +91,7 @@ def test_the_clean_image_is_what_the_solver_aimed_at(preset):
         guidance_scale=1,
         num_images_per_prompt=2,
         latents=noise,
+        sigmas=levels,
         output_type="latent",
         callback_on_step_end=lambda _, step, timestep, tensors: states.append(tensors["latents"]) or {},
     )
@@ -181,7 +184,7 @@ def test_stops_and_starts_never_make_more_threads_compute(cache):
     for updates in keep:
         next(updates)
     assert all(last(updates).images for updates in keep)
-    assert most[0] == 2
+    assert 1 <= most[0] <= 2
 
 
 def test_two_at_once_do_not_disturb_each_other(cache):
