@@ -34,7 +34,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         run_history=False,
         ssr_mode=False,
         show_error=True,
-        state_session_capacity=1000,
+        state_session_capacity=300,  # a program makes a new session with each request
         footer_links=["api"],
         app_kwargs={"exception_handlers": {FnIndexInferError: no_such_endpoint}},
         **options,
