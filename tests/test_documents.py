@@ -62,7 +62,9 @@ def made_by_make() -> tuple[str, str]:
     return "Makefile", "\n".join(lines)
 
 
-SNIPPETS = [snippet for file in DOCUMENTS for snippet in blocks(file, "python", "py")] + [made_by_make()]
+# the Space's own snippet needs a page that is served: tests/spaces/test_app.py runs it
+IN_PYTHON = [file for file in DOCUMENTS if "spaces" not in file.parts]
+SNIPPETS = [snippet for file in IN_PYTHON for snippet in blocks(file, "python", "py")] + [made_by_make()]
 
 
 def save_what_it_loads(code: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
+import argparse
 import random
 import traceback
 from collections.abc import Iterator, Mapping
@@ -304,6 +305,13 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
     return demo.queue(max_size=QUEUE_SIZE, api_open=False)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__
+    ).parse_args()  # variables set it, see README.md: a Space gives no flags
     found = find_models()
     launch(build(found, ModelCache(found, find_loras())))
+
+
+if __name__ == "__main__":
+    main()

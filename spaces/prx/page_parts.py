@@ -15,8 +15,8 @@ SMALL = 128  # pictures of at most so many pixels are shown as the pixels they a
 
 SCENES = (
     "a big red circle at the top left and a small blue square in the lower right corner on a white background.",
-    "a large green heart in the middle on a black background.",
-    "a yellow star on the left and a purple triangle on the right on a grey background.",
+    "a large green triangle in the upper right corner on a black background.",
+    "a small yellow cross at the bottom left and a large purple circle at the top right on a black background.",
 )
 PICTURES = (
     "A front-facing portrait of a lion in the golden savanna at sunset",

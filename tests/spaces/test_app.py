@@ -55,6 +55,20 @@ def port(served):
     return served[0]
 
 
+def test_the_snippet_of_the_readme_draws(port):
+    code = re.search(r"```python\n(.*?)```", (SPACE / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("7860", str(port)).replace('"quickstart"', '"pixels"')
+    code = code.replace("client.predict", "answer = client.predict")
+    names: dict = {}
+    exec(code, names)
+    status, _, gallery, about, *_ = names["answer"]
+    assert "Done" in status
+    assert "32 x 32" in about
+    [picture] = gallery["value"] if isinstance(gallery, dict) else gallery
+    with Image.open(picture["image"]) as image:
+        assert image.size == (32, 32)
+
+
 def get(port: int, path: str, method: str = "GET", body: bytes = b"", headers: dict | None = None):
     """Status and body of an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)

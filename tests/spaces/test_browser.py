@@ -121,9 +121,9 @@ def test_the_whole_way(page, cache):
     page.get_by_role("option", name="latents").click()
     page.get_by_role("button", name="Roll the dice").first.click()
     expect(page.get_by_label("Seed").first).not_to_have_value("0")
-    page.get_by_role("button", name=re.compile("green heart")).click()
-    expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green heart"))
-    fill(page, "a green heart", 2)
+    page.get_by_role("button", name=re.compile("green triangle")).click()
+    expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green triangle"))
+    fill(page, "a green triangle", 2)
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(page.locator(".details").get_by_text("latents", exact=True)).to_be_visible(timeout=SECONDS)
     # compare
