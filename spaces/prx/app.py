@@ -308,7 +308,7 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__
-    ).parse_args()  # variables set it, see README.md: a Space gives no flags
+    ).parse_args()  # settings are variables, see README.md
     found = find_models()
     launch(build(found, ModelCache(found, find_loras())))
 

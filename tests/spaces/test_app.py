@@ -257,8 +257,8 @@ def test_a_full_queue_refuses_and_keeps_its_order(served):
         thread.join(60)
     if refused.kind == "refused":  # on a fast machine one of the waiting may have had its turn before
         assert "Queue is full" in refused.said
-    assert len(order) == app.QUEUE_SIZE
-    assert max(abs(place - number + 2) for place, number in enumerate(order)) <= 4  # two at a time, heard by threads
+    assert len(order) == app.QUEUE_SIZE  # two at a time, heard by threads
+    assert max(abs(place - number + 2) for place, number in enumerate(order)) <= 4, order
     for visitor in visitors:
         visitor.leave()
 

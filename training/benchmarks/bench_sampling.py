@@ -37,7 +37,7 @@ from typing import Any
 
 import diffusers
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
 from diffusers_prx import PRXFlowMatchScheduler, PRXPipeline, PRXTransformer2DModel, fast_scheduler, fast_sigmas
@@ -100,6 +100,8 @@ def make_pipelines(dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     words = {word: place for place, word in enumerate(["<pad>", "<unk>", "<bos>", *map(word_of, range(1000))])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    bos = ("<bos>", words["<bos>"])  # as Gemma's: also an empty prompt has a token
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", model_max_length=WINDOW, padding_side="right"
     )
