@@ -89,6 +89,31 @@ class StoredImages(ABC):
         return UnreadableSample(f"sample {index} has {reason} ({self.place(index)})")
 
 
+class OneCaption(StoredImages):
+    """Images of another source that all have the same caption; its own are not read.
+
+    Args:
+        images: the source.
+        caption: the caption.
+    """
+
+    def __init__(self, images: StoredImages, caption: str):
+        self.images = images
+        self.caption = caption
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def stored_image(self, index: int) -> bytes | str | None:
+        return self.images.stored_image(index)
+
+    def stored_captions(self, index: int) -> dict[str, Any]:
+        return {"instance_prompt": self.caption}
+
+    def place(self, index: int) -> str:
+        return self.images.place(index)
+
+
 class Slice:
     """Samples [start, stop) of another source."""
 

@@ -28,7 +28,7 @@ import fsspec
 import pyarrow as pa
 from diffusers.utils import logging
 
-from .captioned import CaptionedImages, ListedImages, Slice, StoredImages
+from .captioned import CaptionedImages, ListedImages, OneCaption, Slice, StoredImages
 from .captions import find_caption
 from .images import UnreadableSample, image_endings, image_value, to_rgb
 from .scenes import CAPTIONS, Scene, ScenesDataset, long_caption, one_of, sample_scene, short_caption
@@ -91,7 +91,8 @@ class FolderImages(StoredImages):
 
     Args:
         folder: the folder.
-        caption_columns: endings of files (`txt`, `long.txt`; `text` is also .txt) or keys of a .json beside the image.
+        caption_columns: endings of files (`txt`, `long.txt`; `text` is also .txt) or keys of a .json beside the image;
+            none: captions are not asked for.
 
     Raises:
         ValueError: if it has no image, or none with such a caption.
@@ -102,6 +103,10 @@ class FolderImages(StoredImages):
         files = {str(file) for file in folder.rglob("*") if not file.name.startswith(".")}
         self.paths = sorted(file for file in files if file.rpartition(".")[2].lower() in kinds)
         self.caption_columns = tuple(caption_columns)
+        if not self.caption_columns:
+            if not self.paths:
+                raise ValueError(f"The folder {folder} has no images.")
+            return
         endings = {*self.caption_columns, "json"} | ({"txt"} if "text" in caption_columns else set())
         captioned = sum(any(f"{_stem(path)}.{ending}" in files for ending in endings) for path in self.paths)
         if not captioned:
@@ -248,6 +253,7 @@ def load_source(
     caption_columns: Sequence[str] = ("text",),
     cache_dir: str | None = None,
     scenes: dict[str, Any] | None = None,
+    instance_prompt: str | None = None,
 ) -> ListedImages:
     """Open a source for reading by index.
 
@@ -258,6 +264,7 @@ def load_source(
         caption_columns: one or more; for tars and folders see `captions.find_caption`, for scenes `long` and `short`.
         cache_dir: where the indices of tars are kept; none: they are made at every start.
         scenes: arguments of `ScenesDataset`.
+        instance_prompt: the caption of every image, in place of `caption_columns`; not for scenes.
 
     Raises:
         ValueError: for a name that is nothing, files that cannot be read, tars that are elsewhere, or a missing split
@@ -265,7 +272,21 @@ def load_source(
         OSError: if the disk is full when the cache of `datasets` is written.
     """
     if name == "scenes":
+        assert instance_prompt is None, "scenes have captions of their own"
         return SceneImages(ScenesDataset(**(scenes or {})), caption_columns)
+    columns = caption_columns if instance_prompt is None else ()
+    images = _load_stored(name, config_name, split, image_column, columns, cache_dir)
+    return images if instance_prompt is None else OneCaption(images, instance_prompt)
+
+
+def _load_stored(
+    name: str,
+    config_name: str | None,
+    split: str,
+    image_column: str,
+    caption_columns: Sequence[str],
+    cache_dir: str | None,
+) -> StoredImages:
     if name.endswith(".tar") and is_remote(name):
         raise ValueError(f"{name} is not on this machine: stream it (`streaming`), or download it first.")
     if tars := _files(name, ".tar"):

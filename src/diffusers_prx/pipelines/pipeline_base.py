@@ -37,6 +37,7 @@ from .check_inputs import (
     check_token_route,
 )
 from .loading import resolve_components, stored_form
+from .lora import PRXLoraLoaderMixin
 from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
 from .prompt_cleaning import clean_prompt, repair_prompt
@@ -60,7 +61,7 @@ class _CallState(threading.local):
         return type(self), ()  # a copied or unpickled pipeline starts with a state of its own
 
 
-class PRXPipelineBase(DiffusionPipeline):
+class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     """The shared part; use `PRXPipeline` or `PRXPixelPipeline`."""
 
     # in the order and under the names that diffusers looks for
@@ -173,7 +174,16 @@ class PRXPipelineBase(DiffusionPipeline):
         return resolve_components(cls, loaded, folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `DiffusionPipeline.save_pretrained`; what stock diffusers can express, it loads without this package."""
+        """As `DiffusionPipeline.save_pretrained`; what stock diffusers can express, it loads without this package.
+
+        Raises:
+            ValueError: the transformer has adapters, whose layers a saved transformer has no place for.
+        """
+        if adapters := list(getattr(self.transformer, "peft_config", {})):
+            raise ValueError(
+                f"`transformer` has the adapters {adapters}. To save it without them, call `unload_lora_weights` "
+                "before; with them in its weights, `fuse_lora` and then `unload_lora_weights`."
+            )
         DiffusionPipeline.save_pretrained(stored_form(self), str(save_directory), *args, **kwargs)
 
     # Text.

@@ -7,7 +7,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from .config import TrainingConfig
-from .distributed import Trained
+from .distributed import Trained, learning
 
 
 class Averages:
@@ -24,21 +24,21 @@ class Averages:
     def __init__(self, trained: Trained, cfg: TrainingConfig):
         self.trained = trained
         self.models = {
-            name: EMAModel(module.parameters(), decay=cfg.ema_decay, foreach=True)
+            name: EMAModel(learning(module).values(), decay=cfg.ema_decay, foreach=True)
             for name, module in trained.named_children()
             if cfg.use_ema and name != "projector"
         }
 
     def update(self) -> None:
         for name, model in self.models.items():
-            model.step(self.trained.get_submodule(name).parameters())
+            model.step(learning(self.trained.get_submodule(name)).values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The averages by the names of their parameters in `trained`; not copied."""
         return {
             f"{name}.{key}": value
             for name, model in self.models.items()
-            for (key, _), value in zip(self.trained.get_submodule(name).named_parameters(), model.shadow_params)
+            for key, value in zip(learning(self.trained.get_submodule(name)), model.shadow_params)
         }
 
     def state_dict(self) -> dict[str, int]:

@@ -23,11 +23,13 @@ from ..evaluation.networks import pipeline_fingerprint
 from ..evaluation.pictures import load_pipeline
 from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
 from .config import TrainingConfig, sources_of
-from .publishing import CARD_FILE, CARD_MARKER, LOADED_FROM, is_ours
+from .publishing import ADAPTER_LOADED_FROM, CARD_FILE, CARD_MARKER, LOADED_FROM, is_ours
 
 REPORT_FILE = "training.json"
 PICTURES = "widget"  # one for each validation prompt
 TAGS = ["prx", "text-to-image", "diffusers", "flow-matching"]
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_TEMPLATE = "template_lora.md"  # of an adapter's card, beside the template of a pipeline's
 PACKAGE_LICENSE = "apache-2.0"
 UNKNOWN_LICENSE = "unknown"  # the Hub's own word for it
 SCENES = "scenes"
@@ -51,8 +53,8 @@ def write_card(
     """Write README.md of a finished run's folder anew.
 
     Args:
-        folder: with the pipeline and training.json.
-        template: see model_cards/template.md.
+        folder: with the pipeline, or the adapter, and training.json.
+        template: see model_cards/template.md; that of an adapter's card stands beside it.
         report: of an evaluation of the pipeline in the folder, see `read_report`; None: the card says that there was
             none.
         load_from: the folder or repository that its code loads; None: the folder.
@@ -65,7 +67,8 @@ def write_card(
     Raises:
         ValueError: if there is no finished run, or a card that somebody has made their own.
     """
-    for needed in (REPORT_FILE, "model_index.json"):
+    adapter = (folder / ADAPTER_FILE).is_file() and not (folder / "model_index.json").is_file()
+    for needed in (REPORT_FILE, ADAPTER_FILE if adapter else "model_index.json"):
         if not (folder / needed).is_file():
             raise ValueError(
                 f"{folder} has no {needed}: a card is written of a finished run of training/train_prx.py."
@@ -86,7 +89,7 @@ def write_card(
         pipeline_tag="text-to-image",
         license=license,
         language="en" if _is_all_ours(stages) else None,
-        tags=TAGS,
+        tags=[*TAGS, "lora"] if adapter else TAGS,
         base_model=_hub_id(cfg.pretrained_model_name_or_path),
         datasets=sorted({source for source in _sources(stages) if _hub_id(source)}) or None,
         widget=[_widget(folder, place, prompt) for place, prompt in enumerate(prompts)] or None,
@@ -95,11 +98,11 @@ def write_card(
     )
     card = ModelCard.from_template(
         card_data,
-        template_path=str(template),
+        template_path=str(template.with_name(ADAPTER_TEMPLATE) if adapter else template),
         name=name,
         load_from=load_from,
-        pipeline_class=json.loads((folder / "model_index.json").read_text())["_class_name"],
-        prompt=(prompts or ["a small red circle on a white background."])[0],
+        pipeline_class=record["pipeline_class"] if adapter else _stored_class(folder),
+        prompt=(prompts or [cfg.instance_prompt or "a small red circle on a white background."])[0],
         record=record,
         config=stages[-1],
         stages=_stage_facts(stages, record["steps"], record["processes"]),
@@ -118,12 +121,16 @@ def write_card(
     return card_file
 
 
+def _stored_class(folder: Path) -> str:
+    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+
+
 def said_before(folder: Path) -> dict[str, str | None]:
     """What a user may have said of a card that is there, as arguments of `write_card`: `load_from` and `license`."""
     if not is_ours(folder / CARD_FILE):
         return {"load_from": None, "license": None}
     card = ModelCard.load(folder / CARD_FILE)
-    loaded = LOADED_FROM.search(card.text)
+    loaded = ADAPTER_LOADED_FROM.search(card.text) or LOADED_FROM.search(card.text)
     return {"load_from": loaded[0] if loaded else None, "license": card.data.license}
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from .distributed import Exchange
+from .distributed import Exchange, learning
 
 NAME = re.compile(r"checkpoint-\d+")
 RUN_FILE, COMPLETE_FILE, UNFINISHED = "run.json", "complete.json", ".unfinished"
@@ -248,7 +248,7 @@ def named_tensors(trained: nn.Module, optimizer: Optimizer, averages: Mapping[st
     """Everything that training changes, by name; sharded where the parameters are, and not copied.
 
     Args:
-        trained: the module.
+        trained: the module; what of it is frozen is where the run has it from.
         optimizer: of its parameters; all that it keeps of one are tensors.
         averages: by the name of the parameter.
 
@@ -256,7 +256,7 @@ def named_tensors(trained: nn.Module, optimizer: Optimizer, averages: Mapping[st
         `weights.NAME`, `optimizer.NAME.KEY` for all that the optimizer keeps of a parameter, and `average.NAME`.
     """
     tensors: dict[str, Any] = {}
-    for name, parameter in trained.named_parameters():
+    for name, parameter in learning(trained).items():
         tensors[f"weights.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -269,7 +269,7 @@ def load_tensors(
     """Read what `named_tensors` has named, in place, on any number of processes and in any sharding."""
     stored: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     optimizer.state.clear()
-    for name, parameter in trained.named_parameters():
+    for name, parameter in learning(trained).items():
         prefix = f"optimizer.{name}."
         for path in stored:
             key = path.removeprefix(prefix)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from .publishing import check_name
 # What a stage of a run may change; everything else belongs to the run as a whole.
 STAGE_SETTINGS = (
     "dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "image_column", "caption_column",
-    "data_sources", "caption_weights", "streaming", "data_cache_dir",
+    "instance_prompt", "data_sources", "caption_weights", "streaming", "data_cache_dir",
     "scenes_level", "scenes_caption", "resolution", "aspect_ratio_buckets", "max_aspect_ratio", "max_upscale",
     "max_crop", "center_crop", "random_flip", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "max_grad_norm", "caption_dropout",
@@ -28,6 +28,12 @@ STAGE_SETTINGS = (
 )  # fmt: skip
 # The share of unreadable samples is judged over at least this many, so that a single one does not stop a run.
 SAMPLES_BEFORE_JUDGING = 1000
+# What an adapter changes unless told otherwise: every matrix of the blocks but that of the modulation.
+LORA_LAYERS = (
+    "attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+# Flags of diffusers' scripts for settings that have another name here.
+ALIASES = {"lora_rank": "--rank"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class DataSource:
     Args:
         name: as `data.sources.load_source` takes it.
         weight: its share of the samples, in proportion to those of the others; None: every sample once per epoch.
-        config_name, split, image_column, caption_column: see `load_source`.
+        config_name, split, image_column, caption_column, instance_prompt: see `load_source`.
     """
 
     name: str
@@ -46,6 +52,7 @@ class DataSource:
     split: str
     image_column: str
     caption_column: str
+    instance_prompt: str | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,22 @@ class TrainingConfig:
     noise_scale: Annotated[float, "Standard deviation of the noise at t = 1."] = 1.0
     max_sequence_length: Annotated[int, "Captions are cut to this many tokens; how many were cut is printed."] = 256
 
+    # an adapter of the transformer, in place of its weights
+    lora_rank: Annotated[
+        int | None,
+        "Train a LoRA adapter (arXiv 2106.09685) of this rank for the pretrained pipeline's transformer, which stays "
+        "as it is; none: train the transformer itself.",
+    ] = None
+    lora_alpha: Annotated[
+        int | None, "The adapter's product is multiplied by `lora_alpha` / `lora_rank`; none: by 1."
+    ] = None
+    lora_dropout: Annotated[float, "Share of the adapter's inputs that are dropped in training."] = 0.0
+    lora_layers: Annotated[
+        list,
+        "Linear layers that get an adapter, by the ends of their names: [attention.img_qkv_proj, modulation.lin].",
+    ] = field(default_factory=lambda: list(LORA_LAYERS))
+    use_dora: Annotated[bool, "Train the lengths of the weights' rows as well (DoRA, arXiv 2402.09353)."] = False
+
     # the data
     dataset_name: Annotated[
         str | None,
@@ -93,10 +116,15 @@ class TrainingConfig:
     data_sources: Annotated[
         list,
         "Several sources instead of --dataset_name: mappings with `name` and, where they differ, `weight`, "
-        "`config_name`, `split`, `image_column`, `caption_column`.",
+        "`config_name`, `split`, `image_column`, `caption_column`, `instance_prompt`.",
     ] = field(default_factory=list)
     image_column: Annotated[str, "Column that holds the images."] = "image"
     caption_column: Annotated[str, "Column that holds the captions."] = "text"
+    instance_prompt: Annotated[
+        str | None,
+        "Caption of every image of stored data, in place of captions of its own, as DreamBooth has it (arXiv "
+        "2208.12242); scenes keep theirs.",
+    ] = None
     caption_weights: Annotated[
         dict,
         "Caption columns with weights, one drawn per sample: {long: 0.7, short: 0.2, tags: 0.1}; over "
@@ -297,6 +325,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        self._check_adapter()
         self._check_combinations()
         self._check_techniques()
         self.stage_configs()
@@ -306,7 +335,7 @@ class TrainingConfig:
             "tokenizer_vocab_size max_sequence_length resolution train_batch_size gradient_accumulation_steps "
             "max_train_steps ema_update_every validation_steps validation_inference_steps checkpointing_steps "
             "logging_steps checkpoints_total_limit lr_decay_steps repa_until_step repa_check_steps repa_check_window "
-            "dino_size shift_base_resolution repa_projector_size sharding_size "
+            "dino_size shift_base_resolution repa_projector_size sharding_size lora_rank lora_alpha "
             "step_timeout_seconds"
         )
         for name in at_least_one.split():
@@ -339,7 +368,15 @@ class TrainingConfig:
         for name in ["caption_dropout", "uniform_fraction", "max_corrupt_share", "max_crop"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a share in [0, 1], got {getattr(self, name)}.")
-        for name in ["adam_beta1", "adam_beta2", "ema_decay", "muon_momentum", "route_ratio", "activation_budget"]:
+        for name in [
+            "adam_beta1",
+            "adam_beta2",
+            "ema_decay",
+            "muon_momentum",
+            "route_ratio",
+            "activation_budget",
+            "lora_dropout",
+        ]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
 
@@ -420,6 +457,17 @@ class TrainingConfig:
             raise ValueError(
                 "`data_sources` need a `weight` each where they have no end: with scenes, and with `streaming`."
             )
+        if self.instance_prompt is not None and all(source.name == "scenes" for source in sources):
+            raise ValueError("`instance_prompt` is for stored data; `dataset_name` scenes have captions of their own.")
+        prompted = [source.instance_prompt for source in sources if source.instance_prompt is not None]
+        for name, used in (("caption_weights", bool(self.caption_weights)), ("streaming", self.streaming)):
+            if prompted and used:
+                raise ValueError(
+                    f"`instance_prompt` {prompted[0]!r} is the one caption of images that are read by index: leave "
+                    f"out `{name}`."
+                )
+        if not all(prompt.strip() for prompt in prompted):
+            raise ValueError(f"`instance_prompt` must be a text, got {prompted}.")
         for column, weight in self.caption_weights.items():
             if not _is_weight(weight):
                 raise ValueError(f"`caption_weights` must be positive and finite, got {weight!r} for {column}.")
@@ -497,6 +545,34 @@ class TrainingConfig:
             raise ValueError(
                 "`lpips_weight` and `dino_weight` compare pixels, but `vae_name_or_path` makes this a run in latents: "
                 "set `perceptual_decode_latents` to decode the predicted latents in every step."
+            )
+
+    def _check_adapter(self) -> None:
+        """Refuse what an adapter cannot be, and what cannot be beside one."""
+        if self.lora_rank is None:
+            for name, off in (("lora_alpha", None), ("lora_dropout", 0.0), ("use_dora", False)):
+                if getattr(self, name) != off:
+                    raise ValueError(f"`{name}` is {getattr(self, name)}, but there is no `lora_rank`: give one.")
+            if self.lora_layers != list(LORA_LAYERS):
+                raise ValueError(f"`lora_layers` is {self.lora_layers}, but there is no `lora_rank`: give one.")
+            return
+        if not self.lora_layers or not all(isinstance(name, str) and name for name in self.lora_layers):
+            raise ValueError(f"`lora_layers` must be a list of names of layers, got {self.lora_layers}.")
+        if self.pretrained_model_name_or_path is None:
+            raise ValueError(
+                f"`lora_rank` is {self.lora_rank}, but there is no `pretrained_model_name_or_path`: an adapter is "
+                "trained on a pipeline and loaded on it again."
+            )
+        for name in ("transformer_config", "vae_name_or_path", "text_encoder_name_or_path", "train_text_encoder"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but an adapter (`lora_rank`) is loaded on the pretrained "
+                    "pipeline as it is: leave it out."
+                )
+        if self.optimizer == "muon":
+            raise ValueError(
+                "`optimizer` muon orthogonalises the updates of whole weights, of which an adapter (`lora_rank`) has "
+                "only factors: use adamw."
             )
 
     def too_many_unreadable(self, unreadable: int, read: int) -> bool:
@@ -587,6 +663,7 @@ def sources_of(cfg: TrainingConfig) -> list[DataSource]:
             "split": cfg.dataset_split,
             "image_column": cfg.image_column,
             "caption_column": caption_column,
+            "instance_prompt": None if source["name"] == "scenes" else cfg.instance_prompt,
         }
         sources.append(DataSource(**settings | source))
     return sources
@@ -610,7 +687,7 @@ def _check_source(source: Any, weighted_captions: bool) -> None:
                 raise ValueError(f"`data_sources`: `weight` must be positive and finite, got {value!r}.")
         elif not isinstance(value, str):
             raise ValueError(f"`data_sources`: `{name}` must be a word or a path, got {value!r}.")
-    drawn = sorted(set(source) & {"config_name", "split", "image_column"})
+    drawn = sorted(set(source) & {"config_name", "split", "image_column", "instance_prompt"})
     if source["name"] == "scenes" and drawn:
         raise ValueError(f"`data_sources` has {drawn} for scenes, which are drawn on the fly: leave them out.")
     if weighted_captions and "caption_column" in source:
@@ -658,9 +735,23 @@ def _check(name: str, value: Any, annotation: Any) -> Any:
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """The configuration of a run: what `parse_settings` reads over the defaults.
+
+    Raises:
+        ValueError: see `parse_settings` and `TrainingConfig`.
+        SystemExit: see `parse_settings`.
+    """
+    return TrainingConfig(**parse_settings(argv))
+
+
+def parse_settings(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read the command line: `--config recipe.yaml` and flags over it.
 
     Values of flags are read as YAML, so that lists and mappings can be given: --validation_prompts '[a cat, a dog]'.
+
+    Args:
+        argv: without the script's name; that of the process when None.
+        defaults: of this script, where they are not those of `TrainingConfig`; under the recipe.
 
     Raises:
         ValueError: for an unknown key in the recipe, or a value of the wrong type.
@@ -670,10 +761,10 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         name: typing.get_args(hint)
         for name, hint in typing.get_type_hints(TrainingConfig, include_extras=True).items()
     }  # name: (type, help)
-    defaults = {
+    shown = {
         option.name: option.default_factory() if callable(option.default_factory) else option.default
         for option in dataclasses.fields(TrainingConfig)
-    }
+    } | dict(defaults or {})
     parser = argparse.ArgumentParser(
         description="Train PRX. A recipe's settings are over the defaults, flags are over the recipe's.",
         usage="%(prog)s [--config RECIPE.yaml] [--SETTING VALUE ...]",
@@ -682,9 +773,10 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     parser.add_argument("--config", type=Path, metavar="RECIPE", help="YAML with any of the settings below.")
     switch: dict[str, Any] = {"nargs": "?", "const": "true"}  # --use_ema as well as --use_ema false
     for name, (annotation, text) in hints.items():
-        default = "null" if defaults[name] is None else defaults[name]
+        default = "null" if shown[name] is None else shown[name]
         parser.add_argument(
             f"--{name}",
+            *([ALIASES[name]] if name in ALIASES else []),
             help=f"{text} ({_accepts(annotation)[0]}; default: {default})",
             default=argparse.SUPPRESS,
             metavar="VALUE",
@@ -692,14 +784,14 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         )
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("config")
-    settings = {} if recipe is None else load_recipe(recipe)
+    settings = dict(defaults or {}) | ({} if recipe is None else load_recipe(recipe))
     staged = sorted({name for stage in settings.get("stages") or [] for name in flags if name in stage})
     if staged:
         raise ValueError(f"The stages of {recipe} set {staged} themselves, over flags: give --stages instead.")
     for name, text in flags.items():
         # a plain word or path stays as it was typed
         settings[name] = text if hints[name][0] in (str, str | None) and text != "null" else _read_yaml(name, text)
-    return TrainingConfig(**{name: _check(name, value, hints[name][0]) for name, value in settings.items()})
+    return {name: _check(name, value, hints[name][0]) for name, value in settings.items()}
 
 
 def _read_yaml(source: str | Path, text: str) -> Any:

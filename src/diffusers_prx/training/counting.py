@@ -133,8 +133,13 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
     """Every network of a run with its configuration and no values, frozen or to be trained as in the run.
 
     Raises:
-        ValueError: for a network whose configuration is neither known nor can be read, or that does not fit.
+        ValueError: for a network whose configuration is neither known nor can be read, or that does not fit; for an
+            adapter, which is not counted.
     """
+    if cfg.lora_rank is not None:
+        raise ValueError(
+            f"`lora_rank` is {cfg.lora_rank}: only the training of whole networks is planned; leave it out."
+        )
     made = outline(cfg, "cpu", tables=True)
     transformer = made.transformer
     if cfg.text_encoder_config:

@@ -50,6 +50,11 @@ class Trained(nn.Module):
         return compute(*arguments)
 
 
+def learning(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a run changes, by name: all of a module, or the adapter's of one that has an adapter."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def start_accelerator(cfg: TrainingConfig) -> Accelerator:
     """The processes, precision, accumulation and trackers of a run, through accelerate.
 
@@ -179,6 +184,8 @@ def whole_module(module: Any) -> Any:
     original: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
     make = getattr(original, "from_config", original)  # diffusers', or a constructor of transformers
     new = make(sharded.config)
+    for name, settings in getattr(sharded, "peft_config", {}).items():
+        new.add_adapter(settings, name)
     with torch.no_grad():
         for name, parameter in new.named_parameters():
             parameter.data = weights.pop(name)

@@ -13,6 +13,8 @@ import PIL.Image
 from .cards import PICTURES, REPORT_FILE, begun_stages, write_card
 from .checkpoints import RunState, is_complete, read_run, read_tensors
 from .config import TrainingConfig
+from .distributed import learning
+from .lora import save_adapter
 from .nets import Nets, build_nets
 from .publishing import CARD_FILE, is_ours
 from .stages import CAPTIONS_FOR_TOKENIZER, build_stages
@@ -43,7 +45,11 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[s
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "seconds_waiting_for_data": round(state.seconds_waiting, 1),
+        "pipeline_class": "PRXPixelPipeline" if nets.vae is None else "PRXPipeline",
         "parameters": sum(p.numel() for p in nets.transformer.parameters()),
+        "trained_parameters": sum(
+            p.numel() for module in nets.trainable(cfg).values() for p in learning(module).values()
+        ),
         **machine,
         "samples_read": state.samples_read,
         "unreadable": state.unreadable,
@@ -102,11 +108,15 @@ def export_run(
     cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any], card_template: Path,
     repo_id: str | None = None,
 ) -> None:  # fmt: skip
-    """Save the pipeline and everything beside it to `output_dir`; the main process calls this once, at the end."""
+    """Save the pipeline, or the adapter, and everything beside it to `output_dir`; the main process calls this once,
+    at the end."""
     output_dir = Path(cfg.output_dir)
     stage = last_stage(cfg, state)
     pipeline = nets.pipeline(stage)
-    pipeline.save_pretrained(output_dir)
+    if cfg.lora_rank is None:
+        pipeline.save_pretrained(output_dir)
+    else:
+        save_adapter(cfg, nets.transformer, output_dir)
     write_record(cfg, state, nets, machine)
     plot_loss(state, output_dir / "loss_curve.png")
     shutil.rmtree(output_dir / PICTURES, ignore_errors=True)  # of what was there before
@@ -147,7 +157,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, 
     parameters = {
         f"{kind}.{name}.{key}": parameter.data
         for name, module in nets.trainable(cfg).items()
-        for key, parameter in module.eval().named_parameters()
+        for key, parameter in learning(module.eval()).items()
     }
     read_tensors(checkpoint, parameters)
     export_run(cfg, state, nets, saved["machine"], card_template)

@@ -1,6 +1,7 @@
 """The networks of a run: loaded from a pipeline, from their own folders, or made new."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from .alignment import FeatureCache, build_projector
 from .config import TrainingConfig
+from .lora import add_adapter
 from .losses import LPIPSLoss
 from .teachers import load_teacher
 
@@ -77,7 +79,7 @@ class Nets:
         return repair_prompt if self.vae is None else clean_prompt
 
     def trainable(self, cfg: TrainingConfig) -> dict[str, nn.Module]:
-        """The modules that the optimizer changes, by their name here."""
+        """The modules that the optimizer changes, by their name here: of each what has `requires_grad`."""
         modules: dict[str, nn.Module] = {"transformer": self.transformer}
         if cfg.train_text_encoder:
             modules["text_encoder"] = self.text_encoder
@@ -358,6 +360,8 @@ def build_nets(
         module.requires_grad_(True).train()
     if cfg.weights_dtype == "bf16":
         transformer.to(torch.bfloat16)
+    if cfg.lora_rank is not None:
+        add_adapter(cfg, transformer)
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
@@ -441,11 +445,39 @@ def _the_same(stages: list[TrainingConfig], *names: str) -> TrainingConfig:
 
 def pipeline_class_of(cfg: TrainingConfig) -> type[PRXPipeline] | type[PRXPixelPipeline]:
     """Which of the two pipelines a saved one is."""
+    config = DiffusionPipeline.load_config(cfg.pretrained_model_name_or_path, revision=cfg.revision)
+    return _named_class(config["_class_name"])
+
+
+def _named_class(name: str) -> type[PRXPipeline] | type[PRXPixelPipeline]:
     classes = {"PRXPipeline": PRXPipeline, "PRXPixelPipeline": PRXPixelPipeline}
-    name = DiffusionPipeline.load_config(cfg.pretrained_model_name_or_path, revision=cfg.revision)["_class_name"]
     if name not in classes:
         raise ValueError(f"`pretrained_model_name_or_path` holds a {name}; accepted: {sorted(classes)}.")
     return classes[name]
+
+
+def saved_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """The settings of a run that goes on from a saved pipeline in the way in which that was trained.
+
+    Raises:
+        ValueError: if it is none of the two.
+    """
+    cfg = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    pipeline_class: Any = _named_class(cfg["_class_name"])
+    unsaid = {name: value.default for name, value in inspect.signature(pipeline_class.__init__).parameters.items()}
+    where: dict[str, Any] = {"revision": revision} if revision else {}
+    if pipeline_class is PRXPixelPipeline:
+        tokens = cfg.get("prompt_max_tokens", unsaid["prompt_max_tokens"])
+    else:
+        tokens = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **where).model_max_length
+    scheduler = PRXFlowMatchScheduler.load_config(name_or_path, subfolder="scheduler", **where)
+    return {
+        "prediction_type": cfg.get("prediction_type") or pipeline_class.default_prediction_type,
+        "noise_scale": cfg.get("noise_scale", unsaid["noise_scale"]),
+        "resolution": cfg.get("default_sample_size") or pipeline_class.default_resolution,
+        "max_sequence_length": tokens,
+        "shift": float(scheduler.get("shift", 1.0)),
+    }
 
 
 def _check_continued(cfg: TrainingConfig, pipeline: PRXPipeline | PRXPixelPipeline) -> None:

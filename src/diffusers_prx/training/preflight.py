@@ -20,6 +20,7 @@ from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
 from .config import TrainingConfig, cache_folder, sources_of
 from .known_networks import autoencoder_outline, teacher_outline, text_config
+from .lora import add_adapter
 from .nets import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .optimizers import muon_weights
 from .publishing import require_token
@@ -57,7 +58,7 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
 
     Raises:
         ValueError: for an autoencoder of a class that `latents.py` does not know, an unknown key of
-            `transformer_config`, or settings that do not fit the networks.
+            `transformer_config`, an unknown layer in `lora_layers`, or settings that do not fit the networks.
     """
     vae, saved = None, cfg.pretrained_model_name_or_path
     where: dict[str, Any] = {"subfolder": "transformer", "revision": cfg.revision}
@@ -74,6 +75,8 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
             transformer = new_transformer(cfg.transformer_config, latent_channels(vae), width)
         else:
             transformer = PRXTransformer2DModel.from_config(stored)
+        if cfg.lora_rank is not None:
+            add_adapter(cfg, transformer)
     check_fit(transformer.config, vae, cfg.stage_configs())
     return Outline(transformer, vae, transformer.config["patch_size"] * vae_scale_factor(vae))
 
@@ -128,20 +131,24 @@ def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
     with_momentum = muon_weights(trained, cfg.muon_fused) if cfg.optimizer == "muon" else {}
     for name, module in trained.items():
         size = BYTES[cfg.weights_dtype if name == "transformer" else "float32"]
-        values = size * sum(weight.numel() for weight in module.parameters())
+        learning = [weight for weight in module.parameters() if weight.requires_grad]
+        frozen = size * sum(weight.numel() for weight in module.parameters() if not weight.requires_grad)
+        if cfg.lora_rank is not None:
+            size = BYTES["float32"]
+        values = size * sum(weight.numel() for weight in learning)
         # Muon keeps a momentum and no second moment
-        second = size * sum(weight.numel() for weight in module.parameters() if weight not in with_momentum)
-        kept.update(weights=values, gradients=values, optimizer=values + second)
+        second = size * sum(weight.numel() for weight in learning if weight not in with_momentum)
+        kept.update(weights=frozen + values, gradients=values, optimizer=values + second)
         if cfg.use_ema and name != "projector":
             kept["average"] += values
     return dict(kept)
 
 
 def caption_figures(cfg: TrainingConfig, stage: Stage, in_pixels: bool) -> CaptionStatistics | None:
-    """Statistics of a stage's captions; None where they are not asked for, where they are those of scenes, and where
-    the tokenizer does not exist yet."""
-    scenes = all(source.name == "scenes" for source in sources_of(stage.cfg))
-    if not cfg.caption_statistics_samples or scenes or cfg.text_encoder_config:
+    """Statistics of a stage's captions; None where they are not asked for, where they are those of scenes or one and
+    the same, and where the tokenizer does not exist yet."""
+    given = all(source.name == "scenes" or source.instance_prompt is not None for source in sources_of(stage.cfg))
+    if not cfg.caption_statistics_samples or given or cfg.text_encoder_config:
         return None
     if cfg.text_encoder_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(cfg.text_encoder_name_or_path)
@@ -173,10 +180,11 @@ def report(
         processes: of the run.
     """
     count = sum(weight.numel() for weight in transformer.parameters())
+    learning = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
     parts = memory(cfg, {"transformer": transformer})
     shown = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
     rows = [
-        ("transformer", f"{count:,} parameters"),
+        ("transformer", f"{count:,} parameters" + (f", of which {learning:,} learn" if learning < count else "")),
         ("types", f"weights {cfg.weights_dtype}, computation {_computation(cfg)}"),
         ("memory", f"{sum(parts.values()) / 1e9:.3g} GB ({shown}), besides activations and other networks"),
     ]

@@ -18,6 +18,7 @@ CARD_FILE = "README.md"
 # Cards that carry this line are written again when there is more to tell; those without it are somebody's own.
 CARD_MARKER = "<!-- Written by diffusers-prx. Remove this line to keep your own changes. -->"
 LOADED_FROM = re.compile(r'(?<=\.from_pretrained\(")[^"]*(?="\))')
+ADAPTER_LOADED_FROM = re.compile(r'(?<=\.load_lora_weights\(\n    ")[^"]*(?=")')
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def publish_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     card = folder / CARD_FILE
     if kind.repo_type == "model":
         if is_ours(card):
-            card.write_text(LOADED_FROM.sub(full_id, card.read_text(encoding="utf-8")), encoding="utf-8")
+            loaded_from = ADAPTER_LOADED_FROM if kind.name == "LoRA" else LOADED_FROM  # an adapter's base stays
+            card.write_text(loaded_from.sub(full_id, card.read_text(encoding="utf-8")), encoding="utf-8")
     elif kind.repo_type == "dataset" and (not card.is_file() or is_ours(card)):
         card.write_text(_report_card((folder / "report.md").read_text(encoding="utf-8")), encoding="utf-8")
     return upload(folder, full_id, kind, f"Upload {kind.name}")

@@ -3,7 +3,8 @@ at any accumulation, and when a checkpointed forward is computed again."""
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -36,6 +37,14 @@ class StepRandom:
             torch.Generator(self.device).manual_seed(derive_seed(self.seed, self.step, index, purpose))
             for index in self.sample_index
         ]
+
+    @contextmanager
+    def seeded(self, purpose: str) -> Iterator[None]:
+        """The global generators for a while, for layers that draw from nothing else (dropout). Their numbers follow
+        from the whole micro-batch, so that another split of the work gives others."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, self.step, self.sample_index[0], purpose))
+            yield
 
     def normal(self, purpose: str, shape: Sequence[int]) -> torch.Tensor:
         """Standard normal numbers, float32, of shape (B, *shape)."""

@@ -309,7 +309,8 @@ def _open_source(cfg: TrainingConfig, source: DataSource, held_out: int) -> tupl
     """
     if cfg.train_data_dir is not None and not Path(cfg.train_data_dir).is_dir():
         raise ValueError(f"`train_data_dir` is no folder: {cfg.train_data_dir}.")
-    load = partial(load_source, source.name, **_columns(cfg, source), cache_dir=cfg.data_cache_dir)
+    columns = _columns(cfg, source) | {"instance_prompt": source.instance_prompt}
+    load = partial(load_source, source.name, **columns, cache_dir=cfg.data_cache_dir)
     if source.name == "scenes":
         scenes: dict[str, Any] = {"level": cfg.scenes_level, "resolution": cfg.resolution, "seed": cfg.seed}
         kept = load(scenes=scenes | {"split": "heldout", "size": held_out}) if held_out else None

@@ -1,5 +1,6 @@
 """One training step, whole: what goes in, every random draw, the forward, the losses."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -78,9 +79,10 @@ def train_step(
 
     # one forward
     feature_block = cfg.repa_block if nets.projector is not None else None
-    prediction, *tapped = nets.transformer(
-        noisy, timestep, text, text_mask, return_dict=False, route=route, feature_block=feature_block
-    )  # (B, C, h, w); with a feature block its features (B, K, D) and their indices (B, K) or None
+    with rng.seeded("lora_dropout") if cfg.lora_dropout > 0 else nullcontext():
+        prediction, *tapped = nets.transformer(
+            noisy, timestep, text, text_mask, return_dict=False, route=route, feature_block=feature_block
+        )  # (B, C, h, w); with a feature block its features (B, K, D) and their indices (B, K) or None
 
     # velocity, predicted and wanted
     predicted_velocity = nets.scheduler.velocity(prediction, noisy, timestep)

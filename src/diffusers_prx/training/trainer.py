@@ -29,7 +29,16 @@ from .checkpoints import (
     restore_generators,
 )
 from .config import TrainingConfig
-from .distributed import Exchange, Trained, distribute, norm_of_clipped, shard_count, start_accelerator, whole_module
+from .distributed import (
+    Exchange,
+    Trained,
+    distribute,
+    learning,
+    norm_of_clipped,
+    shard_count,
+    start_accelerator,
+    whole_module,
+)
 from .export import export_run, image_grid, write_record
 from .faults import (
     EXIT_PREEMPTED,
@@ -40,6 +49,7 @@ from .faults import (
     steady_batches,
     write_non_finite,
 )
+from .lora import adapter_settings, base_fingerprint
 from .nets import Nets, build_nets, some_rest
 from .optimizers import build_lr_scheduler, build_optimizer
 from .precision import check_precision
@@ -149,7 +159,7 @@ class Run:
         self.model: Any = distribute(
             self.trained, cfg, accelerator, some_rest(nets, [stage.cfg for stage in self.stages])
         )
-        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        self.parameters = list(learning(self.trained).values())
         self.optimizer: Any = accelerator.prepare(build_optimizer(cfg, self.modules))
         self.averages = Averages(self.trained, cfg)
         self._check_precision()
@@ -343,7 +353,7 @@ class Run:
             return None
         if not self.precision_checked:  # now that the optimizer has its moments
             self.precision_checked = True
-            if cfg.weights_dtype == "bf16":
+            if cfg.weights_dtype == "bf16" and cfg.lora_rank is None:
                 accelerator.print("`weights_dtype` is bf16: updates smaller than a weight's last digit are lost")
             accelerator.print(f"stored values by type: {dict(self._check_precision())}")
         if (state.step + 1) % cfg.ema_update_every == 0:
@@ -399,12 +409,13 @@ class Run:
 
     def _check_precision(self) -> Counter[str]:
         """Stop unless everything that training changes is stored as it has to be; count it by type."""
-        parameters = dict(self.trained.named_parameters())
+        parameters = learning(self.trained)
         named: list[tuple[str, torch.Tensor]] = list(parameters.items())
         for name, p in parameters.items():
             named += [(f"{key} of {name}", value) for key, value in self.optimizer.state.get(p, {}).items()]
         named += [(f"average of {name}", value) for name, value in self.averages.tensors().items()]
-        stored = {"float32": torch.float32, "bf16": torch.bfloat16}[self.cfg.weights_dtype]
+        bf16 = self.cfg.weights_dtype == "bf16" and self.cfg.lora_rank is None  # under an adapter nothing is lost
+        stored = torch.bfloat16 if bf16 else torch.float32
         return check_precision(named, stored)
 
     def _add_counts(self) -> None:
@@ -508,8 +519,13 @@ def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict
     """
     trained = nets.trainable(cfg)
     frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}
+    counts = {name: sum(p.numel() for p in learning(module).values()) for name, module in trained.items()}
+    adapter = {}
+    if cfg.lora_rank is not None:
+        adapter = {"adapter": adapter_settings(cfg), "adapted_weights": base_fingerprint(nets.transformer)}
     return {
-        "trained_parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in trained.items()},
+        **adapter,
+        "trained_parameters": counts,
         "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
         "frozen_networks": {name: fingerprint(module) for name, module in frozen.items() if name not in trained},
         "teacher_width": teacher_width if nets.teacher is None else nets.teacher.hidden_size,

@@ -1,0 +1,46 @@
+"""Train a LoRA adapter of a saved PRX pipeline:
+
+`accelerate launch training/train_prx_lora.py --pretrained_model_name_or_path outputs/quickstart \\
+  --train_data_dir FOLDER --instance_prompt "a star" --output_dir outputs/star`
+
+It is the run of train_prx.py with other defaults. What the pipeline was trained with (prediction, noise, resolution,
+shift, tokens) is read from it.
+"""
+
+import sys
+from pathlib import Path
+
+from diffusers_prx.training.config import TrainingConfig, parse_settings
+from diffusers_prx.training.nets import saved_settings
+from diffusers_prx.training.trainer import Run
+
+CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+
+DEFAULTS = {
+    "lora_rank": 16,
+    "output_dir": "outputs/prx-lora",
+    "train_batch_size": 4,
+    "max_train_steps": 500,
+    "lr_warmup_steps": 0,
+    "max_grad_norm": 1.0,
+    "caption_dropout": 0.0,  # the branch without a prompt is to stay as it was
+    "checkpointing_steps": 500,
+    "validation_steps": 250,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        settings = parse_settings(argv, DEFAULTS)
+        if settings["lora_rank"] is None:
+            raise ValueError("`lora_rank` is null: the whole transformer is trained by train_prx.py.")
+        base = settings.get("pretrained_model_name_or_path")
+        saved = {} if base is None else saved_settings(base, settings.get("revision"))
+        run = Run(TrainingConfig(**saved | settings), CARD_TEMPLATE)
+    except (ValueError, OSError) as error:  # what does not fit or cannot be read: the message says what would do
+        sys.exit(f"error: {error}")
+    run.train()
+
+
+if __name__ == "__main__":
+    main()
