@@ -159,7 +159,7 @@ def misfits():
     good = adapter(own, 1)
     first = next(iter(good))
     return {
-        "width": (adapter(wider, 1), r"does not fit this transformer, in 10 of 10 layers: blocks\.0\.\S+ takes lora_A"),
+        "width": (adapter(wider, 1), r"not fit this transformer, in 10 of 10 layers: blocks\.0\.\S+ takes lora_A"),
         "depth": (adapter(deeper, 1), r"in 5 of 15 .*blocks\.2\.\S+ is not there"),
         "half": ({k: v for k, v in good.items() if k != first}, r"has only \['lora_B'\] in the file"),
         "no linear layer": (
