@@ -143,7 +143,7 @@ def test_the_average_is_what_is_saved(whole):
         assert not torch.equal(value, state[f"weights.{key}"])
 
 
-@pytest.mark.parametrize("name", ["whole", "dora"])
+@pytest.mark.parametrize("name", ["whole", pytest.param("dora", marks=pytest.mark.slow)])
 def test_another_process_draws_the_same(name, base, request, tmp_path):
     run = request.getfixturevalue(name)
     code = (

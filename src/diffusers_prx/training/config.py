@@ -52,7 +52,7 @@ class DataSource:
     split: str
     image_column: str
     caption_column: str
-    instance_prompt: str | None
+    instance_prompt: str | None = None
 
 
 @dataclass(frozen=True)
