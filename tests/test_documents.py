@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import tiny
+from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.training.config import TrainingConfig
 from model_cards import check_card
 
@@ -71,6 +72,8 @@ def save_what_it_loads(code: str, folder: Path) -> None:
     for node in ast.walk(ast.parse(code)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
+        if node.func.attr == "load_lora_weights":
+            save_adapter(folder / ast.literal_eval(node.args[0]))
         if node.func.attr != "from_pretrained":
             continue
         cls, name = node.func.value.id, ast.literal_eval(node.args[0])
@@ -82,6 +85,14 @@ def save_what_it_loads(code: str, folder: Path) -> None:
             target.symlink_to(ROOT / "model_cards" / target.name)
         else:
             TINY[cls]().save_pretrained(target)
+
+
+def save_adapter(folder: Path) -> None:
+    """An adapter of the tiny pixel pipeline."""
+    layer = tiny.transformer(**tiny.PIXEL_SETTINGS).blocks[0].gate_proj
+    parts = {"lora_A": torch.ones(2, layer.in_features), "lora_B": torch.ones(layer.out_features, 2)}
+    layers = {f"blocks.0.gate_proj.{part}.weight": value for part, value in parts.items()}
+    PRXPixelPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 @pytest.mark.parametrize(("where", "code"), SNIPPETS, ids=[where for where, _ in SNIPPETS])

@@ -26,6 +26,7 @@ from diffusers_prx.training.config import LORA_LAYERS, TrainingConfig, parse_set
 from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.nets import saved_settings
 from diffusers_prx.training.preflight import memory, outline
+from diffusers_prx.training.publishing import ADAPTER_LOADED_FROM, is_ours
 from runs import assert_same, copy_checkpoint, saved_state
 from training import train_prx_lora
 
@@ -218,7 +219,14 @@ def test_the_card_names_the_base(whole, base):
     card = ModelCard.load(whole.output_dir / "README.md")
     assert "{{" not in card.text
     assert "lora" in card.data.tags
-    for fact in (f"| base model | `{base}` |", "rank 2, alpha 2, dropout 0.3", "6, batch 4", f'"{whole.output_dir}"'):
+    assert is_ours(whole.output_dir / "README.md")
+    assert ADAPTER_LOADED_FROM.findall(card.text) == [str(whole.output_dir)]  # what publishing changes
+    for fact in (
+        f"| base model | `{base.name}` |",
+        "rank 2, alpha 2, dropout 0.3",
+        "6, batch 4",
+        f'"{whole.output_dir}"',
+    ):
         assert fact in card.text
 
 
