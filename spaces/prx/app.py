@@ -306,9 +306,7 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__
-    ).parse_args()  # settings are variables, see README.md
+    argparse.ArgumentParser(description=__doc__).parse_args()  # settings are variables, see README.md
     found = find_models()
     launch(build(found, ModelCache(found, find_loras())))
 
