@@ -148,8 +148,8 @@ def test_the_same_data_make_the_same_run_whatever_they_are_stored_in(reference, 
     assert held_out(run) == [caption(10), caption(11)]
     assert not set(read(run, 2)) & set(held_out(run))
     assert (tmp_path / "indices").exists() == (kind == "tars")
-    shown = name if kind in ("parquet", "tars") else "photos"  # of a folder of this machine the last part
-    assert f"| data | `{shown}` |" in (run.output_dir / "README.md").read_text()
+    # of what lies on this machine the last part
+    assert f"| data | `{Path(name).name}` (split train)" in (run.output_dir / "README.md").read_text()
 
 
 def test_the_time_spent_waiting_for_data_is_told(text_encoder, tmp_path):
