@@ -17,7 +17,7 @@ from accelerate.tracking import GeneralTracker
 
 import runs
 from diffusers_prx.training.checkpoints import find_checkpoint, read_run, step_of
-from diffusers_prx.training.faults import EXIT_HUNG, EXIT_PREEMPTED, SKIPPED_IN_A_ROW
+from diffusers_prx.training.faults import EXIT_HUNG, EXIT_PREEMPTED, SKIPPED_IN_A_ROW, Watch
 from diffusers_prx.training.trainer import Run
 
 STEPS = 6
@@ -181,6 +181,28 @@ def launch(values: dict, act=None, world: int = 2) -> list:
 def hang_on_rank_1(run: Run) -> None:
     if run.accelerator.process_index == 1:
         at_step(run, 1, lambda output: time.sleep(1000))
+
+
+def steps_under_watch(steps: list[float], limit: float) -> None:
+    with Watch(0, limit) as watch:
+        for seconds in steps:
+            watch.begin()
+            for _ in range(round(seconds / 0.05)):  # a sleep that the stop falls into would be over at its end
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("stopped", "steps", "code"), [(4.0, [0.8] * 5, 0), (0.0, [0.2, 4.0], EXIT_HUNG)])
+def test_a_process_that_was_stopped_has_not_hung(stopped, steps, code):
+    """Stopped for twice the limit, as schedulers suspend a job; and a step that does take longer."""
+    process = mp.get_context("fork").Process(target=steps_under_watch, args=(steps, 2.0))
+    process.start()
+    time.sleep(0.5)
+    if stopped:
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(stopped)
+        os.kill(process.pid, signal.SIGCONT)
+    process.join(30)
+    assert process.exitcode == code
 
 
 def test_a_hung_process_ends_the_run_with_the_stack_of_each(undisturbed, tmp_path):

@@ -98,7 +98,8 @@ class Watch:
 
     A process whose step takes longer than the limit, be it that it hangs itself or that it waits for another one,
     writes the stacks of all its threads to its standard error and ends with exit code `EXIT_HUNG`. A thread of its own
-    sees to that: faulthandler's timer would do it even where Python's lock is held, but does not survive a fork.
+    sees to that: faulthandler's timer would do it even where Python's lock is held, but does not survive a fork. Time
+    in which the process was stopped (SIGSTOP: how some schedulers suspend a job) does not count.
 
     Args:
         rank: of this process.
@@ -111,6 +112,7 @@ class Watch:
     def __init__(self, rank: int, seconds: float):
         self.rank, self.seconds = rank, seconds
         self.received = 0
+        self.steps_begun = 0
         self.over = threading.Event()
 
     def __enter__(self) -> "Watch":
@@ -129,14 +131,20 @@ class Watch:
 
     def begin(self) -> None:
         """From here on the time runs anew."""
-        self.deadline = time.monotonic() + self.seconds
+        self.steps_begun += 1
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
     def _watch(self) -> None:
-        while not self.over.wait(max(self.deadline - time.monotonic(), 0.1)):
-            if time.monotonic() < self.deadline:
+        tick = min(1.0, self.seconds / 10)
+        step, spent, before = self.steps_begun, 0.0, time.monotonic()
+        while not self.over.wait(tick):
+            now = time.monotonic()
+            if step != self.steps_begun:
+                step, spent = self.steps_begun, 0.0
+            spent, before = spent + min(now - before, 5 * tick), now  # longer ticks are those of a stopped process
+            if spent < self.seconds:
                 continue
             where = f"process {os.getpid()} on {socket.gethostname()}"
             errors = sys.__stderr__ or sys.stderr
