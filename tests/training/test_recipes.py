@@ -143,13 +143,15 @@ def tools(tmp_path_factory) -> dict[str, str]:
         vae.save_pretrained(folder / f"autoencoder_{name}")
     runs.save_teacher(folder / "scenes_teacher")
     found = {f"outputs/tools/{path.name}": str(path) for path in folder.iterdir()}
-    quickstart = ["--config", str(FOLDER / "quickstart.yaml"), *few_steps("quickstart.yaml", folder / "quickstart")]
+    shorter = few_steps("quickstart.yaml", folder / "quickstart")
+    flags = [part for setting, value in shorter.items() for part in (f"--{setting}", str(value))]
+    quickstart = ["--config", str(FOLDER / "quickstart.yaml"), *flags]
     runs.train(parse_config(quickstart).to_dict())
     return found | {"outputs/quickstart": str(folder / "quickstart"), "vgg16": str(runs.save_vgg16(folder))}
 
 
-def few_steps(name: str, output_dir: Path) -> list[str]:
-    """Flags that make three steps of a recipe of hundreds, with everything at its end that the recipe has there."""
+def few_steps(name: str, output_dir: Path) -> dict[str, Any]:
+    """Settings that make three steps of a recipe of hundreds, with everything at its end that the recipe has there."""
     recipe = load_recipe(FOLDER / name)
     shorter = {
         "max_train_steps": 3, "train_batch_size": 4, "lr_warmup_steps": 1, "num_validation_samples": 2,
@@ -162,7 +164,7 @@ def few_steps(name: str, output_dir: Path) -> list[str]:
         shorter["ema_update_every"] = 1
     if "repa_check_steps" in recipe:
         shorter["repa_check_steps"] = 1
-    return [part for setting, value in shorter.items() for part in (f"--{setting}", str(value))]
+    return shorter
 
 
 def with_tools(value: Any, tools: dict[str, str]) -> Any:
@@ -176,8 +178,8 @@ def with_tools(value: Any, tools: dict[str, str]) -> Any:
 
 def run_for_three_steps(path: Path, tools: dict[str, str], output_dir: Path) -> None:
     name = str(path.relative_to(FOLDER))
-    values = with_tools(parse_config(["--config", str(path), *few_steps(name, output_dir)]).to_dict(), tools)
-    for stage in values["stages"]:  # their settings are over the flags
+    values = with_tools(parse_config(["--config", str(path)]).to_dict() | few_steps(name, output_dir), tools)
+    for stage in values["stages"]:  # what they set is over the rest
         stage |= {"max_train_steps": 3, "train_batch_size": 2, "lr_warmup_steps": 0}
         stage |= {"lr_decay_steps": 1} if "lr_decay_steps" in stage else {}
     if values["lpips_weight"]:
