@@ -1,4 +1,4 @@
-"""Labelled sheets of pictures: what was asked for, what was drawn, and the verdict."""
+"""Sheets of pictures: labelled ones (what was asked for, what was drawn, and the verdict), and plain grids."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,10 +6,30 @@ from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
+import PIL.Image
 
 from .scene_accuracy import GradedScene
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+GRID_COLUMNS = 8
+
+
+def image_grid(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
+    """Pictures of one size in rows of `GRID_COLUMNS`."""
+    width, height = images[0].size
+    columns = min(GRID_COLUMNS, len(images))
+    grid = PIL.Image.new("RGB", (width * columns, height * -(-len(images) // columns)))
+    for place, image in enumerate(images):
+        grid.paste(image, (place % columns * width, place // columns * height))
+    return grid
+
+
+def pictures_of_grid(grid: PIL.Image.Image, count: int) -> list[PIL.Image.Image]:
+    """The `count` pictures that `image_grid` made a grid of."""
+    columns = min(GRID_COLUMNS, count)
+    width, height = grid.width // columns, grid.height // -(-count // columns)
+    places = [(place % columns * width, place // columns * height) for place in range(count)]
+    return [grid.crop((left, top, left + width, top + height)) for left, top in places]
 
 
 def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int = 4) -> None:

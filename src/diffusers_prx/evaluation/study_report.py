@@ -25,6 +25,7 @@ from .paired import (
     value_at,
     verdict,
 )
+from .sheets import pictures_of_grid
 from .study import PLAN_FILE, TRAINING, VALIDATION_LOSS, Finding, Study, plan_text, read_record, scores
 
 THROUGHPUT_FILE = "throughput.json"
@@ -342,14 +343,6 @@ def differences_picture(results: Results, path: Path) -> bool:
     return True
 
 
-def tiles(picture: PIL.Image.Image, count: int) -> list[PIL.Image.Image]:
-    """The first pictures of a validation's grid, which has rows of up to eight."""
-    columns = min(8, count)
-    side = picture.width // columns
-    places = [(n % columns * side, n // columns * side) for n in range(count)]
-    return [picture.crop((x, y, x + side, y + side)) for x, y in places]
-
-
 def samples_picture(results: Results, path: Path) -> dict[str, list[str]]:
     """One line of pictures per arm, of the study's first seed; the prompts of each arm, in order."""
     prompts, lines = {}, {}
@@ -359,7 +352,7 @@ def samples_picture(results: Results, path: Path) -> dict[str, list[str]]:
         if file.is_file() and record is not None and record["config"]["validation_prompts"]:
             prompts[arm] = record["config"]["validation_prompts"][:8]
             with PIL.Image.open(file) as opened:
-                lines[arm] = tiles(opened.convert("RGB"), len(record["config"]["validation_prompts"]))[:8]
+                lines[arm] = pictures_of_grid(opened.convert("RGB"), len(record["config"]["validation_prompts"]))[:8]
     if not lines:
         return {}
     columns = max(map(len, lines.values()))

@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..evaluation.networks import pipeline_fingerprint
 from ..evaluation.pictures import load_pipeline
 from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
+from ..evaluation.sheets import pictures_of_grid
 from .config import TrainingConfig, sources_of
 from .publishing import ADAPTER_LOADED_FROM, CARD_FILE, CARD_MARKER, LOADED_FROM, is_ours
 
@@ -178,18 +179,15 @@ def write_widget_pictures(folder: Path, step: int, count: int) -> None:
     Args:
         folder: of the run.
         step: the last one; without a sheet of it nothing is done.
-        count: prompts, in rows of eight on the sheet.
+        count: prompts.
     """
     sheet = folder / "validation" / f"step-{step:07d}.png"
     if not count or not sheet.is_file():
         return
     (folder / PICTURES).mkdir(exist_ok=True)
     with PIL.Image.open(sheet) as grid:
-        columns = min(8, count)
-        width, height = grid.width // columns, grid.height // -(-count // columns)
-        for place in range(count):
-            left, top = place % columns * width, place // columns * height
-            grid.crop((left, top, left + width, top + height)).save(folder / PICTURES / f"{place}.png")
+        for place, picture in enumerate(pictures_of_grid(grid, count)):
+            picture.save(folder / PICTURES / f"{place}.png")
 
 
 def begun_stages(cfg: TrainingConfig, step: int) -> list[TrainingConfig]:

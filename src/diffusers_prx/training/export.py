@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-import PIL.Image
 
 from .cards import PICTURES, REPORT_FILE, begun_stages, write_card
 from .checkpoints import RunState, is_complete, read_run, read_tensors
@@ -87,16 +86,6 @@ def plot_loss(state: RunState, path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def image_grid(images: list[PIL.Image.Image]) -> PIL.Image.Image:
-    """Pictures of one size in rows of eight."""
-    width, height = images[0].size
-    columns = min(8, len(images))
-    grid = PIL.Image.new("RGB", (width * columns, height * -(-len(images) // columns)))
-    for place, image in enumerate(images):
-        grid.paste(image, (place % columns * width, place // columns * height))
-    return grid
 
 
 def last_stage(cfg: TrainingConfig, state: RunState) -> TrainingConfig:

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from ..evaluation.networks import fingerprint
+from ..evaluation.sheets import image_grid
 from .alignment import BurnIn, gradient_cosine
 from .averages import Averages
 from .checkpoints import (
@@ -39,7 +40,7 @@ from .distributed import (
     start_accelerator,
     whole_module,
 )
-from .export import export_run, image_grid, write_record
+from .export import export_run, write_record
 from .faults import (
     EXIT_PREEMPTED,
     PREEMPTED_FILE,
