@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 
 import tiny
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
@@ -51,6 +52,12 @@ def pipeline(kind, cls, **changes):
     return make(transformer=tiny.transformer(cls=cls, depth=4, **settings), **changes)
 
 
+def large_size(pipe):
+    """Arguments of a call: a square of 256 image tokens."""
+    side = 16 * pipe.transformer.config["patch_size"] * getattr(pipe, "vae_scale_factor", 1)
+    return {"height": side, "width": side, "use_resolution_binning": False, "steps": 2}
+
+
 @pytest.mark.parametrize("kind", ["latent", "pixel", "tokens"])
 @pytest.mark.parametrize(
     "call",
@@ -90,6 +97,36 @@ def test_each_thing_is_computed_once():
     draw(pipe, guidance_scale=1.0)
     assert pipe.transformer.texts == [(3, 7, True)]
     assert pipe.transformer.rows == [3] * 4  # no second branch
+
+
+@pytest.mark.parametrize("kind", ["latent", "pixel", "tokens"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0},
+        {"negative_prompt": ["circle", "", "one big green square"]},
+        {"guidance_scale": 1.0, "self_guidance_scale": 2.0},
+        {"guider": ClassifierFreeGuidance(4.0, start=0.5)},  # the first step without guidance
+    ],
+)
+def test_rows_of_large_images_attend_one_by_one(kind, call):
+    """From 256 tokens on each text has its own length and no mask; the pictures are the same."""
+    pipes = [pipeline(kind, cls, token_route=(1, 3, 0.5)) for cls in (PRXTransformer2DModel, Plain)]
+    large = large_size(pipes[0])
+    images, expected = (draw(pipe, **call, **large) for pipe in pipes)
+    assert (images - expected).abs().max() < 1e-5
+    assert (images - draw(pipes[0], PROMPTS[::-1], **call, **large)).abs().max() > 1e-3
+
+
+def test_no_text_of_a_large_image_has_a_mask():
+    pipe = pipeline("latent", Watched)
+    large = large_size(pipe)
+    draw(pipe, **large)
+    assert pipe.transformer.texts == [(1, 1, False), (1, 7, False), (1, 4, False), (1, 2, False)]
+    pipe.transformer.texts = []
+    draw(pipe, [PROMPTS[1]] * 2 + [PROMPTS[1][::-1]], **large)  # of one length: one text with three rows
+    assert len(pipe.transformer.texts) == 2
 
 
 def test_a_text_that_a_callback_changes_is_read_again():

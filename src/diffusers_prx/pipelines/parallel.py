@@ -26,7 +26,7 @@ def gather_branches(prediction: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def take_branch(text: dict[str, Any], index: int, rows: int) -> dict[str, Any]:
-    """Of the text of several branches, as arguments of the network, that of one, with `rows` rows of images."""
-    own = {"text_context": slice(index, index + 1)}
-    rows_of_it = slice(index * rows, (index + 1) * rows)
-    return {name: None if value is None else value[own.get(name, rows_of_it)] for name, value in text.items()}
+    """Of the text of two branches, as arguments of the network, that of one, with `rows` rows of images."""
+    given = {name: value for name, value in text.items() if value is not None}
+    parts = {name: len(value) // 2 if name == "text_context" else rows for name, value in given.items()}
+    return {name: given[name][index * count : (index + 1) * count] for name, count in parts.items()}

@@ -47,6 +47,9 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+# From so many image tokens on, rows with texts of several lengths attend one by one: mask and padding cost more.
+TOKENS_WORTH_A_CALL = 256
+
 
 class _CallState(threading.local):
     """What belongs to one call: each thread that shares a pipeline sees its own."""
@@ -491,6 +494,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         to_velocity = self.config["prediction_type"] == "x_prediction" and is_stock(scheduler)
         if _is_cached(self.transformer):
             self.transformer._reset_stateful_cache()  # an error may have ended the call before this one
+        branches = 1 if negative_prompt_embeds is None else 2
         text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
         times = self._read_timesteps(scheduler.sigmas[:-1], latents)
 
@@ -502,13 +506,13 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                     guider.set_state(i, len(scheduler.timesteps), t)
                     prediction = self._guide(guider, latents, sigma, times[i], text)  # (B, C, h, w)
                 else:
-                    prediction = self._predict(latents, times[i], text)  # (B or 2B, C, h, w)
-                if guider is None and negative_prompt_embeds is not None:
+                    prediction = self._predict(latents, times[i], text, branches)  # (B or 2B, C, h, w)
+                if guider is None and branches == 2:
                     negative, positive = prediction.chunk(2)
                     prediction = negative + guidance_scale * (positive - negative)  # (B, C, h, w)
                 if self_guidance_scale > 1:  # TREAD, arXiv 2501.04765
                     route = self._draw_route(latents, generator)
-                    routed = self._predict(latents, times[i], text, route=route)  # (B, C, h, w)
+                    routed = self._predict(latents, times[i], text, branches, route=route)  # (B, C, h, w)
                     prediction = routed + self_guidance_scale * (prediction - routed)
                 if to_velocity:
                     prediction = (latents - prediction) / sigma
@@ -551,9 +555,16 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if negative_prompt_embeds is not None and negative_mask is not None:
             branches.insert(0, (negative_prompt_embeds.to(dtype), negative_mask))
         if _takes_contexts(self.transformer):
-            texts = [trim_text(*_unrepeated(*branch)) for branch in branches]  # 1 or B rows, of their own length each
-            contexts = [self.transformer.encode_text_context(*text, height=height, width=width) for text in texts]
-            return {"text_context": tuple(contexts)}
+            texts = [[trim_text(*_unrepeated(*branch))] for branch in branches]  # 1 or B rows, of a length each
+            tokens = height * width // self.transformer.config["patch_size"] ** 2  # N
+            if tokens >= TOKENS_WORTH_A_CALL and any(mask is not None and len(mask) > 1 for [(_, mask)] in texts):
+                texts = [_rows(*text) for [text] in texts]  # 1 or B times 1 row, of its own length
+            parts = max(map(len, texts))  # of a branch
+            contexts = [
+                [self.transformer.encode_text_context(*part, height=height, width=width) for part in text]
+                for text in texts
+            ]
+            return {"text_context": tuple(part for own in contexts for part in own * (parts // len(own)))}
         text, masks = (torch.cat(parts) for parts in zip(*branches))  # (B or 2B, L, D)
         # where nothing is padded, attention without a mask is faster
         return {"encoder_hidden_states": text, "attention_mask": None if bool(masks.all()) else masks}
@@ -567,14 +578,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         return [{"timestep": sigma[None]} for sigma in sigmas]
 
     def _predict(
-        self, latents: torch.Tensor, time: dict[str, Any], text: dict[str, Any], **route: Any
+        self, latents: torch.Tensor, time: dict[str, Any], text: dict[str, Any], branches: int, **route: Any
     ) -> torch.Tensor:
-        """What the network predicts, float32, for latents (B, C, h, w) with each branch of the text."""
-        contexts = text.get("text_context")
-        branches = len(text["encoder_hidden_states"]) // len(latents) if contexts is None else len(contexts)
+        """What the network predicts, float32, for latents (B, C, h, w) with each branch of the text, 1 or 2."""
         if branches == 2 and (group := self._call.guidance_group) is not None:
             own = take_branch(text, group.rank(), len(latents))
-            return gather_branches(self._predict(latents, time, own, **route), group)  # (2B, C, h, w)
+            return gather_branches(self._predict(latents, time, own, 1, **route), group)  # (2B, C, h, w)
         if "timestep" in time:
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
         # all branches are one call to a cache of diffusers: they are reused together or not at all
@@ -595,7 +604,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         inputs = guider.prepare_inputs({})  # with the prompt, then with the negative one
         if len(inputs) == 1:
             text = take_branch(text, 1, len(latents))
-        predictions = self._predict(latents, time, text).chunk(len(inputs))  # (B, C, h, w) each
+        predictions = self._predict(latents, time, text, len(inputs)).chunk(len(inputs))  # (B, C, h, w) each
         for given, prediction in zip(inputs, reversed(predictions)):
             given.noise_pred = (latents - prediction) / sigma if x_prediction else prediction
         velocity = guider(inputs).pred  # (B, C, h, w)
@@ -632,6 +641,13 @@ def _unrepeated(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
     """The one row of a text that is the same for the whole batch, as negative prompts mostly are; or all rows."""
     same = bool((embeds == embeds[:1]).all()) and bool((mask == mask[:1]).all())
     return (embeds[:1], mask[:1]) if same else (embeds, mask)
+
+
+def _rows(embeds: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The rows of a text one by one, of their own length each."""
+    if mask is None:
+        return [(row[None], None) for row in embeds]
+    return [trim_text(*row) for row in zip(embeds.split(1), mask.split(1))]
 
 
 def _with_mask(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
