@@ -7,9 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from diffusers_prx.training.export import export_checkpoint
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,10 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--weights", choices=("average", "trained"), help="Default: the average, where the run keeps one."
     )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="Of the stored weights; bf16 halves the files."
+    )
     args = parser.parse_args(argv)
     average = None if args.weights is None else args.weights == "average"
     try:
-        export_checkpoint(args.checkpoint, args.output_dir, average, CARD_TEMPLATE)
+        export_checkpoint(args.checkpoint, args.output_dir, average, CARD_TEMPLATE, DTYPES[args.dtype])
     except ValueError as error:  # no such checkpoint, or no average in it
         sys.exit(f"error: {error}")
 

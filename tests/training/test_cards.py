@@ -53,6 +53,7 @@ def test_a_run_without_an_evaluation_claims_none(trained):
     assert f"{loss:.4f}, the mean over ten noise levels" in card.text
     assert f"| commit | {record['commit']} |" in card.text
     assert f"{record['parameters']:,} parameters" in card.text
+    assert "MB of safetensors, float32 |" in card.text
     # nothing but what this package draws went in
     assert (card.data.license, card.data.language) == ("apache-2.0", "en")
     pictures = [example["output"]["url"] for example in card.data.widget]

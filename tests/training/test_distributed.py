@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -154,6 +155,17 @@ def test_any_checkpoint_becomes_a_pipeline(together, tmp_path, weights):
     runs.assert_same(saved, runs.saved_weights(checkpoint, "transformer", kinds[weights]))
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 3
     assert PRXPixelPipeline.from_pretrained(tmp_path).scheduler.shift == 1.0
+
+
+def test_a_pipeline_can_be_stored_in_bf16(together, tmp_path):
+    checkpoint = together[1] / "checkpoint-3"
+    export_prx.main(["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path), "--dtype", "bf16"])
+    rounded = {
+        name: value.bfloat16() for name, value in runs.saved_weights(checkpoint, "transformer", "average").items()
+    }
+    runs.assert_same(load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), rounded)
+    assert re.search(r"\| files \| [\d.]+ MB of safetensors, bf16 \|", (tmp_path / "README.md").read_text())
+    assert PRXPixelPipeline.from_pretrained(tmp_path).transformer.dtype == torch.float32  # of what is loaded
 
 
 # Resuming

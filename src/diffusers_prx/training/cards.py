@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 
 from ..evaluation.networks import pipeline_fingerprint
 from ..evaluation.pictures import load_pipeline
@@ -105,6 +106,7 @@ def write_card(
         pipeline_class=record["pipeline_class"] if adapter else _stored_class(folder),
         prompt=(prompts or [cfg.instance_prompt or "a small red circle on a white background."])[0],
         record=record,
+        stored=_stored_weights(folder),
         config=stages[-1],
         stages=_stage_facts(stages, record["steps"], record["processes"]),
         data=", ".join(dict.fromkeys(_data_facts(source, stage) for stage in stages for source in sources_of(stage))),
@@ -124,6 +126,18 @@ def write_card(
 
 def _stored_class(folder: Path) -> str:
     return json.loads((folder / "model_index.json").read_text())["_class_name"]
+
+
+def _stored_weights(folder: Path) -> str:
+    """The files of a pipeline or an adapter, and the types in them: "11.3 MB of safetensors, bf16"."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("[!.]*/*.safetensors")])
+    found = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    types = {"F32": "float32", "BF16": "bf16", "F16": "float16"}
+    size = sum(file.stat().st_size for file in files) / 1e6
+    return f"{size:.1f} MB of safetensors, {' and '.join(sorted(types.get(name, name) for name in found))}"
 
 
 def said_before(folder: Path) -> dict[str, str | None]:
@@ -181,13 +195,18 @@ def write_widget_pictures(folder: Path, step: int, count: int) -> None:
         step: the last one; without a sheet of it nothing is done.
         count: prompts.
     """
-    sheet = folder / "validation" / f"step-{step:07d}.png"
+    sheet = validation_sheet(folder, step)
     if not count or not sheet.is_file():
         return
     (folder / PICTURES).mkdir(exist_ok=True)
     with PIL.Image.open(sheet) as grid:
         for place, picture in enumerate(pictures_of_grid(grid, count)):
             picture.save(folder / PICTURES / f"{place}.png")
+
+
+def validation_sheet(folder: Path, step: int) -> Path:
+    """The pictures of the validation at a step of the run in a folder, one for each prompt."""
+    return folder / "validation" / f"step-{step:07d}.png"
 
 
 def begun_stages(cfg: TrainingConfig, step: int) -> list[TrainingConfig]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import torch
 
-from .cards import PICTURES, REPORT_FILE, begun_stages, write_card
+from .cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
 from .checkpoints import RunState, is_complete, read_run, read_tensors
 from .config import TrainingConfig
 from .distributed import learning
@@ -116,7 +117,13 @@ def export_run(
         write_card(output_dir, card_template, load_from=repo_id or cfg.output_dir)
 
 
-def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, card_template: Path) -> None:
+def export_checkpoint(
+    checkpoint: Path,
+    output_dir: Path,
+    average: bool | None,
+    card_template: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Make a pipeline of a checkpoint, on one process, whatever the run was on.
 
     Nothing is read but the checkpoint, the networks that the run started from and, for a tokenizer that was trained,
@@ -127,6 +134,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, 
         output_dir: of the pipeline, the record of the run until then, and the model card.
         average: the averaged weights or the trained ones; None: the averaged ones where there are any.
         card_template: of the model card.
+        dtype: of the stored weights that were trained; bfloat16 halves the files, and is not to train on from.
 
     Raises:
         ValueError: if there is no complete checkpoint, or it has no averages.
@@ -149,4 +157,10 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, average: bool | None, 
         for key, parameter in learning(module.eval()).items()
     }
     read_tensors(checkpoint, parameters)
+    for module in nets.trainable(cfg).values():
+        module.to(dtype)
+    sheet = validation_sheet(checkpoint.parent, state.step)
+    if sheet.is_file():  # the widget's pictures
+        (copy := validation_sheet(output_dir, state.step)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sheet, copy)
     export_run(cfg, state, nets, saved["machine"], card_template)

@@ -20,6 +20,7 @@ from ..evaluation.networks import fingerprint
 from ..evaluation.sheets import image_grid
 from .alignment import BurnIn, gradient_cosine
 from .averages import Averages
+from .cards import validation_sheet
 from .checkpoints import (
     CheckpointWriter,
     RunState,
@@ -95,6 +96,7 @@ class Run:
             "device": str(self.accelerator.device),
         }
         self.checkpoint = find_checkpoint(self.output_dir, cfg.resume_from_checkpoint)
+        self.saved = None if self.checkpoint is None else read_run(self.checkpoint)
         self._plan()
         # now: neither a wrong token nor a wrong name may cost a training
         self.repo_id = repository(cfg.repo_id) if cfg.push_to_hub and self.accelerator.is_main_process else None
@@ -107,8 +109,8 @@ class Run:
             stages=[stage.record(self.accelerator.num_processes) for stage in self.stages],
             networks=identity(cfg, self.nets, self.teacher_width),
         )
-        if self.checkpoint is not None:  # before weights are loaded: it says what does not fit
-            self.state.load_state_dict(read_run(self.checkpoint)["state"])
+        if self.saved is not None:  # before weights are loaded: it says what does not fit
+            self.state.load_state_dict(self.saved["state"])
         self.precision_checked = False
         self.skipped_in_a_row = 0
         self.stop_signal = 0.0
@@ -127,11 +129,10 @@ class Run:
         aligned = [stage for stage in self.stages if stage.cfg.repa_weight]
         self.burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
         self.teacher_width = None  # of a teacher that is not needed any more
-        if self.checkpoint is not None:
-            saved = read_run(self.checkpoint)
-            self.burn_in.load_state_dict(saved["burn_in"])
-            if self._alignment_is_over(saved["state"]["step"]):
-                self.teacher_width = saved["state"]["networks"]["teacher_width"]
+        if self.saved is not None:
+            self.burn_in.load_state_dict(self.saved["burn_in"])
+            if self._alignment_is_over(self.saved["state"]["step"]):
+                self.teacher_width = self.saved["state"]["networks"]["teacher_width"]
         check_techniques(cfg, self.teacher_width is None)
         if accelerator.is_main_process:
             figures = [caption_figures(cfg, stage, networks.in_pixels) for stage in self.stages]
@@ -168,16 +169,16 @@ class Run:
         self.watch = Watch(accelerator.process_index, cfg.step_timeout_seconds)
         own = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
         self.writer = CheckpointWriter(self.output_dir, cfg.checkpoints_total_limit, own)
-        if self.checkpoint is not None:
-            self._resume(self.checkpoint)
+        if self.checkpoint is not None and self.saved is not None:
+            self._resume(self.checkpoint, self.saved)
         elif cfg.resume_from_checkpoint is not None:
             accelerator.print(f"no checkpoint in {self.output_dir} yet: starting at step 0")
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """Restore everything from a checkpoint, of any number of processes and any sharding."""
         state = self.state
         load_tensors(checkpoint, self.trained, self.optimizer.optimizer, self.averages.tensors())
-        self.averages.load_state_dict(read_run(checkpoint)["average_updates"])
+        self.averages.load_state_dict(saved["average_updates"])
         restore_generators(checkpoint, self.accelerator.process_index)
         for stage in self.stages:
             if stage.stream is not None and stage.first_step < state.step < stage.stop_step:
@@ -475,9 +476,9 @@ class Run:
         self.trained.train()
 
     def _save_images(self, images: list[PIL.Image.Image]) -> None:
-        grid, folder = image_grid(images), self.output_dir / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{self.state.step:07d}.png")
+        grid, sheet = image_grid(images), validation_sheet(self.output_dir, self.state.step)
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(sheet)
         self.tracking.image("validation/images", grid, self.state.step)
 
     def _finish(self) -> None:
