@@ -102,9 +102,6 @@ def describe(name: str, source: str) -> Model:
 
 def find_loras() -> dict[str, Path]:
     """LoRA files by name, in `PRX_LORAS` or loras/ beside this file: *.safetensors, or folders with `LORA_FILE`."""
-    # the one place that asks whether the pipelines can load a LoRA
-    if not hasattr(diffusers_prx.PRXPipeline, "load_lora_weights"):
-        return {}
     root = Path(os.environ.get("PRX_LORAS") or HERE / "loras")
     files = {file.stem: file for file in sorted(root.glob("*.safetensors"))}
     return files | {file.parent.name: file for file in sorted(root.glob(f"*/{LORA_FILE}"))}

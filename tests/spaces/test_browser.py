@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 from space_tools import counted, rests
 
@@ -14,6 +16,9 @@ from playwright.sync_api import expect, sync_playwright
 
 import app
 import serving
+import tiny
+from diffusers_prx import PRXPixelPipeline
+from model_cache import LORA_FILE, ModelCache
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed: apt-get install chromium")
@@ -59,9 +64,9 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(cache, browser):
-    """The page, and the errors and foreign addresses that the browser saw."""
+@contextmanager
+def opened(cache, browser):
+    """The page in the browser; at the end no error, and no address of another host, may have been seen."""
     models = {name: cache.models[name] for name in ("pixels", "latents")}  # it opens on the first
     served = app.build(models, cache)
     _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
@@ -76,6 +81,12 @@ def page(cache, browser):
     assert trouble == []
     context.close()
     served.close()
+
+
+@pytest.fixture
+def page(cache, browser):
+    with opened(cache, browser) as page:
+        yield page
 
 
 def fill(page, prompt: str, steps: int) -> None:
@@ -145,3 +156,29 @@ def test_the_whole_way(page, cache):
     assert fits(page)
     page.get_by_role("tab", name="Compare").click()
     assert fits(page)
+
+
+def test_a_lora_is_chosen_and_weighed(cache, browser, tmp_path):
+    layer = tiny.transformer(**tiny.PIXEL_SETTINGS).blocks[0].up_proj
+    parts = {"lora_A": torch.full((1, layer.in_features), 0.5), "lora_B": torch.full((layer.out_features, 1), 0.5)}
+    layers = {f"blocks.0.up_proj.{part}.weight": value for part, value in parts.items()}
+    PRXPixelPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+
+    with opened(ModelCache(cache.models, {"style": tmp_path / LORA_FILE}), browser) as page:
+        page.goto("/")
+
+        def draw(lora: str, weight: str) -> bytes:
+            fill(page, "a red cat", 2)
+            page.get_by_label("LoRA", exact=True).first.click()
+            page.get_by_role("option", name=lora).click()
+            page.get_by_label(re.compile("^number input for LoRA weight")).first.fill(weight)
+            page.keyboard.press("Tab")
+            page.get_by_role("button", name="Draw", exact=True).click()
+            expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+            told = [] if lora == "none" else [f"style, weight {weight}"]
+            expect(page.locator(".details tr").filter(has_text="LoRA").locator("td")).to_have_text(told)
+            return page.request.get(page.locator(".gallery-container img").first.get_attribute("src")).body()
+
+        without = draw("none", "1")
+        assert draw("style", "1") != without
+        assert draw("style", "0") == without

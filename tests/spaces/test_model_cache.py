@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-from diffusers_prx import PRXPipeline
 from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
@@ -88,14 +87,6 @@ def test_requests_without_a_lora_do_not_wait(cache):
         assert one is two
 
 
-@pytest.mark.skipif(hasattr(PRXPipeline, "load_lora_weights"), reason="the pipelines load LoRAs")
-def test_no_lora_is_offered_that_cannot_be_loaded(tmp_path, monkeypatch):
-    (tmp_path / "style.safetensors").touch()
-    monkeypatch.setenv("PRX_LORAS", str(tmp_path))
-    assert find_loras() == {}
-
-
-@pytest.mark.skipif(not hasattr(PRXPipeline, "load_lora_weights"), reason="the pipelines load no LoRAs yet")
 def test_lora_files_are_found_by_name(tmp_path, monkeypatch):
     (tmp_path / "style.safetensors").touch()
     (tmp_path / "run").mkdir()
