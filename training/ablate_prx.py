@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -44,9 +45,11 @@ from diffusers_prx.evaluation.study import (
 from diffusers_prx.evaluation.study_report import THROUGHPUT_FILE, write_report
 from diffusers_prx.training.config import parse_config
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
+from diffusers_prx.training.faults import EXIT_HUNG
 
 FOLDER = Path(__file__).resolve().parent
 # steps of a throughput run that are not counted: allocations, and whatever is made on first use
+PROGRESS = re.compile(r"\d%\|")  # of tqdm
 WARM_UP = 3
 
 
@@ -108,9 +111,9 @@ def machine() -> dict[str, Any]:
 
 
 def last_line(log: Path) -> str:
-    """What a script said last: its error."""
+    """What a script said last, but for progress bars: its error."""
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
-    return next((line for line in reversed(lines) if line), "")[:500]
+    return next((line for line in reversed(lines) if line and not PROGRESS.search(line)), "")[:500]
 
 
 class Stopped(Exception):
@@ -266,6 +269,8 @@ class Runner:
 
     def failure(self, stage: str, code: int, log: Path) -> dict[str, Any]:
         ended = f"killed by signal {-code}" if code < 0 else last_line(log)
+        if code == EXIT_HUNG:
+            ended = "a step did not end in time"
         return {"stage": stage, "exit_code": code, "message": ended}
 
     def train(self, arm: str, seed: int, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -278,8 +283,8 @@ class Runner:
         code = self.call(FOLDER / "train_prx.py", self.training_flags(arm, seed), log, self.study.threads)
         if (folder / REPORT_FILE).is_file():
             training = json.loads((folder / REPORT_FILE).read_text())
-            kept = ("steps", "seconds", "parameters", "device", "commit", "versions", "config", "alignment_history")
-            record |= {name: training[name] for name in kept}
+            kept = ("steps", "seconds", "parameters", "device", "commit", "versions", "sessions", "config")
+            record |= {name: training[name] for name in (*kept, "alignment_history")}
             record["seconds_per_step"] = training["seconds"] / max(1, training["steps"])
             record["training_loss"] = [[entry["step"], entry["loss/flow"]] for entry in training["history"]]
             record["curve"] = [[entry["step"], entry["validation/loss"]] for entry in training["validation_history"]]

@@ -1,5 +1,6 @@
 """Studies: the statistics against other ways to compute them, the plan that is kept, the report of hand-made runs."""
 
+import dataclasses
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from diffusers_prx.evaluation.paired import (
     value_at,
     verdict,
 )
-from diffusers_prx.evaluation.study import load_study, numbers, record_path, register, write_json
+from diffusers_prx.evaluation.study import PLAN_FILE, load_study, numbers, record_path, register, write_json
 from diffusers_prx.evaluation.study_report import settings_that_differ, write_report
 
 # --- statistics
@@ -125,8 +126,11 @@ def test_equal_time():
     # the arm is twice as fast and has 100 steps that count, the reference 60: 60 steps take as long as 120 of the arm
     assert equal_time_steps(1.0, 2.0, 100, 60) == (100, 50)
     assert equal_time_steps(1.0, 2.0, 200, 60) == (120, 60)
-    curve = [(10, 4.0), (20, 2.0), (40, 1.0)]
-    assert [value_at(curve, step) for step in (9, 10, 15, 30, 40, 41)] == [None, 4.0, 3.0, 1.5, 1.0, None]
+    assert all(equal_time_steps(1 / (ratio / 7), 1.0, 240, 240)[0] <= 240 for ratio in range(1, 100))
+    curve = [(10, 4.0), (20, 2.0), (40, 1.0)]  # 40 over the step, at every step
+    assert [value_at(curve, step) for step in (10, 15, 32, 40)] == pytest.approx([4, 40 / 15, 40 / 32, 1], rel=1e-12)
+    assert value_at(curve, 9) is None
+    assert value_at(curve, 41) is None
     assert value_at([], 1) is None
 
 
@@ -341,9 +345,14 @@ def test_the_table_of_findings(reported):
     half = 4.30265 * 0.002 / math.sqrt(3)
     low, high = (f"{bound:+.3g}" for bound in (0.104 - half, 0.104 + half))
     assert gain[5:8] == [f"+0.104 [{low}, {high}]", "3", "0.50 [0.50, 0.50]"]
-    assert gain[8:] == ["better: FID 18.2 → 14.64 (-3.56)", "**agrees** |"]
+    assert gain[9:] == ["better: FID 18.2 → 14.64 (-3.56)", "**agrees** |"]
     harm = table_row(text, "`harm`: It helps, too.")
-    assert harm[7:] == ["", "better: no figure", "**undecided** |"]  # the seconds of its runs are no throughput
+    assert harm[7:] == [
+        "not timed",
+        "not timed",
+        "better: no figure",
+        "**undecided** |",
+    ]  # the seconds of its runs are no throughput
     assert table_row(text, "`crash`: It runs.")[-1] == "**failed**; runs failed |"
     tuned = table_row(text, "`tuned`: Tuning helps.")
     assert tuned[3:7] == ["0.25", "0.75", "+0.5 [one seed: no interval]", "1 of 3"]
@@ -361,8 +370,8 @@ def test_each_finding_in_detail(reported):
     assert table_row(gain, "2") == ["| 2", "0.52", "0.624", "+0.104 |"]
     # the arm takes twice as long: the rate is constant up to step 60 of it, or 120 of the reference, which has 60
     assert "At equal time (arm at step 30, reference at step 60)" in gain
-    at_30 = 6.0 * (2**-1 + 2**-2) / 2  # half way between its points at 20 and 40
-    assert f"differs by {at_30 - 8.0 * 2**-3:+.3g} [" in gain
+    at_30 = 6.0 * 2 ** -(1 + math.log2(30 / 20))  # between its points at 20 and 40, on a line of the logarithms
+    assert f"differ by {at_30 - 8.0 * 2**-3:+.3g} [" in gain
     loss = table_row(gain, "held-out loss (training), lower is better")
     assert loss[1:3] == [f"{8 * 2**-5:.4g}", f"{6 * 2**-5:.4g}"]
     harm = text[text.index("### harm: undecided") : text.index("### crash")]
@@ -407,6 +416,29 @@ def test_a_plan_that_changed_and_settings_that_differ_are_told(tmp_path):
     text = write_report(study, report_dir).read_text()
     assert "**Changed** on 2026-01-02, after 2 runs: seeds [1, 2, 3] became [1, 2, 3, 4]." in text
     assert "**Warning**: the runs of baseline do not have the same settings." in text
+
+
+def test_what_was_stated_and_run_stays_part_of_the_study(tmp_path):
+    study, report_dir = save_study(tmp_path), tmp_path / "report"
+    register(study, report_dir, "2026-01-01", "abc")
+    save_run(report_dir, "baseline", 3, 0.5, 1.0)
+    with pytest.raises(ValueError, match=r"`seeds` is \[1, 2\], but \['seed_3'\] have been run"):
+        register(save_study(tmp_path, seeds=[1, 2]), report_dir, "2026-01-02", "def")
+    (report_dir / PLAN_FILE).unlink()
+    with pytest.raises(ValueError, match="what was stated before them is gone"):
+        register(study, report_dir, "2026-01-02", "def")
+
+
+def test_a_finding_that_was_stated_later_says_so(tmp_path):
+    study, report_dir = save_study(tmp_path), tmp_path / "report"
+    early = dataclasses.replace(study, findings={name: study.findings[name] for name in list(study.findings)[1:]})
+    register(early, report_dir, "2026-01-01", "abc")
+    save_run(report_dir, "baseline", 1, 0.5, 1.0)
+    register(study, report_dir, "2026-01-02", "def")
+    text = write_report(study, report_dir).read_text()
+    first = next(iter(study.findings))
+    assert table_row(text, f"`{first}`: {study.findings[first].text}")[-1].endswith("stated after 1 runs |")
+    assert text.count("stated after") == 1
 
 
 def test_settings_that_differ():

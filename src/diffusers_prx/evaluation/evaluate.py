@@ -190,9 +190,10 @@ def evaluate(
     reference = open_reference(settings, resolution) if metrics else None
 
     drawn = drawn_how(settings, pipeline, resolution)
+    drawn |= {"device": state.device.type, "commit": commit, "versions": installed_versions()}  # others draw anew
     pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
     if state.is_main_process:
-        write_json(pictures.folder / DRAWN_FILE, {**drawn, "versions": installed_versions()})
+        write_json(pictures.folder / DRAWN_FILE, drawn)
     draw = pipeline_draw(
         pipeline, resolution, settings.num_inference_steps, settings.guidance_scale, settings.seed,
         settings.batch_size, drawn["fixed_noise"],
@@ -241,7 +242,7 @@ def evaluate(
 
 
 def drawn_how(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
-    """All that a picture depends on, besides its prompt and its index."""
+    """All that a picture depends on, besides its prompt, its index and the code."""
     return {
         "pipeline": f"{type(pipeline).__module__.partition('.')[0]}.{type(pipeline).__name__}",
         "pipeline_fingerprint": pipeline_fingerprint(pipeline),

@@ -151,11 +151,15 @@ def verdict(difference: Difference | None, better: str, expected: str | None) ->
 
 
 def value_at(curve: Sequence[tuple[float, float]], step: float) -> float | None:
-    """A curve of (step, value) at a step, between its points linearly; None before the first and after the last."""
+    """A curve of (step, value), both positive, at a step; None before the first point and after the last.
+
+    Between its points it is a straight line of the logarithms: losses fall about as a power of the step, and a line of
+    the values would lie above such a curve.
+    """
     if not curve or not curve[0][0] <= step <= curve[-1][0]:
         return None
-    steps, values = zip(*curve)
-    return float(np.interp(step, steps, values))
+    steps, values = np.log(curve).T
+    return math.exp(np.interp(math.log(step), steps, values))
 
 
 def equal_time_steps(
@@ -168,4 +172,4 @@ def equal_time_steps(
         last_arm, last_reference: the last steps that may be compared.
     """
     time = min(seconds_arm * last_arm, seconds_reference * last_reference)
-    return time / seconds_arm, time / seconds_reference
+    return min(time / seconds_arm, last_arm), min(time / seconds_reference, last_reference)  # despite rounding

@@ -392,13 +392,18 @@ def register(study: Study, report_dir: Path, date: str, commit: str | None) -> N
     A plan that changes later is kept too: with its date, and how many runs were there by then.
 
     Raises:
-        ValueError: where the change is of an arm or a finding that has been run.
+        ValueError: where the change is of an arm, a finding or a seed that has been run, or where there are runs and
+            what was stated before them is gone.
     """
     path = report_dir / PLAN_FILE
     entries = json.loads(path.read_text()) if path.is_file() else []
     plan = json.loads(json.dumps(study.plan()))  # as it is read back
     runs = sorted((report_dir / "runs").glob("*/seed_*.json"))
     run_arms = {run.parent.name for run in runs}
+    if runs and not entries:
+        raise ValueError(f"{report_dir} has {len(runs)} runs and no {PLAN_FILE}: what was stated before them is gone.")
+    if lost := sorted({run.stem for run in runs} - {f"seed_{seed}" for seed in study.seeds}):
+        raise ValueError(f"`seeds` is {study.seeds}, but {lost} have been run: they stay part of the study.")
     before = entries[-1]["plan"] if entries else plan
     changes = []
     for kind in ("arms", "findings"):
@@ -420,6 +425,14 @@ def register(study: Study, report_dir: Path, date: str, commit: str | None) -> N
         entry = {"date": date, "commit": commit, "runs_so_far": len(runs), "changes": changes, "plan": plan}
         write_json(path, [*entries, entry])
         (report_dir / PLAN_TEXT).write_text(plan_text(study, [*entries, entry]))
+
+
+def stated_after(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """How many runs there were when a finding was first stated, for each that the last plan has."""
+    return {
+        name: next(entry["runs_so_far"] for entry in entries if name in entry["plan"]["findings"])
+        for name in entries[-1]["plan"]["findings"]
+    }
 
 
 def plan_text(study: Study, entries: list[dict[str, Any]]) -> str:

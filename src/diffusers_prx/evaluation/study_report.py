@@ -26,7 +26,17 @@ from .paired import (
     verdict,
 )
 from .sheets import pictures_of_grid
-from .study import PLAN_FILE, TRAINING, VALIDATION_LOSS, Finding, Study, plan_text, read_record, scores
+from .study import (
+    PLAN_FILE,
+    TRAINING,
+    VALIDATION_LOSS,
+    Finding,
+    Study,
+    plan_text,
+    read_record,
+    scores,
+    stated_after,
+)
 
 THROUGHPUT_FILE = "throughput.json"
 TILE, LABEL = 64, 150  # pixels, of the sheet of pictures
@@ -236,6 +246,29 @@ def published(finding: Finding) -> str:
     return "; ".join(parts) or "no figure"
 
 
+def published_sign(finding: Finding) -> str:
+    """What the first published figure says of a change; all that we know of are better when they are lower."""
+    for name, (without, with_it) in finding.published.items():
+        if without is not None and with_it is not None and without != with_it and not name.endswith("/s"):
+            return f"{name} {'better' if with_it < without else 'worse'}"
+    return "no figure"
+
+
+def metric_name(study: Study, metric: str) -> str:
+    """A metric as the report names it: its label, and in brackets the evaluation that it is of."""
+    evaluation, key = study.split_metric(metric)
+    return f"{study.metrics[key].label or key} ({evaluation})"
+
+
+def at_equal_time(results: Results, row: Row) -> str:
+    """The difference of the held-out losses after the same time, or why there is none."""
+    if not results.comparable(row.finding):
+        return "not comparable"
+    if row.ratio is None:
+        return "not timed"
+    return signed(row.equal_time) or "no curves"
+
+
 def short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."
@@ -393,12 +426,9 @@ def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> No
         facts.append(f"{what}: " + "; ".join(f"{v} ({n} runs)" if len(counts) > 1 else v for v, n in counts.items()))
     page.items(facts)
     for arm in study.arms:
-        configs = {
-            json.dumps({k: v for k, v in r["config"].items() if k not in OF_A_RUN}, sort_keys=True)
-            for r in results.of(arm).values()
-            if "config" in r
-        }
-        if len(configs) > 1:
+        configs = [record["config"] for record in results.of(arm).values() if "config" in record]
+        known = set(configs[0]).intersection(*configs) - set(OF_A_RUN) if configs else set()  # by the code of each
+        if any(config[name] != configs[0][name] for config in configs for name in known):
             page.text(f"**Warning**: the runs of {arm} do not have the same settings.")
     page.heading(2, "How to read this")
     page.items(
@@ -409,24 +439,45 @@ def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> No
             "The difference is arm minus reference, averaged over the seeds, with its 95% interval (Student's t over "
             "the seeds). It says how much another seed might change the result. The spread over the prompts or images "
             "of one run is another matter, and is in no interval here.",
-            "**agrees**: the interval excludes zero and the sign is the published one. **disagrees**: it excludes "
-            "zero and the sign is the other one. **undecided**: it contains zero. **too few seeds**: fewer than "
-            f"{MIN_SEEDS}, nothing is concluded. For findings without a published direction: better, worse or "
-            "undecided.",
+            "**agrees**: the interval excludes zero and the sign is the expected one: that of the published figure "
+            "or, where there is none, of what was advised or assumed. **disagrees**: it excludes zero and the sign is "
+            f"the other one. **undecided**: it contains zero. **too few seeds**: fewer than {MIN_SEEDS}, nothing is "
+            "concluded. For findings stated without a direction: better, worse or undecided.",
+            "In brackets behind a metric stands what it was computed from: "
+            + "; ".join(f"{name}: {evaluation_text(study, name)}" for name in study.evaluations)
+            + f"; {TRAINING}: the run itself.",
             "Throughput is steps per second of the arm over those of the reference, above 1 is faster. It is timed in "
             "short runs, arm and reference in turns with nothing of the study beside them; its interval is over the "
             "timed pairs. What other programs did meanwhile is not known. The seconds of the runs themselves are not "
             "used: they were made at different times, and some shared the machine.",
-            "At equal time: the loss on held-out images (the same images and noise for all runs), of the slower one "
-            "of the two where its learning rate begins to decay, and of the faster one after the same time. Later "
-            "points of the curves cannot be used, since a shorter run would have decayed earlier.",
+            "At equal time: the difference of the losses on held-out images (for all runs of one seed the same images "
+            "and, at one resolution, the same noise), of the faster of the two where its learning rate begins to "
+            "decay, and of the slower one after the same time. Later points of the curves cannot be used, since a "
+            "shorter run would have decayed earlier. The ratio of the throughputs is taken as exact.",
             "Published figures are of networks hundreds of times as large and of other data: their signs can be "
             "compared with ours, their sizes cannot.",
         ]
     )
 
 
-def overview(page: Page, results: Results) -> None:
+def evaluation_text(study: Study, evaluation: str) -> str:
+    """The flags of an evaluation, as far as they are no list."""
+    flags = study.evaluation | study.evaluations[evaluation]
+    return ", ".join(f"{name} {short(value)}" for name, value in flags.items() if not isinstance(value, list)) or "-"
+
+
+def verdict_cell(row: Row, runs_before: int) -> str:
+    said = [f"**{row.verdict}**"]
+    if row.verdict in ("better", "worse"):
+        said.append(f"published: {published_sign(row.finding)}")
+    if runs_before:
+        said.append(f"stated after {runs_before} runs")
+    if row.failures:
+        said.append("runs failed")
+    return "; ".join(said)
+
+
+def overview(page: Page, results: Results, added: dict[str, int]) -> None:
     rows = results.rows
     page.heading(2, "Findings")
     counts = Counter(row.verdict for row in rows)
@@ -442,7 +493,7 @@ def overview(page: Page, results: Results) -> None:
         )
     header = [
         "finding", "arm against reference", "primary metric", "reference", "arm", "difference [95%]", "seeds",
-        "throughput ratio", "published", "verdict",
+        "throughput ratio", "at equal time", "expected: published", "verdict",
     ]  # fmt: skip
     body = []
     for row in rows:
@@ -457,9 +508,10 @@ def overview(page: Page, results: Results) -> None:
                 mean_of(row.arm),
                 signed(row.difference),
                 f"{seeds}" if seeds == of else f"{seeds} of {of}",
-                times(row.ratio),
+                times(row.ratio) or "not timed",
+                at_equal_time(results, row),
                 f"{row.finding.expected or 'no direction'}: {published(row.finding)}",
-                f"**{row.verdict}**" + ("; runs failed" if row.failures else ""),
+                verdict_cell(row, added.get(row.name, 0)),
             ]
         )
     page.table(header, body)
@@ -479,7 +531,9 @@ def details(page: Page, results: Results) -> None:
         for role, arm in (("arm", finding.arm), ("reference", finding.reference)):
             facts.append(f"{role}: {arm}. {study.arms[arm].text}".rstrip())
         metric, reference_metric = study.metrics_of(finding)
-        judged = metric if metric == reference_metric else f"{metric}, of the reference {reference_metric}"
+        judged = metric_name(study, metric)
+        if metric != reference_metric:
+            judged += f", of the reference {metric_name(study, reference_metric)}"
         facts.append(f"primary metric: {judged}; {row.better} is better")
         records = [
             next(iter(r for r in results.of(a).values() if "config" in r), None)
@@ -508,7 +562,7 @@ def details(page: Page, results: Results) -> None:
         if row.equal_time is not None and row.equal_time_steps is not None:
             page.text(
                 f"At equal time (arm at step {row.equal_time_steps[0]:.0f}, reference at step "
-                f"{row.equal_time_steps[1]:.0f}), the held-out loss differs by {signed(row.equal_time)}; lower is "
+                f"{row.equal_time_steps[1]:.0f}), the held-out losses differ by {signed(row.equal_time)}; lower is "
                 "better."
             )
         others(page, results, row)
@@ -529,7 +583,7 @@ def others(page: Page, results: Results, row: Row) -> None:
             arm, reference = results.values(finding.arm, full), results.values(finding.reference, full)
             difference = paired_difference(arm, reference)
             if difference is not None:
-                label = f"{metric.label or key} ({evaluation}), {metric.better} is better"
+                label = f"{metric_name(study, full)}, {metric.better} is better"
                 body.append([label, mean_of(reference), mean_of(arm), signed(difference)])
     if body:
         page.text("Also measured, with nothing stated before and so nothing concluded:")
@@ -556,11 +610,13 @@ def runs_table(page: Page, results: Results) -> None:
                 str(record.get("steps", "")),
                 f"{record['seconds_per_step']:.3f}" if "seconds_per_step" in record else "",
                 "" if score is None else f"{score:.4g}",
+                str(record.get("commit", ""))[:7],
             ]
         )
     missing = [(a, s) for a in results.study.arms for s in results.study.seeds if (a, s) not in results.records]
-    body += [[arm, str(seed), "not run", "", "", ""] for arm, seed in missing]
-    page.table(["arm", "seed", "outcome", "steps", "seconds per step", results.study.metric], body)
+    body += [[arm, str(seed), "not run", "", "", "", ""] for arm, seed in missing]
+    header = ["arm", "seed", "outcome", "steps", "seconds per step", metric_name(results.study, results.study.metric)]
+    page.table([*header, "commit"], body)
 
 
 def write_report(study: Study, report_dir: Path) -> Path:
@@ -577,9 +633,12 @@ def write_report(study: Study, report_dir: Path) -> Path:
     pictures = report_dir / "pictures"
     pictures.mkdir(exist_ok=True)
     introduction(page, results, plan)
-    overview(page, results)
+    overview(page, results, stated_after(plan))
     if differences_picture(results, pictures / "differences.png"):
-        page.text("Dots are means, bars the intervals, ticks the single seeds; green agrees, red disagrees.")
+        page.text(
+            "Dots are means, bars the intervals, ticks the single seeds. Green: agrees, or better; red: disagrees, or "
+            "worse; grey: neither."
+        )
         page.picture(pictures / "differences.png", "differences with intervals")
     details(page, results)
     if curves_picture(results, pictures / "curves.png"):
@@ -589,7 +648,8 @@ def write_report(study: Study, report_dir: Path) -> Path:
     if prompts := samples_picture(results, pictures / "samples.png"):
         page.heading(2, "Pictures")
         page.text(
-            f"The first prompts of the list, seed {study.seeds[0]}, the same noise in every column; none was picked."
+            f"The first prompts of the list, seed {study.seeds[0]}; in a column the noise is the same where networks "
+            "and sizes allow it. None was picked."
         )
         page.picture(pictures / "samples.png", "pictures of every arm")
         first = next(iter(prompts.values()))

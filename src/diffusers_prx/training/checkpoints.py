@@ -54,6 +54,7 @@ class RunState:
         samples_read, unreadable, unfit, upscaled, truncated: counts over all processes.
         lost_workers, tracker_failures: the same.
         skipped_steps: steps whose loss or gradient was not finite.
+        sessions: from which step on which commit and versions have trained; see `export.session`.
         stream: how far the workers of all processes have read the current stage's stream, and what that is; None: the
             data are not streamed. See `data.streaming.StreamedImages.record`.
         history: one entry per logging interval.
@@ -75,6 +76,7 @@ class RunState:
     lost_workers: int = 0
     tracker_failures: int = 0
     skipped_steps: int = 0
+    sessions: list[dict[str, Any]] = field(default_factory=list)
     stream: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     validation_history: list[dict[str, float]] = field(default_factory=list)

@@ -34,13 +34,22 @@ def commit_of_this_package() -> str | None:
         return None
 
 
+def session(step: int) -> dict[str, Any]:
+    """What trains from a step on."""
+    libraries = ("torch", "diffusers", "transformers", "accelerate")
+    return {
+        "from_step": step,
+        "commit": commit_of_this_package(),
+        "versions": {name: version(name) for name in libraries},
+    }
+
+
 def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any]) -> dict[str, Any]:
     """Everything needed to know what was run: settings, versions, counts and the loss history.
 
     Args:
         machine: "processes" of the run, over how many of them one copy of the weights was "sharded_over", "device".
     """
-    libraries = ("torch", "diffusers", "transformers", "accelerate")
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 1),
@@ -59,8 +68,9 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[s
         "lost_workers": state.lost_workers,
         "tracker_failures": state.tracker_failures,
         "skipped_steps": state.skipped_steps,
-        "commit": commit_of_this_package(),
-        "versions": {name: version(name) for name in libraries},
+        "commit": state.sessions[-1]["commit"],
+        "versions": state.sessions[-1]["versions"],
+        "sessions": state.sessions,
         "config": cfg.to_dict(),
         "history": state.history,
         "validation_history": state.validation_history,

@@ -41,7 +41,7 @@ from .distributed import (
     start_accelerator,
     whole_module,
 )
-from .export import export_run, write_record
+from .export import export_run, session, write_record
 from .faults import (
     EXIT_PREEMPTED,
     PREEMPTED_FILE,
@@ -111,6 +111,7 @@ class Run:
         )
         if self.saved is not None:  # before weights are loaded: it says what does not fit
             self.state.load_state_dict(self.saved["state"])
+        self.state.sessions = [*self.state.sessions, session(self.state.step)]
         self.precision_checked = False
         self.skipped_in_a_row = 0
         self.stop_signal = 0.0

@@ -1,0 +1,86 @@
+"""The models that are released with this repository: small, loadable, drawing what they drew at their release."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_prx import PRXPixelPipeline
+from diffusers_prx.data.scenes import long_caption, sample_scene
+from diffusers_prx.evaluation.scene_checker import read_scene, scene_matches
+from diffusers_prx.evaluation.sheets import pictures_of_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+RELEASED = sorted(index.parent for index in (ROOT / "model_cards").glob("*/model_index.json"))
+SMALL = ROOT / "model_cards" / "prx-scenes-small"
+# Eight pictures side by side, drawn when the model was released: `draw(pipeline, 8)`, saved by `image_grid`.
+GOLDEN = Path(__file__).parent / "golden" / "prx-scenes-small.png"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> PRXPixelPipeline:
+    return PRXPixelPipeline.from_pretrained(SMALL)
+
+
+def wanted(index: int):
+    return sample_scene(index, seed=7, level="easy", split="heldout")
+
+
+def draw(pipeline: PRXPixelPipeline, count: int) -> list[PIL.Image.Image]:
+    """Pictures of the first held-out scenes of a seed that neither training nor evaluation uses."""
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [long_caption(wanted(index), seed=7, index=index) for index in range(count)]
+    generator = [torch.Generator().manual_seed(index) for index in range(count)]
+    return pipeline(prompts, num_inference_steps=24, guidance_scale=3.0, generator=generator).images
+
+
+def test_the_small_model_is_there():
+    assert SMALL in RELEASED
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_files_are_small_and_hold_no_code(folder):
+    weights = list(folder.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in weights) <= 12e6
+    kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
+    assert kinds <= {".safetensors", ".json", ".md", ".png"}
+
+
+def test_it_draws_what_it_drew(pipeline):
+    """Rounded to 8 bits, another processor's order of additions moves a value by one level at most."""
+    with PIL.Image.open(GOLDEN) as grid:
+        golden = pictures_of_grid(grid, 8)
+    for image, picture in zip(draw(pipeline, 8), golden):
+        difference = np.abs(np.asarray(image, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
+        assert difference.max() <= 2
+
+
+def test_it_draws_what_is_asked(pipeline):
+    """As often as its card says of 256 prompts, within what these 64 can tell."""
+    right = [scene_matches(read_scene(image, "easy"), wanted(i)) for i, image in enumerate(draw(pipeline, 64))]
+    (said,) = re.findall(r"^\| scene_accuracy \| ([\d.]+) \|", (SMALL / "README.md").read_text(), re.MULTILINE)
+    share = min(float(said), 1 - 1 / 256)  # of which one cannot tell 1
+    error = (share * (1 - share) * (1 / 64 + 1 / 256)) ** 0.5
+    assert abs(np.mean(right) - share) <= 3 * error
+
+
+def test_stock_diffusers_loads_its_network(pipeline):
+    stock = diffusers.PRXTransformer2DModel.from_pretrained(SMALL, subfolder="transformer").eval()
+    stored = load_file(SMALL / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    x, text, t = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 128), torch.tensor([0.5])
+    with torch.no_grad():
+        ours, theirs = (net(x, t, text, return_dict=False)[0] for net in (pipeline.transformer, stock))
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def test_its_record_names_no_folder_of_the_machine_it_was_made_on():
+    record = (SMALL / "training.json").read_text()
+    assert not re.search(r'"/\w+/', record)
+    assert json.loads(record)["config"]["seed"] == 42
