@@ -187,6 +187,14 @@ def test_techniques_are_those_that_were_on():
     assert any(text.startswith("SPRINT (arXiv 2510.21986): 75% of the tokens") for text in techniques([sprint]))
 
 
+def test_captions_of_several_lengths_are_told_with_their_shares(run):
+    record = json.loads((run / "training.json").read_text())
+    record["config"]["caption_weights"] = {"long": 0.5, "short": 0.25}
+    (run / "training.json").write_text(json.dumps(record))
+    text = write_card(run, runs.CARD_TEMPLATE).read_text()
+    assert "level easy, long (0.5) and short (0.25) captions" in text
+
+
 def test_stages_that_have_not_begun_are_not_told():
     cfg = runs.config(stages=[{"max_train_steps": 3}, {"max_train_steps": 2}])
     assert [len(begun_stages(cfg, step)) for step in (0, 1, 3, 4, 5)] == [1, 1, 1, 2, 2]
