@@ -125,6 +125,39 @@ def test_what_is_fused_is_not_changed_behind_its_back():
         pipe.set_adapters("one", 0.5)
     with pytest.raises(ValueError, match=r"`lora_scale` is 0.5, but \['one'\] are fused already"):
         pipe.fuse_lora(lora_scale=0.5, adapter_names=["two"])
+    with pytest.raises(ValueError, match=r"`delete_adapters` needs `unfuse_lora` first: \['one'\] are fused"):
+        pipe.delete_adapters("one")
+
+
+def test_what_was_fused_can_be_deleted_after_unfusing():
+    pipe = make("pixel")
+    base = draw(pipe)
+    for seed, name in enumerate(("one", "two"), 1):
+        pipe.load_lora_weights(adapter(pipe.transformer, seed), adapter_name=name)
+    pipe.fuse_lora(adapter_names=["one"])
+    for names in ("one", ["two", "one"]):
+        with pytest.raises(ValueError, match="`delete_adapters` needs"):
+            pipe.delete_adapters(names)
+    with pytest.raises(ValueError, match="`hotswap` needs `unfuse_lora` first"):
+        pipe.load_lora_weights(adapter(pipe.transformer, 3), adapter_name="one", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer": ["one", "two"]}
+    pipe.unfuse_lora()
+    pipe.delete_adapters(["one", "two"])
+    assert (draw(pipe) - base).abs().max() < TOLERANCE
+
+
+def test_a_scale_of_zero_would_lose_the_weights():
+    """diffusers sets them to 1 when it takes a scale of 0 back."""
+    pipe = make("pixel")
+    pipe.load_lora_weights(adapter(pipe.transformer, 1), adapter_name="one")
+    pipe.set_adapters("one", 0.5)
+    images = draw(pipe)
+    with pytest.raises(ValueError, match="`lora_scale` is 0, which `unfuse_lora` cannot take back"):
+        pipe.fuse_lora(lora_scale=0.0)
+    assert torch.equal(draw(pipe), images)
+    pipe.fuse_lora(lora_scale=0.25)
+    pipe.unfuse_lora()
+    assert (draw(pipe) - images).abs().max() < TOLERANCE
 
 
 def test_a_file_comes_back_bit_by_bit(tmp_path):

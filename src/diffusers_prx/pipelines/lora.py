@@ -55,8 +55,10 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         Raises:
             ValueError: a file that holds something else than a LoRA or DoRA of this transformer's layers, or an
-                adapter name that is taken; the pipeline is as it was.
+                adapter name that is taken, or `hotswap` while adapters are fused; the pipeline is as it was.
         """
+        if hotswap:  # peft refuses too, and diffusers then deletes the adapter that is in the weights
+            _require_unfused("hotswap", self.transformer)
         model = _unwrapped(self.transformer)
         source = pretrained_model_name_or_path_or_dict
         state_dict, metadata = self.lora_state_dict(
@@ -95,9 +97,18 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             ValueError: unknown names, another number of weights, or adapters that are fused: unfusing would then take
                 away something else than what was added.
         """
-        if fused := _fused(self.transformer):
-            raise ValueError(f"`set_adapters` needs `unfuse_lora` first: {fused} are fused into the weights.")
+        _require_unfused("set_adapters", self.transformer)
         super().set_adapters(adapter_names, adapter_weights)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Forget these adapters; the others stay.
+
+        Raises:
+            ValueError: unknown names, or adapters that are fused: what was added to the weights could not be taken out
+                any more.
+        """
+        _require_unfused("delete_adapters", self.transformer)
+        super().delete_adapters(adapter_names)
 
     def fuse_lora(
         self,
@@ -110,13 +121,19 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         Args:
             components: `transformer` is the only one.
-            lora_scale: what the weights of `set_adapters` are multiplied by until `unfuse_lora`.
+            lora_scale: what the weights of `set_adapters` are multiplied by until `unfuse_lora`; not 0.
             safe_fusing: look for NaN before.
             adapter_names: which; the active ones when None.
 
         Raises:
-            ValueError: a `lora_scale` while others are fused, which it would change as well.
+            ValueError: a `lora_scale` while others are fused, which it would change as well; or one of 0, from which
+                `unfuse_lora` could not find the weights of `set_adapters` again.
         """
+        if lora_scale == 0:
+            raise ValueError(
+                "`lora_scale` is 0, which `unfuse_lora` cannot take back; accepted is any other number. To "
+                "leave adapters out: `disable_lora`."
+            )
         if lora_scale != 1 and (fused := _fused(self.transformer)):
             raise ValueError(f"`lora_scale` is {lora_scale}, but {fused} are fused already: call `unfuse_lora` first.")
         super().fuse_lora(list(components), lora_scale, safe_fusing, adapter_names)
@@ -193,6 +210,11 @@ def _misfit(transformer: Any, name: str, parts: Mapping[str, torch.Tensor], rank
 
 def _unwrapped(transformer: Any) -> Any:
     return getattr(transformer, "_orig_mod", transformer)  # out of the wrapper of torch.compile
+
+
+def _require_unfused(method: str, transformer: Any) -> None:
+    if fused := _fused(transformer):
+        raise ValueError(f"`{method}` needs `unfuse_lora` first: {fused} are fused into the weights.")
 
 
 def _fused(transformer: Any) -> list[str]:
