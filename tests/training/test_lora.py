@@ -27,6 +27,7 @@ from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.nets import saved_settings
 from diffusers_prx.training.preflight import memory, outline
 from diffusers_prx.training.publishing import ADAPTER_LOADED_FROM, is_ours
+from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state
 from training import train_prx_lora
 
@@ -228,6 +229,13 @@ def test_the_card_names_the_base(whole, base):
         f'"{whole.output_dir}"',
     ):
         assert fact in card.text
+
+
+def test_the_card_tells_the_loss_on_held_out_images(whole, dora):
+    text = (whole.output_dir / "README.md").read_text()
+    last = json.loads((whole.output_dir / "training.json").read_text())["validation_history"][-1]
+    assert f"(`num_validation_samples` 3) at step 6:\n{last['validation/loss']:.4f}, the mean over ten" in text
+    assert "held-out" not in (check_card(dora.output_dir / "README.md").text)  # that run measured none
 
 
 def test_the_frozen_weights_may_be_bf16(base, tmp_path, capsys):
