@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -13,7 +16,6 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from huggingface_hub import ModelCard
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -22,11 +24,12 @@ import runs
 from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.pipelines import lora as loader
 from diffusers_prx.schedulers import PRXXPredictionScheduler
+from diffusers_prx.training.cards import write_card
 from diffusers_prx.training.config import LORA_LAYERS, TrainingConfig, parse_settings
 from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.nets import saved_settings
 from diffusers_prx.training.preflight import memory, outline
-from diffusers_prx.training.publishing import ADAPTER_LOADED_FROM, is_ours
+from diffusers_prx.training.publishing import ADAPTER_LOADED_FROM, LOADED_FROM, UNPUBLISHED_BASE, hub_id, is_ours
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state
 from training import train_prx_lora
@@ -217,9 +220,9 @@ def test_any_checkpoint_becomes_an_adapter(whole, base, tmp_path):
 
 
 def test_the_card_names_the_base(whole, base):
-    card = ModelCard.load(whole.output_dir / "README.md")
-    assert "{{" not in card.text
+    card = check_card(whole.output_dir / "README.md")
     assert "lora" in card.data.tags
+    assert card.data.license == "unknown"
     assert is_ours(whole.output_dir / "README.md")
     assert ADAPTER_LOADED_FROM.findall(card.text) == [str(whole.output_dir)]  # what publishing changes
     for fact in (
@@ -236,6 +239,38 @@ def test_the_card_tells_the_loss_on_held_out_images(whole, dora):
     last = json.loads((whole.output_dir / "training.json").read_text())["validation_history"][-1]
     assert f"(`num_validation_samples` 3) at step 6:\n{last['validation/loss']:.4f}, the mean over ten" in text
     assert "held-out" not in (check_card(dora.output_dir / "README.md").text)  # that run measured none
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_code_in_the_card_runs(whole, base, relative, tmp_path, monkeypatch):
+    """Also where the base was given as a folder below the one that the run was started in."""
+    folder = whole.output_dir
+    monkeypatch.chdir(base.parent if relative else tmp_path)
+    if relative:
+        folder = shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+        record = json.loads((folder / "training.json").read_text())
+        record["config"]["pretrained_model_name_or_path"] = f"./{base.name}"
+        (folder / "training.json").write_text(json.dumps(record))
+        write_card(folder, runs.CARD_TEMPLATE)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert LOADED_FROM.findall(code) == [f"./{base.name}" if relative else str(base)]
+    code = code.replace('"image.png"', repr(str(tmp_path / "image.png")))
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), names)
+    assert PIL.Image.open(tmp_path / "image.png").size == (32, 32)
+    assert torch.equal(draw(names["pipeline"]), draw(load(base, whole.output_dir)))
+
+
+def test_a_push_on_a_base_of_this_machine_is_warned_of(base, tmp_path, monkeypatch, capsys):
+    """At the start, a dry run says it too; a base that is on the Hub is nothing to warn of."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_me")
+    with pytest.raises(SystemExit):
+        runs.start(settings(tmp_path, base, push_to_hub=True, dry_run=True))
+    assert f"warning       {UNPUBLISHED_BASE}\n" in capsys.readouterr().out
+    assert hub_id("me/prx") == "me/prx"
+    (tmp_path / "me" / "prx").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [hub_id(name) for name in ("me/prx", str(base), "prx", None)] == [None] * 4
 
 
 def test_the_frozen_weights_may_be_bf16(base, tmp_path, capsys):

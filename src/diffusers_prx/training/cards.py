@@ -16,8 +16,6 @@ from typing import Any
 import PIL.Image
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..evaluation.networks import pipeline_fingerprint
@@ -25,7 +23,7 @@ from ..evaluation.pictures import load_pipeline
 from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
 from ..evaluation.sheets import pictures_of_grid
 from .config import TrainingConfig, sources_of
-from .publishing import ADAPTER_LOADED_FROM, CARD_FILE, CARD_MARKER, LOADED_FROM, is_ours
+from .publishing import ADAPTER_LOADED_FROM, CARD_FILE, CARD_MARKER, LOADED_FROM, hub_id, is_ours
 
 REPORT_FILE = "training.json"
 PICTURES = "widget"  # one for each validation prompt
@@ -92,8 +90,8 @@ def write_card(
         license=license,
         language="en" if _is_all_ours(stages) else None,
         tags=[*TAGS, "lora"] if adapter else TAGS,
-        base_model=_hub_id(cfg.pretrained_model_name_or_path),
-        datasets=sorted({source for source in _sources(stages) if _hub_id(source)}) or None,
+        base_model=hub_id(cfg.pretrained_model_name_or_path),
+        datasets=sorted({source for source in _sources(stages) if hub_id(source)}) or None,
         widget=[_widget(folder, place, prompt) for place, prompt in enumerate(prompts)] or None,
         model_name=name if shown is not None else None,
         eval_results=None if shown is None else evaluation_results(shown),
@@ -115,6 +113,7 @@ def write_card(
         networks=_networks(stages),
         recipe=recipe_text(cfg),
         started_from=_shown_name(cfg.pretrained_model_name_or_path),
+        base=cfg.pretrained_model_name_or_path,  # for code, which has to find it
         evaluation=None if shown is None else markdown_table(shown),
         pictures=[] if report is None else [file for file in (SCENES_SHEET, PAIRS_SHEET) if (folder / file).is_file()],
         license=license,
@@ -402,15 +401,4 @@ def _shown_name(name: str | None) -> str | None:
 
 def _dataset_type(name: str) -> str:
     """A name as the Hub's metadata take it for a data set."""
-    return name if _hub_id(name) else re.sub(r"[^\w.-]+", "-", name).strip("-")
-
-
-def _hub_id(name: str | None) -> str | None:
-    """A name if it is one of the Hub: namespace/name, and no folder here."""
-    if name is None or name.count("/") != 1 or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return name if hub_id(name) else re.sub(r"[^\w.-]+", "-", name).strip("-")

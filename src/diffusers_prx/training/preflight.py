@@ -23,7 +23,7 @@ from .known_networks import autoencoder_outline, teacher_outline, text_config
 from .lora import add_adapter
 from .nets import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .optimizers import muon_weights
-from .publishing import require_token
+from .publishing import UNPUBLISHED_BASE, hub_id, require_token
 from .stages import Stage
 
 BYTES = {"float32": 4, "bf16": 2}
@@ -190,6 +190,8 @@ def report(
     ]
     if cfg.push_to_hub:
         rows.append(("upload to", cfg.repo_id))
+        if cfg.lora_rank is not None and hub_id(cfg.pretrained_model_name_or_path) is None:
+            rows.append(("warning", UNPUBLISHED_BASE))
     for number, (stage, figures) in enumerate(zip(stages, captions)):
         rows.append((f"stage {number}", f"steps {stage.first_step} to {stage.stop_step}"))
         rows += _stage_rows(stage, figures, processes)

@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
@@ -19,6 +20,12 @@ CARD_FILE = "README.md"
 CARD_MARKER = "<!-- Written by diffusers-prx. Remove this line to keep your own changes. -->"
 LOADED_FROM = re.compile(r'(?<=\.from_pretrained\(")[^"]*(?="\))')
 ADAPTER_LOADED_FROM = re.compile(r'(?<=\.load_lora_weights\(\n    ")[^"]*(?=")')
+# said of a LoRA that is published while nothing says where on the Hub its base is
+UNPUBLISHED_BASE = (
+    "the adapter's base is no repository of the Hub, so nobody else can run the code in its card: publish the base "
+    "(training/publish_prx.py) and train on its name, or put that into the adapter's README.md, as `base_model` and "
+    "in `from_pretrained`"
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,17 @@ def check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"The repository {repo_id!r} cannot be called so: {error}") from error
+
+
+def hub_id(name: str | None) -> str | None:
+    """A name if it is one of the Hub: namespace/name, and no folder here."""
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def require_token() -> None:
@@ -177,6 +195,8 @@ def publish_folder(folder: Path, repo_id: str, private: bool = False) -> str:
         if is_ours(card):
             loaded_from = ADAPTER_LOADED_FROM if kind.name == "LoRA" else LOADED_FROM  # an adapter's base stays
             card.write_text(loaded_from.sub(full_id, card.read_text(encoding="utf-8")), encoding="utf-8")
+        if kind.name == "LoRA" and _front_matter(card).get("base_model") is None:
+            print(f"warning: {UNPUBLISHED_BASE}")
     elif kind.repo_type == "dataset" and (not card.is_file() or is_ours(card)):
         card.write_text(_report_card((folder / "report.md").read_text(encoding="utf-8")), encoding="utf-8")
     return upload(folder, full_id, kind, f"Upload {kind.name}")
@@ -187,9 +207,12 @@ def is_ours(card: Path) -> bool:
     return card.is_file() and CARD_MARKER in card.read_text(encoding="utf-8")
 
 
+def _front_matter(card: Path) -> dict[str, Any]:
+    return (huggingface_hub.metadata_load(card) or {}) if card.is_file() else {}
+
+
 def _space_sdk(folder: Path) -> str:
-    card = folder / CARD_FILE
-    sdk = (huggingface_hub.metadata_load(card) or {}).get("sdk") if card.is_file() else None
+    sdk = _front_matter(folder / CARD_FILE).get("sdk")
     if sdk is None:
         raise ValueError(f"The Space in {folder} needs a {CARD_FILE} whose front matter names its `sdk`.")
     return str(sdk)
