@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
+from safetensors.torch import load_file
 
 import runs
+from diffusers_prx import PRXPixelPipeline
+from diffusers_prx.schedulers import PRXXPredictionScheduler
 from diffusers_prx.training.publishing import (
+    ADAPTER_LOADED_FROM,
     CARD_MARKER,
     EXIT_NOT_UPLOADED,
     KINDS,
+    LOADED_FROM,
     OF_A_RUN,
+    UNPUBLISHED_BASE,
     check_name,
     kind_of,
 )
@@ -80,7 +86,8 @@ def server():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Five runs and what the server then had: a token that is none, one that may only read, a namespace of others, one
-    whose upload fails half-way, and that one again, which is finished and only exports; then `push_to_hub`."""
+    whose upload fails half-way, and that one again, which is finished and only exports; then `push_to_hub`, and an
+    adapter of a pipeline."""
     folder = tmp_path_factory.mktemp("trained")
     values = runs.settings(
         "unused", text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=300, max_train_steps=2,
@@ -93,6 +100,14 @@ def trained(tmp_path_factory):
         flags = ["--output_dir", str(folder / name), "--hub_model_id", repo_id, "--resume_from_checkpoint", "latest"]
         return "training.train_prx", ["--config", str(folder / "recipe.yaml"), *flags], token
 
+    # not `run`, whose blocks change nothing yet after two steps: no adapter of theirs would learn
+    base = runs.nets(PRXXPredictionScheduler(shift=2.0)).pipeline(runs.config(max_sequence_length=40))
+    base.save_pretrained(folder / "base")
+    adapter = [
+        "--pretrained_model_name_or_path", folder / "base", "--dataset_name", "scenes", "--rank", 2,
+        "--max_train_steps", 2, "--validation_steps", 2, "--num_validation_samples", 2, "--mixed_precision", "no",
+        "--report_to", "none", "--output_dir", folder / "lora", "--push_to_hub", "--hub_model_id", "our-lab/lora",
+    ]  # fmt: skip
     with hub() as server:
         server.fails_after = 1
         ended = drive(
@@ -104,6 +119,7 @@ def trained(tmp_path_factory):
             train("run", "prx", TOKEN),
             train("run", "prx", TOKEN),
             ("pipeline.push_to_hub", [folder / "run", folder / "saved", "me/direct"], TOKEN),
+            ("training.train_prx_lora", adapter, TOKEN),
         )
         yield folder, server, ended
 
@@ -155,6 +171,30 @@ def test_a_pipeline_pushes_itself(trained):
     assert arrived == contents(folder / "saved")
 
 
+def test_an_adapter_arrives_as_it_was_trained(trained, tmp_path):
+    """Without its base, which is said before the training."""
+    folder, server, ended = trained
+    assert ended[6]["code"] == 0, ended[6]
+    warned, trained_by_then = ended[6]["out"].index(UNPUBLISHED_BASE), ended[6]["out"].index(f"saved to {folder}/lora")
+    assert warned < trained_by_then
+    assert f"uploaded to {server.url}/our-lab/lora" in ended[6]["out"]
+    arrived = server.repositories["model", "our-lab/lora"]
+    assert arrived == contents(folder / "lora", "checkpoint-2", ".")
+    assert arrived.keys() == {"README.md", "training.json", "loss_curve.png", "pytorch_lora_weights.safetensors"}
+    assert "pytorch_lora_weights.safetensors" in server.large
+    card = arrived["README.md"].decode()
+    assert ADAPTER_LOADED_FROM.findall(card) == ["our-lab/lora"]
+    assert LOADED_FROM.findall(card) == [str(folder / "base")]
+    # what arrived is an adapter of that pipeline, and has learnt
+    for name, content in arrived.items():
+        (tmp_path / name).write_bytes(content)
+    pipeline = PRXPixelPipeline.from_pretrained(folder / "base")
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="mine")
+    assert pipeline.get_list_adapters() == {"transformer": ["mine"]}
+    learnt = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(value.abs().max() > 0 for name, value in learnt.items() if ".lora_B." in name)  # zero at the start
+
+
 # training/publish_prx.py
 
 
@@ -202,6 +242,7 @@ def test_a_space_a_report_and_a_lora(server, tmp_path):
     assert server.repositories["model", "me/lora"] == contents(lora, "checkpoint-5")  # somebody's own card stays
     assert server.large == {"picture.png", "pictures/curves.png", "pytorch_lora_weights.safetensors"}
     assert server.calls.count("POST /api/datasets/me/study/commit/main") == 1
+    assert ended[2]["out"].startswith(f"warning: {UNPUBLISHED_BASE}\n")  # which names no base
     assert "holds nothing that is published. Known by their files: pipeline: model_index.json; " in ended[4]["code"]
 
 
