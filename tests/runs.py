@@ -84,6 +84,36 @@ def train(values: dict[str, Any]) -> Run:
     return run
 
 
+def save_study(folder: Path, **changes: Any) -> Path:
+    """Three arms of seconds: the baseline, one that fails, and one that goes on from the baseline's pipeline."""
+    recipe = settings(
+        "unused", text_encoder_config=TEXT_ENCODER, tokenizer_vocab_size=300, num_validation_samples=2,
+        caption_statistics_samples=0, validation_prompts=CAPTIONS, validation_inference_steps=1,
+    )  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    values = {
+        "name": "tiny",
+        "steps": 3,
+        "seeds": [1, 2],
+        "recipe": "recipe.yaml",
+        "metric": "training/validation_loss",
+        "step_shares": {"lr_warmup_steps": 0.3, "validation_steps": 0.3},
+        "evaluation": {"scenes": True, "num_prompts": 2, "num_inference_steps": 1},
+        "metrics": {"scene_accuracy": {"better": "higher"}, "validation_loss": {"better": "lower"}},
+        "arms": {
+            "baseline": {},
+            "diverging": {"settings": {"learning_rate": 1e30}},
+            "tuned": {"starts_from": "baseline", "settings": {"transformer_config": {}, "text_encoder_config": {}}},
+        },
+        "findings": {
+            "divergence": {"text": "A high learning rate is good.", "arm": "diverging", "expected": "better"},
+            "tuning": {"text": "More steps help.", "arm": "tuned", "expected": "better"},
+        },
+    }
+    (folder / "study.yaml").write_text(json.dumps(values | changes))
+    return folder / "study.yaml"
+
+
 def save_text_encoder(folder: Path) -> Path:
     """An untrained text encoder with the tokenizer of `CAPTIONS`, in transformers' format."""
     tokenizer = train_tokenizer(CAPTIONS * 20, 300, 48)

@@ -3,7 +3,8 @@
 Every arm of the study file is trained with every seed (training/train_prx.py) and evaluated
 (training/evaluate_prx.py); all arms at the first seed, then all at the second. What a run gave is kept in a small file
 when it ends, so that the same command goes on where a study stopped. At the end, or from these files alone with
---collect, the report is written: report.md, report.html and pictures, in the report folder.
+--collect, the report is written: report.md, report.html and pictures, in the report folder. --push_to_hub then uploads
+that folder; that the token may write to the repository is made sure of before anything runs.
 
 One row of the report again, with its reference, somewhere else:
 `python training/ablate_prx.py --study training/studies/scenes.yaml --only repa --output_dir outputs/again`.
@@ -46,6 +47,14 @@ from diffusers_prx.evaluation.study_report import THROUGHPUT_FILE, write_report
 from diffusers_prx.training.config import parse_config
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 from diffusers_prx.training.faults import EXIT_HUNG
+from diffusers_prx.training.publishing import (
+    EXIT_NOT_UPLOADED,
+    UploadError,
+    kind_of,
+    repository,
+    upload,
+    write_report_card,
+)
 
 FOLDER = Path(__file__).resolve().parent
 # steps of a throughput run that are not counted: allocations, and whatever is made on first use
@@ -72,7 +81,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--throughput_steps", type=int, default=12, help="Steps of a timed run.")
     parser.add_argument("--throughput_repeats", type=int, default=3, help="Timed pairs of each finding.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload the report folder once it is written.")
+    parser.add_argument(
+        "--hub_model_id", metavar="REPO_ID",
+        help="Data set repository to upload to, as name or namespace/name. Default: the study's name.",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.hub_model_id is not None and not args.push_to_hub:
+        parser.error(f"--hub_model_id is {args.hub_model_id!r}, but --push_to_hub is not set")
     for name, least in (("jobs", 1), ("throughput_steps", WARM_UP + 2), ("throughput_repeats", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
@@ -434,6 +450,23 @@ def check_settings(runner: Runner, arms: list[str]) -> None:
             raise ValueError(f"arm {arm}: has a setting that training/train_prx.py does not know.") from None
 
 
+def repository_of(study: Study, args: argparse.Namespace) -> str | None:
+    """The repository that the report is to go to, created where it is not there; see `publishing.repository`."""
+    return repository(args.hub_model_id or study.name, "dataset") if args.push_to_hub else None
+
+
+def finish(study: Study, report_dir: Path, repo_id: str | None) -> None:
+    """Write the report from what was kept, and upload the folder where it has a repository.
+
+    Raises:
+        UploadError: if sending fails; the report is written.
+    """
+    print(f"report: {write_report(study, report_dir)}", flush=True)
+    if repo_id is not None:
+        write_report_card(report_dir)
+        print(f"uploaded to {upload(report_dir, repo_id, kind_of(report_dir), 'Report of the study ' + study.name)}")
+
+
 def run(args: argparse.Namespace) -> None:
     study = load_study(args.study)
     seeds = study.seeds if args.seeds is None else [seed for seed in study.seeds if seed in args.seeds]
@@ -445,7 +478,7 @@ def run(args: argparse.Namespace) -> None:
     output_dir = args.output_dir or Path("outputs/studies") / study.name
     report_dir = args.report_dir or output_dir / "report"
     if args.collect:
-        print(f"report: {write_report(study, report_dir)}")
+        finish(study, report_dir, repository_of(study, args))
         return
     runner = Runner(study, output_dir, report_dir, args)
     with runner.lock:
@@ -453,12 +486,13 @@ def run(args: argparse.Namespace) -> None:
         if args.dry_run:
             runner.print_commands(arms, seeds)
             return
+        repo_id = repository_of(study, args)  # now: neither a wrong token nor a wrong name may cost a study
         register(study, report_dir, now(), commit_of_this_package())
         if args.measure_throughput:
             runner.measure_throughput(arms)
         else:
             runner.run_all(arms, seeds)
-    print(f"report: {write_report(study, report_dir)}")
+    finish(study, report_dir, repo_id)
 
 
 def interrupt(number: int, frame: Any) -> None:
@@ -472,6 +506,9 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except UploadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_NOT_UPLOADED)
     except (KeyboardInterrupt, Stopped, CancelledError):
         sys.exit("stopped; the same command goes on")
     finally:

@@ -14,6 +14,7 @@ import pytest
 import runs
 from diffusers_prx.evaluation.study import load_study, read_record, record_path, register, write_json
 from diffusers_prx.training.config import parse_config
+from runs import save_study
 from training import ablate_prx
 
 STUDIES = sorted((runs.ROOT / "training" / "studies").glob("*.yaml"))
@@ -75,36 +76,6 @@ def test_the_study_over_scenes_asks_what_the_published_one_did():
             # where the published metrics disagree, it has no direction, or that of FID, by which it is judged
             judged = "better" if figures and figures[0] < 0 else "worse"
             assert finding.expected in (None, judged) or not figures, name
-
-
-def save_study(folder: Path, **changes) -> Path:
-    """Three arms of seconds: the baseline, one that fails, and one that goes on from the baseline's pipeline."""
-    recipe = runs.settings(
-        "unused", text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=300, num_validation_samples=2,
-        caption_statistics_samples=0, validation_prompts=runs.CAPTIONS, validation_inference_steps=1,
-    )  # fmt: skip
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    values = {
-        "name": "tiny",
-        "steps": 3,
-        "seeds": [1, 2],
-        "recipe": "recipe.yaml",
-        "metric": "training/validation_loss",
-        "step_shares": {"lr_warmup_steps": 0.3, "validation_steps": 0.3},
-        "evaluation": {"scenes": True, "num_prompts": 2, "num_inference_steps": 1},
-        "metrics": {"scene_accuracy": {"better": "higher"}, "validation_loss": {"better": "lower"}},
-        "arms": {
-            "baseline": {},
-            "diverging": {"settings": {"learning_rate": 1e30}},
-            "tuned": {"starts_from": "baseline", "settings": {"transformer_config": {}, "text_encoder_config": {}}},
-        },
-        "findings": {
-            "divergence": {"text": "A high learning rate is good.", "arm": "diverging", "expected": "better"},
-            "tuning": {"text": "More steps help.", "arm": "tuned", "expected": "better"},
-        },
-    }
-    (folder / "study.yaml").write_text(json.dumps(values | changes))
-    return folder / "study.yaml"
 
 
 def ablate(folder: Path, *more: str) -> None:

@@ -28,6 +28,8 @@ from diffusers_prx.training.publishing import (
     kind_of,
 )
 from hub import READER, TOKEN, Hub, hub
+from runs import save_study
+from training import ablate_prx
 
 # Calls scripts one after the other and tells how each ended; "draws" is what a pipeline does by itself.
 DRIVER = """
@@ -291,6 +293,54 @@ def test_a_server_that_goes_away(tmp_path):
         assert publish(server, tmp_path / "home", *flags)["code"] == 0
         assert server.repositories["model", "me/prx"] == contents(tmp_path, "home")
     assert "error: The Hub was asked whose token this is: " in publish(server, tmp_path / "home", *flags)["code"]
+
+
+# training/ablate_prx.py
+
+
+def test_the_report_of_a_study(server, tmp_path):
+    """A token that may only read, one whose upload fails and again from what was kept, a dry run, the default name. No
+    run is started: what they gave is tested elsewhere."""
+    study, out = save_study(tmp_path), tmp_path / "out"
+    command = ["--study", str(study), "--output_dir", str(out), "--push_to_hub"]
+
+    def step(*flags: str, token: str = TOKEN) -> tuple[str, list[str], str]:
+        return "training.ablate_prx", [*command, *flags], token
+
+    none, mine = ("--time_limit", "0"), ("--hub_model_id", "our-lab/mine")
+    server.fails_after = 0
+    refused, failed, collected, named, dry = drive(
+        server,
+        tmp_path / "home",
+        step(*none, *mine, "--output_dir", str(tmp_path / "refused"), token=READER),
+        step(*none, *mine),
+        step("--collect", *mine),
+        step(*none),
+        step("--dry_run", "--hub_model_id", "nobody/mine"),
+    )
+    assert "error: The repository 'our-lab/mine' cannot be written to with this token" in refused["code"]
+    assert not (tmp_path / "refused" / "report").exists()  # no plan: nothing has begun
+    report = out / "report"
+    assert failed["code"] == EXIT_NOT_UPLOADED
+    assert f"report: {report / 'report.md'}" in failed["out"]
+    again = f"python training/publish_prx.py --folder {report} --repo_id our-lab/mine"
+    assert again in failed["errors"]
+    assert collected["code"] == 0, collected
+    assert f"uploaded to {server.url}/datasets/our-lab/mine\n" in collected["out"]
+    arrived = contents(report)
+    assert {"README.md", "report.md", "report.html", "plan.json"} <= arrived.keys()
+    assert server.repositories["dataset", "our-lab/mine"] == arrived
+    assert DatasetCard((report / "README.md").read_text()).data.viewer is False
+    assert named["code"] == 0
+    assert server.repositories["dataset", "me/tiny"].keys() == arrived.keys()  # the study's name
+    assert dry["code"] == 0  # asks nobody
+    assert server.repositories.keys() == {("dataset", "our-lab/mine"), ("dataset", "me/tiny")}
+
+
+def test_a_repository_without_a_push_is_a_mistake(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ablate_prx.parse_args(["--study", "x.yaml", "--hub_model_id", "me/mine"])
+    assert "--hub_model_id is 'me/mine', but --push_to_hub is not set" in capsys.readouterr().err
 
 
 # What needs no server

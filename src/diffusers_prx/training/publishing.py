@@ -197,8 +197,8 @@ def publish_folder(folder: Path, repo_id: str, private: bool = False) -> str:
             card.write_text(loaded_from.sub(full_id, card.read_text(encoding="utf-8")), encoding="utf-8")
         if kind.name == "LoRA" and _front_matter(card).get("base_model") is None:
             print(f"warning: {UNPUBLISHED_BASE}")
-    elif kind.repo_type == "dataset" and (not card.is_file() or is_ours(card)):
-        card.write_text(_report_card((folder / "report.md").read_text(encoding="utf-8")), encoding="utf-8")
+    elif kind.repo_type == "dataset":
+        write_report_card(folder)
     return upload(folder, full_id, kind, f"Upload {kind.name}")
 
 
@@ -218,11 +218,18 @@ def _space_sdk(folder: Path) -> str:
     return str(sdk)
 
 
-def _report_card(report: str) -> str:
-    """The report as the page of a data set; `viewer` false, since its files are no table."""
+def write_report_card(folder: Path) -> None:
+    """Make the report of a study the page of a data set, beside it; somebody's own page stays.
+
+    `viewer` is false, since its files are no table.
+    """
+    card = folder / CARD_FILE
+    if card.is_file() and not is_ours(card):
+        return
+    report = (folder / "report.md").read_text(encoding="utf-8")
     title = report.partition("\n")[0].lstrip("# ")
     data = huggingface_hub.DatasetCardData(pretty_name=title, tags=["prx", "ablation-study"], viewer=False)
-    return f"---\n{data.to_yaml()}\n---\n\n{report.rstrip()}\n\n{CARD_MARKER}\n"
+    card.write_text(f"---\n{data.to_yaml()}\n---\n\n{report.rstrip()}\n\n{CARD_MARKER}\n", encoding="utf-8")
 
 
 def _told(error: BaseException) -> str:
