@@ -22,7 +22,7 @@ import torch
 import page_parts as parts
 from diffusers_prx.pipelines.check_inputs import DEFAULT_GUIDANCE_SCALE
 from drawing import CONCURRENCY, Update, draw
-from model_cache import Model, ModelCache, find_loras, find_models
+from model_cache import CAPACITY, Model, ModelCache, find_loras, find_models
 from serving import Page, launch
 from settings import (
     MAX_GUIDANCE,
@@ -149,8 +149,6 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
     def draw_on(request: Request) -> Iterator[Update]:
         """As `draw`; what goes wrong is a sentence."""
         try:
-            if GPU is not None:  # ZeroGPU forks for each call: what is loaded in there is lost again
-                cache.get(request.model, request.lora)
             yield from compute(request)
         except Exception as error:
             raise as_sentence(error) from error
@@ -308,7 +306,15 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()  # settings are variables, see README.md
     found = find_models()
-    launch(build(found, ModelCache(found, find_loras())))
+    if GPU is None:
+        cache = ModelCache(found, find_loras())
+    else:
+        # Here ZeroGPU has a CUDA for the main thread alone, and `launch` packs what is on it for the workers. They are
+        # forks that are used again: a LoRA is made in each that needs it, and stays there while the worker lives.
+        cache = ModelCache(found, find_loras(), capacity=max(CAPACITY, len(found) + 1))
+        for name in found:
+            cache.get(name)
+    launch(build(found, cache))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ import http.client
 import io
 import json
 import os
+import pickle
 import re
+import sys
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -301,6 +304,56 @@ def test_a_lora_is_a_choice_where_there_is_one(cache):
     assert [control.label for control in inputs["draw"][-2:]] == ["LoRA", "LoRA weight"]
     assert [control.label for control in inputs["compare"][-2:]] == ["LoRA (second)", "LoRA weight (second)"]
     assert len(inputs["compare"]) == 15
+
+
+def zero_gpu(duration):
+    """ZeroGPU's decorator, but for the GPU and the process: requests and errors go to and fro pickled, and of an error
+    that is not gradio's only the class arrives."""
+
+    def decorate(task):
+        def call(request):
+            assert duration(request) > 0
+            try:
+                yield from task(pickle.loads(pickle.dumps(request)))
+            except gr.Error as error:
+                raise pickle.loads(pickle.dumps(error)) from None
+            except Exception as error:
+                raise gr.Error(type(error).__name__) from None
+
+        return call
+
+    return decorate
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_on_zero_gpu_models_are_loaded_before_the_page_is_served(model_folder, monkeypatch, zero):
+    """There CUDA can be used on the main thread alone; elsewhere a model is loaded when it is asked for."""
+    loaded: list[tuple[str, bool]] = []  # the model, and whether it was on this thread
+    served: list = []
+    this = threading.get_ident()
+
+    class Seen(ModelCache):
+        def _load(self, model):
+            loaded.append((model, threading.get_ident() == this))
+            return super()._load(model)
+
+    def launch(page):
+        assert len(loaded) == (2 if zero else 0)
+        served.append((page, serving.launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")[1]))
+
+    monkeypatch.setenv("PRX_MODELS", str(model_folder))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.setattr(app, "GPU", zero_gpu if zero else None)
+    monkeypatch.setattr(app, "ModelCache", Seen)
+    monkeypatch.setattr(app, "CAPACITY", 1)  # what was loaded has to stay, however many there are
+    monkeypatch.setattr(app, "launch", launch)
+    app.main()
+    [(page, url)] = served
+    for model in ("pixels", "latents", "pixels"):
+        answer = ask(int(url.rstrip("/").rpartition(":")[2]), "draw", draw_body("a red cat", model, SIZE, 0, steps=2))
+        assert answer.kind == "answered", answer.said
+    page.close()
+    assert sorted(loaded) == [("latents", zero), ("pixels", zero)]
 
 
 def test_without_a_model_the_page_says_how_to_get_one():
