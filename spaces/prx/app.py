@@ -68,6 +68,8 @@ def seconds_needed(request: Request) -> int:
 
 def as_sentence(error: Exception) -> gr.Error:
     """What a person is told; the server's log has the rest, unless the person did it."""
+    if isinstance(error, gr.Error):  # a sentence already, ours or ZeroGPU's; it is a ValueError too
+        return error
     if not isinstance(error, ValueError):
         traceback.print_exception(error)
     if isinstance(error, ValueError):
@@ -141,17 +143,22 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
     opened = next(iter(models.values()))
 
     def compute(request: Request) -> Iterator[Update]:
-        yield from draw(request, cache)
+        """As `draw`; what goes wrong is a sentence. It is made here, in ZeroGPU's worker: from there gradio's errors
+        arrive whole, and of any other only the name of its class."""
+        try:
+            yield from draw(request, cache)
+        except Exception as error:
+            raise as_sentence(error) from error
 
     if GPU is not None:
         compute = GPU(duration=seconds_needed)(compute)
 
     def draw_on(request: Request) -> Iterator[Update]:
-        """As `draw`; what goes wrong is a sentence."""
+        """As `compute`; what goes wrong with ZeroGPU itself is a sentence too."""
         try:
             yield from compute(request)
         except Exception as error:
-            raise as_sentence(error) from error
+            raise as_sentence(error) from None
 
     def checked(values: dict[str, Any]) -> Request:
         try:

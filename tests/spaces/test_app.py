@@ -17,11 +17,13 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
+import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
 import diffusers_prx
 import tiny
+from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from space_tools import counted, rests
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
@@ -296,6 +298,13 @@ def test_errors_of_ours_say_nothing_of_the_inside(error, capsys):
     assert "secret" in capsys.readouterr().err  # but the log does
 
 
+def test_a_sentence_stays_as_it_is():
+    """gradio's error is a ValueError whose text is a quoted repr."""
+    error = gr.Error("You have used up <b>your time</b>.", title="ZeroGPU quota exceeded")
+    assert app.as_sentence(error) is error
+    assert error.message == "You have used up <b>your time</b>."
+
+
 def test_a_lora_is_a_choice_where_there_is_one(cache):
     """Each value of a request has its control then, on both pages."""
     page = app.build(cache.models, ModelCache(cache.models, {"style": Path("style.safetensors")}))
@@ -354,6 +363,30 @@ def test_on_zero_gpu_models_are_loaded_before_the_page_is_served(model_folder, m
         assert answer.kind == "answered", answer.said
     page.close()
     assert sorted(loaded) == [("latents", zero), ("pixels", zero)]
+
+
+class Failing(PRXTransformer2DModel):
+    """A network that raises `error` in every call."""
+
+    error: Exception
+
+    def forward(self, *args, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_an_error_of_a_worker_is_the_same_sentence(cache, monkeypatch, zero):
+    network = tiny.transformer(cls=Failing, **tiny.PIXEL_SETTINGS)
+    cache.get("pixels")[0].register_modules(transformer=network)
+    monkeypatch.setattr(app, "GPU", zero_gpu if zero else None)
+    page = app.build(cache.models, cache)
+    drawing = next(fn.fn for fn in page.fns.values() if fn.api_name == "draw")
+    for error in (torch.OutOfMemoryError("secret"), ValueError("6 and 5 do\nnot fit"), RuntimeError("secret")):
+        network.error = error
+        with pytest.raises(gr.Error) as raised:
+            list(drawing(*slow()))
+        assert raised.value.message == app.as_sentence(error).message
+        assert raised.value.title == "Not drawn"
 
 
 def test_without_a_model_the_page_says_how_to_get_one():
