@@ -4,7 +4,6 @@ The page's controls have the same limits, but the page is only one of those who 
 page, a link or a program, goes through `check_request`, and what it does not accept is one sentence to a person.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -150,7 +149,7 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value != int(value) or not low <= value <= high:  # the page sends 3.0 for 3
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high or value != int(value):  # nor NaN; the page sends 3.0 for 3
         raise ValueError(f"{name}: {_shown(value)} came; a whole number from {low} to {high} is accepted.")
     return int(value)

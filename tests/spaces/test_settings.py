@@ -57,6 +57,8 @@ def test_a_right_request():
         ({"guidance_scale": float("nan")}, "Guidance: nan came"),
         ({"seed": -1}, "Seed: -1 came; a whole number from 0 to 2147483647"),
         ({"seed": None}, "Seed: None came"),
+        ({"seed": int("9" * 400)}, "Seed: 9{37}[.]{3} came"),  # more than a float can be
+        ({"guidance_scale": int("9" * 400)}, "Guidance: 9{37}[.]{3} came"),
         ({"images": 5}, "Number of images: 5 came; a whole number from 1 to 4"),
         ({"lora": "other"}, "LoRA: 'other' is not there; accepted: none, style"),
         ({"lora": "style", "lora_weight": 2.1}, "LoRA weight: 2.1 came; a number from 0 to 2"),
@@ -90,7 +92,8 @@ def test_a_link_asks_for_the_same_again(changes):
 
 
 def test_a_link_cannot_ask_for_more_than_the_page():
-    for query in ({"steps": "900"}, {"steps": "1e400"}, {"steps": "9" * 5000}, {"seed": "x"}, {"model": "../etc"}):
+    numbers = ({"steps": "900"}, {"steps": "1e400"}, {"steps": "9" * 5000}, {"seed": "9" * 400}, {"seed": "x"})
+    for query in (*numbers, {"model": "../etc"}):
         with pytest.raises(ValueError, match="accepted"):
             check_request(read_link(query, RIGHT), SIZES, [])
     assert read_link({"__theme": "dark", "__class__": "x"}, RIGHT) == RIGHT
