@@ -25,7 +25,7 @@ from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
 from settings import NO_LORA, size_name
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
+REPOSITORY = HERE.parent.parent  # also where there is none so far up: the parent of / is /
 CLASSES = ("PRXPipeline", "PRXPixelPipeline")
 # On a GPU; in this order. PRX_HUB_MODELS replaces them anywhere.
 HUB_MODELS = ("Photoroom/prx-512-t2i-sft", "Photoroom/prxpixel-t2i")

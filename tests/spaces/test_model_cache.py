@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,14 @@ def test_without_a_setting_the_repositorys_own_folders_are_searched(tmp_path, mo
     write_index(tmp_path / "outputs" / "quickstart", default_sample_size=32)
     write_index(tmp_path / "outputs" / "another", default_sample_size=32)
     assert list(find_models()) == ["quickstart", "prx-scenes-small", "another"]
+
+
+def test_the_space_can_be_a_folder_of_the_root():
+    """As in a container: /app has one folder above it."""
+    source = Path(model_cache.__file__).read_text()
+    names = {"__name__": "model_cache", "__file__": "/app/model_cache.py"}
+    exec(compile(source, "/app/model_cache.py", "exec"), names)
+    assert names["REPOSITORY"] == Path("/")
 
 
 def test_a_model_on_the_hub_that_does_not_answer_is_left_out(monkeypatch, capsys):
