@@ -95,6 +95,11 @@ def fill(page, prompt: str, steps: int) -> None:
     page.keyboard.press("Tab")
 
 
+def bytes_of(page) -> bytes:
+    """The file of the first picture in the gallery."""
+    return page.request.get(page.locator(".gallery-container img").first.get_attribute("src")).body()
+
+
 def fits(page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -112,6 +117,7 @@ def test_the_whole_way(page, cache):
     link = page.locator(".details a").get_attribute("href")
     picture = page.locator(".gallery-container img").first
     expect(picture).to_be_visible()
+    drawn = bytes_of(page)
     for check in (LOW_CONTRAST, NAMELESS):
         assert page.evaluate(check) == []
     # stop
@@ -153,6 +159,7 @@ def test_the_whole_way(page, cache):
     expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
     expect(page.locator(".details td").first).to_have_text(bad)
     assert page.locator(".details a").get_attribute("href") == link
+    assert bytes_of(page) == drawn
     assert fits(page)
     page.get_by_role("tab", name="Compare").click()
     assert fits(page)
@@ -177,7 +184,7 @@ def test_a_lora_is_chosen_and_weighed(cache, browser, tmp_path):
             expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
             told = [] if lora == "none" else [f"style, weight {weight}"]
             expect(page.locator(".details tr").filter(has_text="LoRA").locator("td")).to_have_text(told)
-            return page.request.get(page.locator(".gallery-container img").first.get_attribute("src")).body()
+            return bytes_of(page)
 
         without = draw("none", "1")
         assert draw("style", "1") != without
