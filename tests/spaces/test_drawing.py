@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import tiny
-from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
 from diffusers_prx.schedulers.stock import set_schedule
 from space_tools import counted, rests
@@ -232,7 +231,6 @@ def lora_folder(cache, tmp_path):
     return tmp_path
 
 
-@pytest.mark.skipif(not hasattr(PRXPixelPipeline, "load_lora_weights"), reason="the pipelines load no LoRAs yet")
 def test_a_lora_changes_its_own_requests_only(cache, lora_folder, monkeypatch):
     """Two weights of one LoRA, and no LoRA, at the same time: each as alone."""
     monkeypatch.setenv("PRX_LORAS", str(lora_folder))
@@ -263,7 +261,6 @@ def test_a_lora_changes_its_own_requests_only(cache, lora_folder, monkeypatch):
     assert not cache.get("pixels")[0].get_list_adapters()
 
 
-@pytest.mark.skipif(not hasattr(PRXPixelPipeline, "load_lora_weights"), reason="the pipelines load no LoRAs yet")
 def test_who_waits_for_a_lora_can_stop(cache, lora_folder, monkeypatch):
     monkeypatch.setenv("PRX_LORAS", str(lora_folder))
     cache = ModelCache(cache.models, find_loras())
