@@ -1,11 +1,13 @@
 """The page in a real browser: type, draw, watch, stop, change the model, compare, open a link again, on a phone."""
 
+import io
 import re
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
 
 from space_tools import counted, rests
 
@@ -15,9 +17,11 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 from playwright.sync_api import expect, sync_playwright
 
 import app
+import page_parts
 import serving
 import tiny
 from diffusers_prx import PRXPixelPipeline
+from drawing import Update
 from model_cache import LORA_FILE, ModelCache
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -26,8 +30,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installe
 PHONE = {"width": 390, "height": 844}
 SECONDS = 60_000  # milliseconds that an expectation waits at most
 
-# Texts of less contrast to what is behind them than WCAG 2 asks of normal text, 4.5.
-LOW_CONTRAST = """() => {
+# How WCAG 2 measures the contrast of two colours, and what is behind an element.
+CONTRAST = """
     const numbers = colour => [...colour.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
     const light = rgb => rgb.slice(0, 3).map(v => v / 255)
         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
@@ -39,16 +43,41 @@ LOW_CONTRAST = """() => {
         }
         return [255, 255, 255];
     };
+    const contrast = (one, other) => {
+        const [a, b] = [one, other].map(light);
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    };"""
+# Texts of less contrast to what is behind them than WCAG 2 asks of normal text, 4.5.
+LOW_CONTRAST = (
+    "() => {"
+    + CONTRAST
+    + """
     const low = [];
     for (const element of document.querySelectorAll("body *")) {
         const text = [...element.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join("");
         if (!text || !element.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
-        const [a, b] = [numbers(getComputedStyle(element).color), behind(element)].map(light);
-        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        const ratio = contrast(numbers(getComputedStyle(element).color), behind(element));
         if (ratio < 4.5) low.push(`${text}: ${ratio.toFixed(2)}`);
     }
     return low;
 }"""
+)
+# What can have the focus, and the contrast of its ring to what is around it.
+RINGS = (
+    "() => {"
+    + CONTRAST
+    + """
+    const rings = {};
+    for (const element of document.querySelectorAll("input, textarea, button, a[href]")) {
+        if (!element.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
+        element.focus();
+        const style = getComputedStyle(element);
+        if (document.activeElement !== element || style.outlineStyle !== "solid") continue;
+        rings[element.outerHTML.slice(0, 200)] = contrast(numbers(style.outlineColor), behind(element.parentElement));
+    }
+    return rings;
+}"""
+)
 NAMELESS = """() => [...document.querySelectorAll("input, textarea, select, button")]
     .filter(e => e.checkVisibility())
     .filter(e => ![e.ariaLabel, e.title, e.innerText, e.getAttribute("aria-labelledby"),
@@ -65,12 +94,15 @@ def browser():
 
 
 @contextmanager
-def opened(cache, browser):
-    """The page in the browser; at the end no error, and no address of another host, may have been seen."""
+def opened(cache, browser, colours: str = "light"):
+    """The page in the browser of a system in light or dark mode.
+
+    At the end no error, and no address of another host, may have been seen.
+    """
     models = {name: cache.models[name] for name in ("pixels", "latents")}  # it opens on the first
     served = app.build(models, cache)
     _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url)
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url, color_scheme=colours)
     context.set_default_timeout(SECONDS)
     trouble: list[str] = []
     context.on("weberror", lambda error: trouble.append(str(error.error)))
@@ -163,6 +195,40 @@ def test_the_whole_way(page, cache):
     assert fits(page)
     page.get_by_role("tab", name="Compare").click()
     assert fits(page)
+
+
+def luminance(colour) -> float:
+    """WCAG 2's, of a colour of 0 to 255."""
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour[:3])]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_all_can_be_seen_in_light_and_dark_mode(cache, browser, colours):
+    with opened(cache, browser, colours) as page:
+        page.goto("/")
+        fill(page, "a red cat", 2)
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+        assert page.locator("body.dark").count() == (colours == "dark")
+        assert page.evaluate(LOW_CONTRAST) == []
+        # the ring around what has the focus; after a key, or browsers draw none around buttons
+        page.add_style_tag(content="* { transition: none !important; }")
+        page.keyboard.press("Tab")
+        rings = page.evaluate(RINGS)
+        assert len(rings) > 15
+        assert {element: ratio for element, ratio in rings.items() if ratio < 3} == {}
+        # the bar, as it is painted: the two colours there is most of
+        bar = page_parts.progress(Update(1, 2, 0.0))
+        page.locator(".progress .prose").first.evaluate("(element, bar) => { element.innerHTML = bar }", bar)
+        painted = Image.open(io.BytesIO(page.locator("progress").first.screenshot())).convert("RGB")
+        most = sorted(painted.getcolors(2**16), reverse=True)[:2]
+        assert sum(count for count, _ in most) > 0.9 * painted.width * painted.height
+        low, high = sorted(luminance(colour) for _, colour in most)
+        assert (high + 0.05) / (low + 0.05) >= 3, most
+        page.get_by_role("tab", name="Compare").click()
+        expect(page.get_by_role("button", name="Compare", exact=True)).to_be_visible()
+        assert page.evaluate(LOW_CONTRAST) == []
 
 
 def test_a_lora_is_chosen_and_weighed(cache, browser, tmp_path):
