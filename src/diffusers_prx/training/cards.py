@@ -362,9 +362,8 @@ def _data_facts(source: Any, cfg: TrainingConfig) -> str:
     """A source of data in a few words."""
     share = "" if source.weight is None else f", weight {source.weight:g}"
     if source.name == SCENES:
-        captions = cfg.scenes_caption
-        if cfg.caption_weights:
-            captions = " and ".join(f"{name} ({weight:g})" for name, weight in cfg.caption_weights.items())
+        shares = [f"{name} ({weight:g})" for name, weight in (cfg.caption_weights or {}).items()]
+        captions = " and ".join(shares) or cfg.scenes_caption
         return f"`{SCENES}` (drawn by diffusers-prx, level {cfg.scenes_level}, {captions} captions{share})"
     return f"`{_shown_name(source.name)}` (split {source.split}{share})"
 
