@@ -179,12 +179,16 @@ def saved_weights(folder: Path, network: str, kind: str = "weights") -> dict[str
     return {name.removeprefix(prefix): value for name, value in saved_state(folder).items() if name.startswith(prefix)}
 
 
+# depends on the clock, on the folder, and on where a run was interrupted
+MAY_DIFFER = {"seconds", "seconds_waiting", "images_per_second", "waiting_share", "settings", "sessions"}
+
+
 def assert_same(one: Any, other: Any, path: str = "") -> None:
-    """Equal to the last bit, through all nesting; but for what depends on the clock and on the folder."""
+    """Equal to the last bit, through all nesting, but for `MAY_DIFFER`."""
     assert type(one) is type(other), path
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
-        for key in one.keys() - {"seconds", "seconds_waiting", "images_per_second", "waiting_share", "settings"}:
+        for key in one.keys() - MAY_DIFFER:
             assert_same(one[key], other[key], f"{path}/{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), path

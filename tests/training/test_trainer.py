@@ -84,6 +84,10 @@ def test_resuming_is_the_same_to_the_last_bit(whole, tmp_path, text_encoder):
         assert state_of_run["samples_read"] == 32
         del state_of_run["validation_history"]
     assert_same(one, other)
+    assert [entry["from_step"] for entry in one["run.json"]["state"]["sessions"]] == [0]
+    record = json.loads((tmp_path / "training.json").read_text())  # which code has trained from which step on
+    assert [entry["from_step"] for entry in record["sessions"]] == [0, 5]
+    assert record["sessions"][1]["commit"] == record["commit"]
     assert losses(resumed) == losses(whole)
     assert resumed.state.validation_history[-1] == whole.state.validation_history[-1]
     assert [e["step"] for e in resumed.state.validation_history] == [2, 4, 7, 8]
