@@ -207,13 +207,13 @@ def luminance(colour) -> float:
 def test_all_can_be_seen_in_light_and_dark_mode(cache, browser, colours):
     with opened(cache, browser, colours) as page:
         page.goto("/")
+        page.add_style_tag(content="* { transition: none !important; }")  # no colours between two others
         fill(page, "a red cat", 2)
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
         assert page.locator("body.dark").count() == (colours == "dark")
         assert page.evaluate(LOW_CONTRAST) == []
         # the ring around what has the focus; after a key, or browsers draw none around buttons
-        page.add_style_tag(content="* { transition: none !important; }")
         page.keyboard.press("Tab")
         rings = page.evaluate(RINGS)
         assert len(rings) > 15
