@@ -9,6 +9,12 @@ import tiny
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 
 PROMPTS = ["a red cat on the beach", "two blue dog", "sunset"]
+CALLS = [
+    {"guidance_scale": 1.0},
+    {"guidance_scale": 4.0},
+    {"negative_prompt": ["circle", "", "one big green square"]},
+    {"guidance_scale": 1.0, "self_guidance_scale": 2.0},
+]
 
 
 class Plain(PRXTransformer2DModel):
@@ -59,15 +65,7 @@ def large_size(pipe):
 
 
 @pytest.mark.parametrize("kind", ["latent", "pixel", "tokens"])
-@pytest.mark.parametrize(
-    "call",
-    [
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 4.0},
-        {"negative_prompt": ["circle", "", "one big green square"]},
-        {"guidance_scale": 1.0, "self_guidance_scale": 2.0},
-    ],
-)
+@pytest.mark.parametrize("call", CALLS)
 def test_same_pictures_as_without(kind, call):
     """Prompts of three lengths, a generator for each."""
     pipes = [pipeline(kind, cls, token_route=(1, 3, 0.5)) for cls in (PRXTransformer2DModel, Plain)]
@@ -100,16 +98,8 @@ def test_each_thing_is_computed_once():
 
 
 @pytest.mark.parametrize("kind", ["latent", "pixel", "tokens"])
-@pytest.mark.parametrize(
-    "call",
-    [
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 4.0},
-        {"negative_prompt": ["circle", "", "one big green square"]},
-        {"guidance_scale": 1.0, "self_guidance_scale": 2.0},
-        {"guider": ClassifierFreeGuidance(4.0, start=0.5)},  # the first step without guidance
-    ],
-)
+# the guider leaves the first step without guidance
+@pytest.mark.parametrize("call", [*CALLS, {"guider": ClassifierFreeGuidance(4.0, start=0.5)}])
 def test_rows_of_large_images_attend_one_by_one(kind, call):
     """From 256 tokens on each text has its own length and no mask; the pictures are the same."""
     pipes = [pipeline(kind, cls, token_route=(1, 3, 0.5)) for cls in (PRXTransformer2DModel, Plain)]
