@@ -171,9 +171,8 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
         x = 1 + 2 * torch.randn(300, 2, generator=torch.Generator().manual_seed(seed))
         value = frechet_distance(own_moments(x), reference).item()
         low, high = centred_interval(value, bootstrap_frechet(x, reference, resampled_counts(300, 60, seed)))
-        assert low < value < high
         covered += low < 4 < high
-    assert 0.85 <= covered / 80 <= 1  # measured: 0.91
+    assert 0.85 <= covered / 80 <= 0.97  # measured: 0.925; 0.775 at 0.7 times the width, 1 at 1.5 times
 
 
 def test_a_share_has_an_interval_also_at_its_ends():

@@ -9,9 +9,9 @@ from accelerate import PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffusers_prx.evaluation.distances import maximum_mean_discrepancy
+from diffusers_prx.evaluation.distances import bootstrap_mmd, maximum_mean_discrepancy, resampled_counts
 from diffusers_prx.evaluation.extractors import FeatureExtractor, check_images, wrap_colours
-from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
+from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy, in_order
 
 
 class Colours(FeatureExtractor):
@@ -118,8 +118,11 @@ def test_mmd_is_that_of_all_features():
     assert metric.compute().item() == pytest.approx(biased, rel=1e-11)
     details = metric.details(resamples=20, seed=1)
     assert (details["value"], details["unbiased_value"]) == pytest.approx((biased, unbiased), rel=1e-11)
-    assert details["interval"][0] < biased < details["interval"][1]
-    assert details["unbiased_interval"][0] < unbiased < details["unbiased_interval"][1]
+    sets, counts = (in_order(extractor(GENERATED)), extractor(REFERENCE)), resampled_counts(70, 20, seed=1)
+    for key, value in (("interval", biased), ("unbiased_interval", unbiased)):
+        replicates = bootstrap_mmd(*sets, counts, unbiased=key == "unbiased_interval").numpy()
+        spread = np.quantile(replicates - replicates.mean(), [0.025, 0.975])
+        assert details[key] == pytest.approx(value + spread, rel=1e-9)
     assert (details["num_images"], details["num_reference"]) == (70, 90)
     assert details == metric.details(resamples=20, seed=1)
     assert fed(MaximumMeanDiscrepancy(extractor, unbiased=True)).compute().item() == pytest.approx(unbiased)
