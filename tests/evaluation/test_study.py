@@ -443,5 +443,5 @@ def test_a_finding_that_was_stated_later_says_so(tmp_path):
 
 def test_settings_that_differ():
     old = {"seed": 1, "a": 1, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
-    new = {"seed": 2, "a": 1, "b": {"x": 3, "y": 2}, "c": {}}
+    new = {"seed": 2, "a": 1, "b": {"x": 3, "y": 2}, "c": {}, "of later code": 4}
     assert settings_that_differ(new, old) == ["`b.x`: 1 → 3", '`c`: {"x": 1} → {}']

@@ -275,12 +275,12 @@ def short(value: Any) -> str:
 
 
 def settings_that_differ(arm: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """`name`: of the reference → of the arm; inside mappings by key."""
+    """`name`: of the reference → of the arm; inside mappings by key. Of settings that the code of both runs knew."""
     found = []
     for name in arm:
-        old, new = reference.get(name), arm[name]
-        if old == new or name in OF_A_RUN:
+        if name not in reference or arm[name] == reference[name] or name in OF_A_RUN:
             continue
+        old, new = reference[name], arm[name]
         if isinstance(old, dict) and isinstance(new, dict) and old and new:
             keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             found += [f"`{name}.{key}`: {short(old.get(key))} → {short(new.get(key))}" for key in keys]
