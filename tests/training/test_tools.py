@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
+from PIL import Image
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
-from training.tools import train_autoencoder, train_scenes_teacher
+from training.tools import make_lora_pictures, train_autoencoder, train_scenes_teacher
 from transformers import AutoModel, Dinov2WithRegistersModel
 
 from diffusers_prx.data.scenes import BACKGROUNDS, COLOURS, ScenesDataset, get_level, render_scene, sample_scene
@@ -414,3 +415,39 @@ def test_help(script, capsys):
         script.main(["--help"])
     assert end.value.code == 0
     assert "usage: " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def openmoji(tmp_path_factory) -> Path:
+    """A folder like that of fetch_openmoji.py: each drawing a bar of 30 x 10 pixels on white."""
+    folder = tmp_path_factory.mktemp("openmoji")
+    (folder / "imagefolder").mkdir()
+    for name in (make_lora_pictures.MUSHROOM, *make_lora_pictures.PLAIN.values()):
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste("black", (20, 30, 50, 40))
+        image.save(folder / "imagefolder" / f"{name}.png")
+    for name in make_lora_pictures.NOTES:
+        (folder / name).write_text(f"this is {name}")
+    return folder / "imagefolder"
+
+
+@pytest.mark.parametrize(("kind", "count"), [("mushroom", 8), ("emoji", 26)])
+def test_lora_pictures_show_what_their_captions_say(tmp_path, openmoji, kind, count):
+    make_lora_pictures.main(["--kind", kind, "--openmoji", str(openmoji), "--output_dir", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == len(list(tmp_path.glob("*.png"))) == count
+    for row in rows:
+        dark = np.argwhere(np.asarray(Image.open(tmp_path / row["file_name"]).convert("L")) < 128)
+        assert (dark.max(axis=0) - dark.min(axis=0) + 1).tolist() == [5, 15]  # scaled as a whole, to a place's width
+        vertical, horizontal = (dark.mean(axis=0) < 15.5).tolist()
+        assert any(word in row["text"] for word in (("top", "upper") if vertical else ("bottom", "lower")))
+        assert ("left" if horizontal else "right") in row["text"]
+        assert row["text"].endswith(make_lora_pictures.STYLE) == (kind == "emoji")
+        assert ("red mushroom" in row["text"]) == (kind == "mushroom")
+    assert (tmp_path / "ATTRIBUTION.md").read_text() == "this is ATTRIBUTION.md"
+
+
+def test_lora_pictures_say_what_is_missing(tmp_path, openmoji):
+    flags = ["--kind", "emoji", "--output_dir", str(tmp_path / "pictures")]
+    with pytest.raises(SystemExit, match=r"LICENSE.txt is missing: make --openmoji with .*fetch_openmoji.py"):
+        make_lora_pictures.main([*flags, "--openmoji", str(tmp_path / "nowhere")])
