@@ -69,14 +69,10 @@ SNIPPETS = [snippet for file in IN_PYTHON for snippet in blocks(file, "python", 
 
 
 def save_what_it_loads(code: str, folder: Path) -> None:
-    for node in ast.walk(ast.parse(code)):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-            continue
-        if node.func.attr == "load_lora_weights":
-            save_adapter(folder / ast.literal_eval(node.args[0]))
-        if node.func.attr != "from_pretrained":
-            continue
-        cls, name = node.func.value.id, ast.literal_eval(node.args[0])
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    methods = [(call.func, call.args) for call in calls if isinstance(call.func, ast.Attribute)]
+    bases = [(ast.literal_eval(args[0]), func.value.id) for func, args in methods if func.attr == "from_pretrained"]
+    for name, cls in bases:
         target = folder / name
         if target.exists():
             continue
@@ -85,11 +81,14 @@ def save_what_it_loads(code: str, folder: Path) -> None:
             target.symlink_to(ROOT / "model_cards" / target.name)
         else:
             TINY[cls]().save_pretrained(target)
+    for func, args in methods:
+        if func.attr == "load_lora_weights":
+            save_adapter(folder / ast.literal_eval(args[0]), folder / bases[0][0])
 
 
-def save_adapter(folder: Path) -> None:
-    """An adapter of the tiny pixel pipeline."""
-    layer = tiny.transformer(**tiny.PIXEL_SETTINGS).blocks[0].gate_proj
+def save_adapter(folder: Path, base: Path) -> None:
+    """An adapter of a pipeline in pixels."""
+    layer = PRXPixelPipeline.from_pretrained(base).transformer.blocks[0].gate_proj
     parts = {"lora_A": torch.ones(2, layer.in_features), "lora_B": torch.ones(layer.out_features, 2)}
     layers = {f"blocks.0.gate_proj.{part}.weight": value for part, value in parts.items()}
     PRXPixelPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
