@@ -57,8 +57,8 @@ from diffusers_prx.training.publishing import (
 )
 
 FOLDER = Path(__file__).resolve().parent
-# steps of a throughput run that are not counted: allocations, and whatever is made on first use
 PROGRESS = re.compile(r"\d%\|")  # of tqdm
+# steps of a throughput run that are not counted: allocations, and whatever is made on first use
 WARM_UP = 3
 
 

@@ -21,10 +21,18 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from diffusers_prx.data.scenes import BACKGROUNDS, Scene, SceneObject, cell_corner, get_level, long_caption
+from diffusers_prx.data.scenes import (
+    BACKGROUNDS,
+    Scene,
+    SceneObject,
+    cell_corner,
+    get_level,
+    grid_places,
+    long_caption,
+)
 
-GRID = get_level("easy").grid
-PLACES = [(row, column) for row in range(GRID[0]) for column in range(GRID[1])]
+LEVEL = get_level("easy")
+PLACES = grid_places(LEVEL)
 STYLE = "Drawn as an emoji."
 MUSHROOM = "1F344"
 PLAIN = {  # files of OpenMoji by colour and shape
@@ -55,7 +63,7 @@ def cut_out(path: Path) -> Image.Image:
 def place_drawing(drawing: Image.Image, place: tuple[int, int], resolution: int) -> Image.Image:
     """A white picture with the drawing in one place of the grid, as large as a large object."""
     image = Image.new("RGB", (resolution, resolution), BACKGROUNDS["white"])
-    top, left, cell = cell_corner(place, GRID, resolution)
+    top, left, cell = cell_corner(place, LEVEL.grid, resolution)
     scale = (cell - 1) / max(drawing.size)
     width, height = (round(side * scale) for side in drawing.size)
     small = drawing.resize((width, height), Image.Resampling.LANCZOS)
@@ -64,7 +72,7 @@ def place_drawing(drawing: Image.Image, place: tuple[int, int], resolution: int)
 
 
 def large_object(shape: str, colour: str, place: tuple[int, int]) -> Scene:
-    return Scene("easy", "white", (SceneObject(shape, colour, "large", "plain", place),))
+    return Scene(LEVEL.name, "white", (SceneObject(shape, colour, "large", "plain", place),))
 
 
 def mushrooms(openmoji: Path, resolution: int) -> Iterator[tuple[Image.Image, str]]:

@@ -193,7 +193,8 @@ def get_level(level: str) -> SceneLevel:
     return LEVELS[one_of("level", level, tuple(LEVELS))]
 
 
-def _places(level: SceneLevel) -> list[tuple[int, int]]:
+def grid_places(level: SceneLevel) -> list[tuple[int, int]]:
+    """(row, column) of every place of the level's grid, row by row from the top left."""
     return [(row, column) for row in range(level.grid[0]) for column in range(level.grid[1])]
 
 
@@ -234,7 +235,7 @@ def _choices(level: SceneLevel) -> tuple[tuple[tuple[str, str], ...], ...]:
 
 def _draw(rng: random.Random, level: SceneLevel, novel: bool) -> Scene:
     held_out, trained = map(list, _choices(level))
-    places = _places(level)
+    places = grid_places(level)
     objects = []
     for i in range(1 + int(rng.random() * level.max_objects)):
         colour, shape = _pick(rng, held_out if novel and i == 0 else trained)
@@ -404,7 +405,7 @@ def scene_words(level: str) -> list[str]:
     texts += [*definition.shapes, *definition.colours, *definition.backgrounds]
     texts += [texture for texture in definition.textures if texture != "plain"]
     texts += [word for size in definition.sizes for word in _SIZE_WORDS[size]]
-    places = _places(definition)
+    places = grid_places(definition)
     texts += [phrase for place in places for phrase in _place_phrases(place, definition.grid)]
     if definition.relations:
         texts += [_RELATION_SENTENCE]
