@@ -6,7 +6,7 @@ import torch
 import tiny
 import zoo
 from diffusers_prx.pipelines.prompt_cleaning import clean_prompt, repair_prompt
-from diffusers_prx.text import count_cut, encode_text, tokenize_prompts, trim_text, trim_tokens
+from diffusers_prx.text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
 
 # relative positions, rotary or of T5, and absolute ones; causal and both ways
 ENCODERS = {
@@ -51,9 +51,13 @@ def test_max_length_that_is_none(max_length):
         tokenize_prompts(tiny.tokenizer(), ["a"], max_length, repair_prompt)
 
 
-def test_count_cut():
-    tokenizer = tiny.tokenizer()
-    assert count_cut(tokenizer, ["a cat", "a red cat", "dog"], 3, clean_prompt) == 1
+def test_find_cut():
+    """Three tokens are left of `a red cat` and its end; `red cat` and its end are three."""
+    tokenizer, prompts = tiny.tokenizer(), ["dog", "a red cat", "red cat", "a red red cat"]
+    _, mask = tokenize_prompts(tokenizer, prompts, 3, clean_prompt)
+    assert mask.all(dim=1).tolist() == [False, True, True, True]
+    assert find_cut(tokenizer, prompts, mask, clean_prompt) == [False, True, False, True]
+    assert find_cut(tokenizer, prompts[:1], mask[:1], clean_prompt) == [False]
 
 
 def test_trim_both_sides():

@@ -429,9 +429,7 @@ class Runner:
                 print(f"{arm} was not timed: {last_line(log)}", flush=True)
                 return None
             training = json.loads((Path(folder) / REPORT_FILE).read_text())
-        # the log has the samples per second since the start: of it, and of the samples, the seconds of every step
-        samples = training["samples_read"] / training["steps"]
-        ends = [entry["step"] * samples / entry["images_per_second"] for entry in training["history"]]
+        ends = [entry["seconds"] for entry in training["history"]]
         return statistics.median(end - begin for begin, end in zip(ends[WARM_UP - 1 :], ends[WARM_UP:]))
 
 

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     average = None if args.weights is None else args.weights == "average"
     try:
         export_checkpoint(args.checkpoint, args.output_dir, average, CARD_TEMPLATE, DTYPES[args.dtype])
-    except ValueError as error:  # no such checkpoint, or no average in it
+    except (ValueError, OSError) as error:  # no such checkpoint, or no average in it; a disk that is full
         sys.exit(f"error: {error}")
 
 

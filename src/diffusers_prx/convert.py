@@ -26,17 +26,17 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoConfig, AutoModel, AutoTokenizer, T5GemmaEncoderModel
 
-from .latents import VAE_CLASSES, latent_channels
+from .latents import latent_channels, load_vae
 from .models.transformer_prx import PRXTransformer2DModel
 from .pipelines.pipeline_prx import PRXPipeline
 from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
 from .schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from .schedulers.stock import PREDICTION_TYPES
+from .text import load_text_encoder
 
 # A tensor of every PRX, whatever its options, by which a network is found among everything else in a checkpoint.
 LANDMARKS = ("txt_in.weight", "final_layer.linear.weight", "blocks.0.gate_proj.weight")
@@ -462,47 +462,6 @@ def _report(transformer: Any, listed: Mapping[str, Any], stored_as: Mapping[str,
     if len(left) > 20:
         print(f"left out: {sum(left.values()) - sum(n for _, n in left.most_common(20))} entries elsewhere")
     print("configuration:", {key: value for key, value in transformer.config.items() if not key.startswith("_")})
-
-
-def load_text_encoder(name_or_path: str) -> tuple[Any, Any]:
-    """A text encoder of transformers, as it is stored, and its tokenizer: T5Gemma's encoder, the text tower of a
-    Qwen3-VL, a Qwen3, or another model of text alone.
-
-    Raises:
-        ValueError: another encoder-decoder, or weights that are not all there.
-    """
-    config: Any = AutoConfig.from_pretrained(name_or_path)
-    model_class: Any = AutoModel
-    if config.model_type == "t5gemma":
-        model_class, config.is_encoder_decoder = T5GemmaEncoderModel, False
-    elif config.is_encoder_decoder:
-        raise ValueError(
-            f"`text_encoder_name_or_path` is a {config.model_type}; of encoder-decoders only T5Gemma is accepted."
-        )
-    model, info = model_class.from_pretrained(name_or_path, config=config, dtype="auto", output_loading_info=True)
-    tower = getattr(model, "language_model", model)
-    lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-    if lacking:
-        raise ValueError(f"`text_encoder_name_or_path` {name_or_path} lacks weights of its {type(model)}: {lacking}.")
-    return tower.eval(), AutoTokenizer.from_pretrained(name_or_path)
-
-
-def load_vae(name_or_path: str) -> Any:
-    """An autoencoder from its own folder or the `vae` subfolder of a pipeline.
-
-    Raises:
-        ValueError: it is of a class that `latents` does not know.
-    """
-    classes = {known.__name__: known for known in VAE_CLASSES}
-    config: Any
-    subfolder: str | None = "vae"
-    try:
-        config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder)
-    except OSError:
-        config, subfolder = AutoencoderKL.load_config(name_or_path), None
-    if config.get("_class_name") not in classes:
-        raise ValueError(f"`vae_name_or_path` is a {config.get('_class_name')}; accepted are {sorted(classes)}.")
-    return classes[config["_class_name"]].from_pretrained(name_or_path, subfolder=subfolder).eval()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

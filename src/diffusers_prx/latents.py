@@ -44,6 +44,39 @@ class EncodedImages:
         return self.mean if noise is None or self.std is None else self.mean + self.std * noise.to(self.mean)
 
 
+def find_vae(name_or_path: str, revision: str | None = None) -> tuple[Any, dict[str, Any], str | None]:
+    """The class of an autoencoder, its configuration, and its subfolder: `vae` in a pipeline, else None.
+
+    Raises:
+        ValueError: if it is of a class that is not known here.
+    """
+    classes = {known.__name__: known for known in VAE_CLASSES}
+    config: Any
+    subfolder: str | None = "vae"
+    try:
+        config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder, revision=revision)
+    except OSError:
+        config, subfolder = AutoencoderKL.load_config(name_or_path, revision=revision), None
+    if config.get("_class_name") not in classes:
+        raise ValueError(f"`vae_name_or_path` is a {config.get('_class_name')}; accepted: {sorted(classes)}.")
+    return classes[config["_class_name"]], config, subfolder
+
+
+def load_vae(name_or_path: str) -> VAE:
+    """An autoencoder in float32, from its own folder or the `vae` subfolder of a pipeline.
+
+    Raises:
+        ValueError: see `find_vae`; or weights that are not all there.
+    """
+    vae_class, _, subfolder = find_vae(name_or_path)
+    vae, info = vae_class.from_pretrained(
+        name_or_path, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
+    )
+    if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
+        raise ValueError(f"`vae_name_or_path` {name_or_path} lacks weights of its {vae_class.__name__}: {lacking}.")
+    return vae.eval()
+
+
 def vae_scale_factor(vae: VAE) -> int:
     """Pixels per latent, along one side.
 

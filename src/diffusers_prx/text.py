@@ -1,17 +1,77 @@
 """From prompts to what the transformer reads, for sampling and for training alike."""
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
+)
 
 # A fast tokenizer keeps padding and truncation as state of its own, which a second thread would change under us.
 _TOKENIZER_LOCK = threading.Lock()
 
 # Tokenizers that state no length say 1e30; no PRX reads more than a few hundred tokens.
 _LONGEST = 1_000_000
+
+
+def encoder_only(module: T5GemmaModuleConfig, **settings: Any) -> T5GemmaConfig:
+    """The configuration of a T5Gemma of which only the encoder counts, for T5GemmaEncoderModel.
+
+    Args:
+        module: of the encoder.
+        settings: of T5GemmaConfig itself.
+    """
+    # a copy: the configuration marks its decoder as one, and with that its encoder, were they the same object
+    return T5GemmaConfig(encoder=module, decoder=copy.deepcopy(module), is_encoder_decoder=False, **settings)
+
+
+def load_text_encoder(
+    name_or_path: str, dtype: torch.dtype | str = "auto"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A text encoder of transformers, and its tokenizer.
+
+    Of an encoder-decoder (T5, T5Gemma) it is the encoder, of a model for text and images (CLIP, Qwen3-VL) the text
+    tower, of the public class that a saved pipeline can name.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        dtype: of its weights; "auto": as they are stored.
+
+    Raises:
+        ValueError: if transformers has no such class for this model, or weights are not all there.
+    """
+    config: Any = AutoConfig.from_pretrained(name_or_path)
+    text_config = getattr(config, "text_config", config)
+    is_text_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    if type(text_config) not in MODEL_MAPPING or (config.is_encoder_decoder and not is_text_encoder):
+        raise ValueError(
+            f"`text_encoder_name_or_path` is a {config.model_type}, whose text encoder has no class of its own in"
+            " transformers; accepted are T5Gemma, T5, the text towers of Qwen3-VL and CLIP, and models of text alone."
+        )
+    if config.model_type == "t5gemma":
+        config.is_encoder_decoder = False
+    auto_class: Any = AutoModelForTextEncoding if is_text_encoder else AutoModel
+    encoder, info = auto_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
+    if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+        name = type(encoder).__name__
+        raise ValueError(f"`text_encoder_name_or_path` {name_or_path} lacks weights of its {name}: {lacking}.")
+    if text_config is not config:
+        # loaded whole: its own class would not find the tower's weights under the names of the whole (Qwen3-VL)
+        tower_class: Any = MODEL_MAPPING[type(text_config)]
+        encoder = next(module for module in encoder.modules() if isinstance(module, tower_class))
+    return encoder.eval(), AutoTokenizer.from_pretrained(name_or_path)
 
 
 def tokenize_prompts(
@@ -57,12 +117,17 @@ def tokenize_prompts(
     return tokens["input_ids"].long(), mask
 
 
-def count_cut(tokenizer: Any, prompts: Sequence[str], max_length: int, clean: Callable[[str], str]) -> int:
-    """How many of the prompts `tokenize_prompts` cuts at `max_length`."""
-    cleaned = [clean(prompt) for prompt in prompts]
-    with _TOKENIZER_LOCK:
-        ids = tokenizer(cleaned, padding=False, truncation=False, verbose=False)["input_ids"]
-    return sum(len(row) > max_length for row in ids)
+def find_cut(tokenizer: Any, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]) -> list[bool]:
+    """Which of B prompts `tokenize_prompts`, whose mask (B, L) this is, has cut at L tokens."""
+    full = [row for row, kept in enumerate(mask) if kept.all()]  # only they can be
+    cut = [False] * len(prompts)
+    if full:
+        cleaned = [clean(prompts[row]) for row in full]
+        with _TOKENIZER_LOCK:
+            ids = tokenizer(cleaned, padding=False, truncation=False, verbose=False)["input_ids"]
+        for row, tokens in zip(full, ids):
+            cut[row] = len(tokens) > mask.shape[1]
+    return cut
 
 
 def encode_text(text_encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

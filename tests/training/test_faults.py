@@ -61,6 +61,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_written_down(undis
     assert [entry["step"] for entry in run.state.history] == [1, 2, 4, 5, 6]
     assert "not finite at step 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "training.json").read_text())["skipped_steps"] == 1
+    assert all("grad_norm" in entry for entry in run.state.history)
     before, after = (runs.saved_weights(tmp_path / f"checkpoint-{step}", "transformer") for step in (2, 3))
     runs.assert_same(before, after)
     record = json.loads((tmp_path / "non_finite" / "step-0000002.json").read_text())

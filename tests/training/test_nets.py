@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartModel, SiglipConfig, SiglipModel, T5GemmaConfig, T5GemmaModel
 
 import runs
 import tiny
 import zoo
-from diffusers_prx.latents import encode
-from diffusers_prx.text import encode_text, tokenize_prompts
+from diffusers_prx.latents import encode, load_vae
+from diffusers_prx.text import encode_text, load_text_encoder, tokenize_prompts
 from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.nets import build_nets, load_text_encoder, load_vae, text_width
+from diffusers_prx.training.nets import build_nets, text_width
 
 VAES = {"kl": tiny.vae_kl, "flux2": zoo.vae_flux2, "dc": tiny.vae_dc, "tiny": zoo.vae_tiny}
 
@@ -85,6 +86,31 @@ def test_load_text_encoder(name, tmp_path):
     encoder.save_pretrained(tmp_path / "again")
     again = type(encoder).from_pretrained(tmp_path / "again")
     assert torch.equal(encode_text(again, ids, mask), embeds)
+
+
+def lose(file, part):
+    """Take the weights with `part` in their name out of a file; their names."""
+    weights = load_file(file)
+    lost = [name for name in weights if part in name]
+    save_file({name: value for name, value in weights.items() if name not in lost}, file, {"format": "pt"})
+    return lost
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("t5", "0.layer.0"), ("clip_text", "layers.0.mlp"), ("qwen3_vl", "o_proj")]
+)
+def test_a_text_encoder_that_lacks_weights_is_refused(name, part, tmp_path):
+    save_text(name, tmp_path)
+    assert lose(tmp_path / "model.safetensors", part)
+    with pytest.raises(ValueError, match=rf"`text_encoder_name_or_path` {tmp_path} lacks weights .*{part}"):
+        load_text_encoder(str(tmp_path))
+
+
+def test_an_autoencoder_that_lacks_weights_is_refused(tmp_path):
+    tiny.vae_kl().save_pretrained(tmp_path)
+    assert lose(tmp_path / "diffusion_pytorch_model.safetensors", "decoder.conv_in")
+    with pytest.raises(ValueError, match=rf"`vae_name_or_path` {tmp_path} lacks weights .*decoder.conv_in.bias"):
+        load_vae(str(tmp_path))
 
 
 def test_text_width_is_the_encoders():

@@ -419,6 +419,9 @@ def test_stages_of_one_resolution_share_a_cache(parts, tmp_path):
     stages = [{"max_train_steps": 2}, {"max_train_steps": 2, "train_data_dir": str(other)}]
     with pytest.raises(ValueError, match=r"share the folder .*32, but their `train_data_dir` is .*of its own"):
         make_cache(settings(parts, tmp_path / "run", stages=stages), tmp_path / "cache")
+    prompts = [{"max_train_steps": 2, "instance_prompt": prompt} for prompt in ("a cat", "a dog")]
+    with pytest.raises(ValueError, match=r"their `instance_prompt` is \['a cat', 'a dog'\]"):
+        make_cache(settings(parts, tmp_path / "run", stages=prompts), tmp_path / "cache")
     stages[1]["precomputed_dir"] = str(tmp_path / "second")
     make_cache(settings(parts, tmp_path / "run", stages=stages), tmp_path / "first")
     assert (tmp_path / "first" / "32" / "index.json").is_file()

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,19 @@ def test_resuming_is_the_same_to_the_last_bit_in_each_stage_and_at_the_border(wh
     runs.assert_same(other, one)
     pipelines = [load_file(r.output_dir / "transformer/diffusion_pytorch_model.safetensors") for r in (whole, resumed)]
     runs.assert_same(*pipelines)
+
+
+@pytest.mark.parametrize("step", [BORDER, END])
+def test_a_signal_in_the_last_step_of_a_stage_loses_no_validation(whole, tmp_path, step):
+    run = runs.start(continued(whole, tmp_path, step - 1))
+    run.nets.transformer.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run.train()
+    assert run.state.step == step
+    assert step not in [entry["step"] for entry in run.state.validation_history]
+    resumed = runs.train(run.cfg.to_dict())
+    assert resumed.state.validation_history == whole.state.validation_history
+    assert [path.name for path in sorted((tmp_path / "validation").iterdir())][-1] == f"step-{END:07d}.png"
 
 
 def test_a_finished_run_is_exported_again_with_its_last_stage(whole, tmp_path):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, T5GemmaConfig, T5GemmaEncoderModel, T5
 
 from ..models.transformer_prx import OWN_CLASS_NAME, STOCK_CLASS_NAME, PRXTransformer2DModel
 from ..schedulers.scheduling_prx import STOCK_ONLY_OPTIONS, PRXFlowMatchScheduler, PRXXPredictionScheduler
+from ..text import encoder_only
 
 __all__ = [
     "ModelMixin",
@@ -43,10 +44,8 @@ class PublishedT5GemmaConfig(T5GemmaConfig):
         if stored.get("model_type") == T5GemmaConfig.model_type:
             stored = stored["encoder"]
         encoder = T5GemmaModuleConfig.from_dict(stored)
-        return T5GemmaConfig(
-            encoder=encoder,
-            decoder=copy.deepcopy(encoder),  # part of every T5GemmaConfig; an encoder-only model makes nothing of it
-            is_encoder_decoder=False,
+        return encoder_only(
+            encoder,
             vocab_size=encoder.vocab_size,
             dropout_rate=stored.get("dropout_rate", 0.0),
             attention_dropout=encoder.attention_dropout or 0.0,

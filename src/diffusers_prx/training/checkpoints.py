@@ -53,6 +53,7 @@ class RunState:
         seconds_waiting: how much of it the main process has waited for data.
         samples_read, unreadable, unfit, upscaled, truncated: counts over all processes.
         lost_workers, tracker_failures: the same.
+        validated: the step of the last validation.
         skipped_steps: steps whose loss or gradient was not finite.
         sessions: from which step on which commit and versions have trained; see `export.session`.
         stream: how far the workers of all processes have read the current stage's stream, and what that is; None: the
@@ -75,6 +76,7 @@ class RunState:
     truncated: int = 0
     lost_workers: int = 0
     tracker_failures: int = 0
+    validated: int = 0
     skipped_steps: int = 0
     sessions: list[dict[str, Any]] = field(default_factory=list)
     stream: dict[str, Any] | None = None

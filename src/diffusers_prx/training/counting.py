@@ -18,17 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import T5GemmaModuleConfig
 from transformers.models.dinov3_vit.modeling_dinov3_vit import get_patches_center_coordinates
 
 from ..latents import decode, encode, latent_channels, vae_scale_factor
 from ..models.token_routing import sample_route
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
-from ..text import encode_text
-from .alignment import alignment_loss, build_projector, spatial_normalize
+from ..text import encode_text, encoder_only
+from .alignment import alignment_loss, spatial_normalize
 from .config import TrainingConfig
-from .known_networks import encoder_config, teacher_outline, text_config, text_encoder_outline
+from .known_networks import teacher_outline, text_config, text_encoder_outline
 from .losses import LPIPSLoss, contrastive_loss, dino_perceptual_loss
-from .nets import Nets, kept_blocks
+from .nets import Nets, kept_blocks, new_projector
 from .optimizers import build_optimizer
 from .preflight import outline
 from .teachers import VisionTeacher
@@ -143,7 +144,7 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
     made = outline(cfg, "cpu", tables=True)
     transformer = made.transformer
     if cfg.text_encoder_config:
-        config = encoder_config(cfg.text_encoder_config | {"vocab_size": cfg.tokenizer_vocab_size})
+        config = encoder_only(T5GemmaModuleConfig(**cfg.text_encoder_config, vocab_size=cfg.tokenizer_vocab_size))
     elif cfg.text_encoder_name_or_path is not None:
         config = text_config(cfg.text_encoder_name_or_path, tables=True)
     else:
@@ -170,18 +171,9 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
 
 def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
     """Outlines of what the losses of a stage need."""
-    config = nets.transformer.config
     if cfg.repa_weight:
         nets.teacher = nets.teacher or _teacher("repa_teacher", str(cfg.repa_teacher))
-        nets.projector = nets.projector or build_projector(
-            cfg.repa_projector,
-            config["hidden_size"],
-            nets.teacher.hidden_size,
-            cfg.repa_projector_size or config["hidden_size"],
-            num_heads=config["num_heads"],
-            axes_dim=nets.transformer.axes_dim,
-            theta=config["theta"],
-        )
+        nets.projector = nets.projector or new_projector(cfg, nets.transformer, nets.teacher.hidden_size)
     if cfg.lpips_weight and nets.lpips is None:
         # here, not above: a torchvision that does not fit torch fails at import, and only this loss needs it
         from torchvision.models import vgg16
@@ -193,7 +185,7 @@ def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
 
 
 def _teacher(setting: str, name: str) -> VisionTeacher:
-    return VisionTeacher(teacher_outline(setting, name), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
+    return VisionTeacher(teacher_outline(setting, name, tables=True), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,11 @@ def export_run(
         write_card(output_dir, card_template, load_from=repo_id or cfg.output_dir)
 
 
+def _captions(cfg: TrainingConfig) -> Iterator[str]:
+    """Of the first stage, whose data are opened when the first caption is asked for."""
+    yield from build_stages(cfg)[0].captions(CAPTIONS_FOR_TOKENIZER)
+
+
 def export_checkpoint(
     checkpoint: Path,
     output_dir: Path,
@@ -157,9 +163,7 @@ def export_checkpoint(
     if average and not cfg.use_ema:
         raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
     kind = "weights" if average is False or not cfg.use_ema else "average"
-    # opened only for a tokenizer that has to be trained again
-    captions = (text for stage in build_stages(cfg)[:1] for text in stage.captions(CAPTIONS_FOR_TOKENIZER))
-    nets = build_nets(cfg, captions, techniques=False)
+    nets = build_nets(cfg, _captions(cfg), techniques=False)
     nets.enter(last_stage(cfg, state))
     parameters = {
         f"{kind}.{name}.{key}": parameter.data

@@ -1,10 +1,9 @@
 """Configurations of the frozen networks that the study uses, so that they can be counted where the Hub is not asked.
 
-Only what sets shapes stands here; the rest are the defaults of the classes. The tables serve planning alone: training
-reads the configuration that lies beside the weights.
+Only what sets shapes stands here; the rest are the defaults of the classes. The tables (`tables=True`) serve planning
+alone: training reads the configuration that lies beside the weights.
 """
 
-import copy
 from typing import Any
 
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
@@ -16,12 +15,12 @@ from transformers import (
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     Qwen3VLTextConfig,
-    T5GemmaConfig,
+    T5GemmaModuleConfig,
 )
 from transformers.initialization import no_init_weights
-from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
-from .nets import find_vae
+from ..latents import find_vae
+from ..text import encoder_only
 
 _KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -147,22 +146,16 @@ def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) ->
     """
     if tables and name_or_path in TEXT_ENCODERS:
         config_class, settings = TEXT_ENCODERS[name_or_path]
-        return encoder_config(settings) if config_class is T5GemmaModuleConfig else config_class(**settings)
+        config = config_class(**settings)
+        return encoder_only(config) if config_class is T5GemmaModuleConfig else config
     try:
         return AutoConfig.from_pretrained(name_or_path, subfolder=subfolder)
     except (OSError, ValueError) as error:  # not there, or of a class that transformers does not know
         raise _unreadable("text_encoder_name_or_path", name_or_path, TEXT_ENCODERS) from error
 
 
-def encoder_config(settings: dict[str, Any]) -> T5GemmaConfig:
-    """A T5Gemma of which only the encoder counts, from keys of T5GemmaModuleConfig."""
-    module = T5GemmaModuleConfig(**settings)
-    # a copy: the configuration marks its decoder as one, and with that its encoder, were they the same object
-    return T5GemmaConfig(encoder=module, decoder=copy.deepcopy(module), is_encoder_decoder=False)
-
-
 def text_encoder_outline(config: Any) -> Any:
-    """The network that `nets.load_text_encoder` takes, from the configuration of the whole, its weights not drawn."""
+    """The network that `text.load_text_encoder` takes, from the configuration of the whole, its weights not drawn."""
     with no_init_weights():
         if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
             if config.model_type == "t5gemma":
@@ -171,18 +164,18 @@ def text_encoder_outline(config: Any) -> Any:
         return AutoModel.from_config(getattr(config, "text_config", config))
 
 
-def teacher_outline(setting: str, name_or_path: str) -> Any:
-    """A vision transformer of transformers, its weights not drawn, from `TEACHERS` if it is there; of a model of
-    images and text, its image half.
+def teacher_outline(setting: str, name_or_path: str, tables: bool = False) -> Any:
+    """A vision transformer of transformers, its weights not drawn; of a model of images and text, its image half.
 
     Args:
         setting: the name of the setting that gives it, for the message.
         name_or_path: a folder or a Hub id.
+        tables: take what is in `TEACHERS` from there.
 
     Raises:
-        ValueError: if it is neither in the table nor can be read.
+        ValueError: if it cannot be read.
     """
-    if name_or_path in TEACHERS:
+    if tables and name_or_path in TEACHERS:
         config_class, settings = TEACHERS[name_or_path]
         config = config_class(**settings)
     else:

@@ -1,36 +1,30 @@
 """The networks of a run: loaded from a pipeline, from their own folders, or made new."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    T5GemmaConfig,
     T5GemmaEncoderModel,
+    T5GemmaModuleConfig,
 )
-from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
-from ..latents import VAE_CLASSES, latent_channels, vae_scale_factor
+from ..latents import latent_channels, load_vae, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
 from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
+from ..text import encoder_only, load_text_encoder
 from .alignment import FeatureCache, build_projector
 from .config import TrainingConfig
 from .lora import add_adapter
@@ -86,6 +80,20 @@ class Nets:
         if self.projector is not None:
             modules["projector"] = self.projector
         return modules
+
+    def for_losses(self, cfg: TrainingConfig, aligning: bool) -> "Nets":
+        """The same networks, of those that only losses need the ones of a stage's.
+
+        Args:
+            cfg: of the stage.
+            aligning: whether the alignment is on.
+        """
+        return replace(
+            self,
+            projector=self.projector if aligning else None,
+            lpips=self.lpips if cfg.lpips_weight else None,
+            dino=self.dino if cfg.dino_weight else None,
+        )
 
     def enter(self, cfg: TrainingConfig) -> None:
         """Take a stage's noise levels."""
@@ -154,67 +162,7 @@ def new_text_encoder(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         is_decoder=False,
     )
     special: Any = {"pad_token_id": module.pad_token_id, "eos_token_id": module.eos_token_id, "bos_token_id": None}
-    # a copy: the configuration marks its decoder as one, and with that its encoder, were they the same object
-    config = T5GemmaConfig(
-        encoder=module, decoder=copy.deepcopy(module), is_encoder_decoder=False, vocab_size=len(tokenizer), **special
-    )
-    return T5GemmaEncoderModel(config)
-
-
-def load_text_encoder(name_or_path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A text encoder of transformers in float32, and its tokenizer.
-
-    Of an encoder-decoder (T5, T5Gemma) it is the encoder, of a model for text and images (CLIP, Qwen3-VL) the text
-    tower, of the public class that a saved pipeline can name.
-
-    Raises:
-        ValueError: if transformers has no such class for this model.
-    """
-    config: Any = AutoConfig.from_pretrained(name_or_path)
-    text_config = getattr(config, "text_config", config)
-    is_text_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-    if type(text_config) not in MODEL_MAPPING or (config.is_encoder_decoder and not is_text_encoder):
-        raise ValueError(
-            f"`text_encoder_name_or_path` is a {config.model_type}, whose text encoder has no class of its own in"
-            " transformers; accepted are T5Gemma, T5, the text towers of Qwen3-VL and CLIP, and models of text alone."
-        )
-    if config.model_type == "t5gemma":
-        config.is_encoder_decoder = False
-    auto_class = AutoModelForTextEncoding if is_text_encoder else AutoModel
-    text_encoder = auto_class.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    if text_config is not config:
-        # loaded whole: its own class would not find the tower's weights under the names of the whole (Qwen3-VL)
-        tower_class: Any = MODEL_MAPPING[type(text_config)]
-        text_encoder = next(module for module in text_encoder.modules() if isinstance(module, tower_class))
-    return text_encoder, AutoTokenizer.from_pretrained(name_or_path)
-
-
-def find_vae(name_or_path: str, revision: str | None = None) -> tuple[Any, dict[str, Any], str | None]:
-    """The class of an autoencoder, its configuration, and its subfolder: `vae` in a pipeline, else None.
-
-    Raises:
-        ValueError: if it is of a class that `latents.py` does not know.
-    """
-    classes = {known.__name__: known for known in VAE_CLASSES}
-    config: Any
-    subfolder: str | None = "vae"
-    try:
-        config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder, revision=revision)
-    except OSError:
-        config, subfolder = AutoencoderKL.load_config(name_or_path, revision=revision), None
-    if config.get("_class_name") not in classes:
-        raise ValueError(f"`vae_name_or_path` is a {config.get('_class_name')}; accepted: {sorted(classes)}.")
-    return classes[config["_class_name"]], config, subfolder
-
-
-def load_vae(name_or_path: str) -> Any:
-    """An autoencoder in float32, from its own folder or the `vae` subfolder of a pipeline.
-
-    Raises:
-        ValueError: see `find_vae`.
-    """
-    vae_class, _, subfolder = find_vae(name_or_path)
-    return vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+    return T5GemmaEncoderModel(encoder_only(module, vocab_size=len(tokenizer), **special))
 
 
 def new_transformer(settings: dict[str, Any], in_channels: int, context_in_dim: int) -> PRXTransformer2DModel:
@@ -229,6 +177,20 @@ def new_transformer(settings: dict[str, Any], in_channels: int, context_in_dim: 
         raise ValueError(f"`transformer_config` has unknown keys {unknown}; known: {sorted(known)}.")
     settings = {"in_channels": in_channels, "context_in_dim": context_in_dim, **settings}
     return PRXTransformer2DModel(**settings)
+
+
+def new_projector(cfg: TrainingConfig, transformer: PRXTransformer2DModel, teacher_width: int) -> nn.Module:
+    """The projector of a stage's alignment, from the transformer's features to those of a teacher of this width."""
+    config = transformer.config
+    return build_projector(
+        cfg.repa_projector,
+        config["hidden_size"],
+        teacher_width,
+        cfg.repa_projector_size or config["hidden_size"],
+        num_heads=config["num_heads"],
+        axes_dim=transformer.axes_dim,
+        theta=config["theta"],
+    )
 
 
 def kept_blocks(cfg: TrainingConfig, depth: int) -> int:
@@ -320,7 +282,7 @@ def build_nets(
         tokenizer = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
         text_encoder: nn.Module = new_text_encoder(cfg.text_encoder_config, tokenizer)
     elif cfg.text_encoder_name_or_path is not None:
-        text_encoder, tokenizer = load_text_encoder(cfg.text_encoder_name_or_path)
+        text_encoder, tokenizer = load_text_encoder(cfg.text_encoder_name_or_path, torch.float32)
     else:
         text_encoder, tokenizer = loaded["text_encoder"], loaded["tokenizer"]
     tokenizer.model_max_length = cfg.max_sequence_length  # where PRXPipeline will cut prompts
@@ -382,22 +344,13 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int 
     Raises:
         ValueError: if two stages ask for different ones, or they do not fit each other.
     """
-    config = nets.transformer.config
     aligned = [cfg for cfg in stages if cfg.repa_weight]
     if aligned:
         of_alignment = ("repa_teacher", "repa_projector", "repa_projector_size", "repa_block", "repa_cache_dir")
         of_its_end = ("repa_until_step", "repa_check_steps", "repa_check_window")
         cfg = _the_same(aligned, *of_alignment, *of_its_end)
         nets.teacher = None if teacher_width else load_teacher(str(cfg.repa_teacher))
-        nets.projector = build_projector(
-            cfg.repa_projector,
-            config["hidden_size"],
-            teacher_width or nets.teacher.hidden_size,
-            cfg.repa_projector_size or config["hidden_size"],
-            num_heads=config["num_heads"],
-            axes_dim=nets.transformer.axes_dim,
-            theta=config["theta"],
-        )
+        nets.projector = new_projector(cfg, nets.transformer, teacher_width or nets.teacher.hidden_size)
         nets.teacher_cache = None if cfg.repa_cache_dir is None else FeatureCache(cfg.repa_cache_dir)
     with_lpips = [cfg for cfg in stages if cfg.lpips_weight]
     if with_lpips:

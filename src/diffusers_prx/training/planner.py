@@ -481,13 +481,7 @@ def _plan_stage(
 ) -> dict[str, Any]:
     """One stage: operations, seconds, traffic; its activations for both kinds of checkpointing."""
     steps = cfg.max_train_steps
-    used = replace(
-        nets,
-        projector=nets.projector if cfg.repa_weight else None,
-        lpips=nets.lpips if cfg.lpips_weight else None,
-        dino=nets.dino if cfg.dino_weight else None,
-    )
-    batch = MicroBatch(used, cfg, tokens)
+    batch = MicroBatch(nets.for_losses(cfg, aligning=cfg.repa_weight > 0), cfg, tokens)
     work = batch.work()
     aligned = aligned_steps(cfg, first_step)
     parts = flops_of_step(work, cfg, cluster.num_gpus, aligned / steps)

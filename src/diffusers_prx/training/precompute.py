@@ -36,7 +36,7 @@ from ..data.precomputed import (
 )
 from ..evaluation.networks import fingerprint, tokenizer_fingerprint
 from ..latents import encode
-from ..text import count_cut, encode_text, tokenize_prompts, trim_tokens
+from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .alignment import teacher_features
 from .config import TrainingConfig, cache_folder
 from .nets import Nets, build_nets
@@ -49,7 +49,7 @@ SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captio
 IMAGE_SETTINGS = ("resolution", "aspect_ratio_buckets", "max_aspect_ratio", "max_upscale", "max_crop")
 DATA_SETTINGS = (
     "dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "data_sources", "image_column",
-    "caption_column", "caption_weights", *IMAGE_SETTINGS,
+    "caption_column", "instance_prompt", "caption_weights", *IMAGE_SETTINGS,
 )  # fmt: skip
 # Names, which are kept for people and messages: networks are told apart by their weights, data by their content.
 MADE_FROM = (
@@ -327,11 +327,9 @@ def encode_images(pixels_uint8: torch.Tensor, columns: Sequence[str], nets: Nets
 
 def embed_captions(captions: list[str], nets: Nets, cfg: TrainingConfig) -> list[tuple[torch.Tensor, bool]]:
     """Of each caption its real tokens' embedding (T, E), bfloat16, on the CPU, and whether the limit has cut it."""
-    limit, clean, device = cfg.max_sequence_length, nets.clean_caption, nets.text_encoder.device
-    ids, mask = tokenize_prompts(nets.tokenizer, captions, limit, clean)  # (B, L)
-    cut = [
-        bool(row.all()) and count_cut(nets.tokenizer, [text], limit, clean) > 0 for text, row in zip(captions, mask)
-    ]
+    clean, device = nets.clean_caption, nets.text_encoder.device
+    ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, clean)  # (B, L)
+    cut = find_cut(nets.tokenizer, captions, mask, clean)
     ids, mask = trim_tokens(ids, mask)  # (B, M)
     text = encode_text(nets.text_encoder, ids.to(device), mask.to(device)).bfloat16().cpu()  # (B, M, E)
     return [(row[keep], is_cut) for row, keep, is_cut in zip(text, mask, cut)]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
-from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+from transformers import AutoTokenizer, T5GemmaModuleConfig
 
 from ..data.captions import CaptionStatistics, caption_statistics
 from ..data.mixing import ENDLESS

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..data.precomputed import cached_latents, cached_text
 from ..latents import EncodedImages, decode, encode
 from ..models.token_routing import sample_route
-from ..text import count_cut, encode_text, tokenize_prompts, trim_tokens
+from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .alignment import alignment_loss, spatial_normalize, teacher_features
 from .config import TrainingConfig
 from .losses import below, contrastive_loss, dino_perceptual_loss, mean_of
@@ -134,8 +134,7 @@ def encode_captions(
     """The text (B, L, E) of captions, L the longest one's; its bool mask (B, L), or None when nothing is padded; and
     how many captions the limit of tokens has cut. With gradients only where the text encoder is trained."""
     ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, nets.clean_caption)
-    full = [caption for caption, row in zip(captions, mask) if row.all()]
-    truncated = count_cut(nets.tokenizer, full, cfg.max_sequence_length, nets.clean_caption) if full else 0
+    truncated = sum(find_cut(nets.tokenizer, captions, mask, nets.clean_caption))
     ids, mask = trim_tokens(ids, mask)  # (B, L)
     with torch.set_grad_enabled(cfg.train_text_encoder and torch.is_grad_enabled()):
         text = encode_text(nets.text_encoder, ids.to(device), mask.to(device))  # (B, L, E)

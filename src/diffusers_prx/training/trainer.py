@@ -180,7 +180,11 @@ class Run:
         state = self.state
         load_tensors(checkpoint, self.trained, self.optimizer.optimizer, self.averages.tensors())
         self.averages.load_state_dict(saved["average_updates"])
-        restore_generators(checkpoint, self.accelerator.process_index)
+        if not restore_generators(checkpoint, self.accelerator.process_index):
+            print(
+                f"{checkpoint} was written by fewer processes: the global generators of process "
+                f"{self.accelerator.process_index}, from which libraries may draw, start anew"
+            )
         for stage in self.stages:
             if stage.stream is not None and stage.first_step < state.step < stage.stop_step:
                 stage.places = stage.stream.restore(state.stream or {})
@@ -207,8 +211,9 @@ class Run:
                 (self.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
                 write_record(self.cfg, self.state, self.nets, self.machine)
             for number, stage in enumerate(self.stages):
-                # a finished run that is resumed validates nothing, but exports again what its last stage made
-                if self.state.step < stage.stop_step or stage is self.stages[-1]:
+                # a finished run that is resumed trains nothing, but exports again what its last stage made
+                at_its_end = self.state.step == stage.stop_step and self._validation_is_due(stage)
+                if self.state.step < stage.stop_step or at_its_end or stage is self.stages[-1]:
                     self._enter(number, stage)
                     self._train_stage(stage, progress)
             self.writer.wait()
@@ -223,6 +228,7 @@ class Run:
         # stepped here, once per optimizer step: accelerate would step it once per process
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer.optimizer, state.step - stage.first_step)
         self.nets.enter(cfg)
+        self._release_teacher()
         tokens = (cfg.resolution // self.nets.pixels_per_token) ** 2
         if len(self.stages) > 1:
             accelerator.print(
@@ -238,20 +244,23 @@ class Run:
     def _step_nets(self) -> Nets:
         """The networks that this step's losses need."""
         cfg = self.stage.cfg
-        aligning = cfg.repa_weight > 0 and self.burn_in.active(self.state.step)
-        if self._alignment_is_over(self.state.step):
-            self.nets.teacher = None  # for good; the DINO loss keeps its own reference
-        return replace(
-            self.nets,
-            projector=self.nets.projector if aligning else None,
-            lpips=self.nets.lpips if cfg.lpips_weight else None,
-            dino=self.nets.dino if cfg.dino_weight else None,
-        )
+        return self.nets.for_losses(cfg, cfg.repa_weight > 0 and self.burn_in.active(self.state.step))
 
     def _alignment_is_over(self, step: int) -> bool:
         """Whether nothing will be aligned from this step on."""
         coming = [stage for stage in self.stages if stage.stop_step > step and stage.cfg.repa_weight]
         return not coming or not self.burn_in.active(step)
+
+    def _release_teacher(self) -> None:
+        """Give up the teacher once nothing will be aligned; the DINO loss keeps its own reference."""
+        if self._alignment_is_over(self.state.step):
+            self.nets.teacher = None
+
+    def _validation_is_due(self, stage: Stage) -> bool:
+        """Whether this step of a stage is one to validate after, and was not yet: a signal may have come first."""
+        step = self.state.step
+        due = step % stage.cfg.validation_steps == 0 or step == stage.stop_step
+        return due and self.state.validated < step
 
     def _train_stage(self, stage: Stage, progress: tqdm) -> None:
         """Every optimizer step of a stage from the current one on."""
@@ -261,6 +270,8 @@ class Run:
         of_step: list[tuple[dict[str, Any], StepOutput]] = []
         tick = time.perf_counter()
         self.watch.begin()
+        if self._validation_is_due(stage):
+            self._validate()
         batches = steady_batches(stage, state.step, rank, processes, device, self.counts)
         for batch in self._waiting_for(batches):
             output = self._micro_step(batch)
@@ -272,6 +283,7 @@ class Run:
                 since_log += [output.losses for _, output in of_step]
             of_step = []
             state.step += 1
+            self._release_teacher()
             state.seconds += time.perf_counter() - tick
             progress.update()
             last = state.step == stage.stop_step
@@ -281,7 +293,7 @@ class Run:
             if self.stop_signal:
                 self._save()
                 self._leave()
-            if state.step % cfg.validation_steps == 0 or last:
+            if self._validation_is_due(stage):
                 self.watch.begin()
                 self._validate()
             if state.step % cfg.checkpointing_steps == 0 or last:
@@ -445,12 +457,16 @@ class Run:
         means = {n: accelerator.reduce(torch.stack(values).mean(), "mean").item() for n, values in since.items()}
         if not means:
             return {"loss": "not finite"}
+        before = state.history[-1] if state.history else {}
+        images = state.samples_read - state.unreadable - state.unfit
         entry = {
             "step": state.step,
             **{f"loss/{name}": mean for name, mean in means.items()},
-            "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
+            **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),  # none of a step that was skipped
             "lr": self.lr_scheduler.get_last_lr()[0],
-            "images_per_second": state.samples_read / state.seconds,
+            "images": images,
+            "seconds": state.seconds,
+            "images_per_second": (images - before.get("images", 0)) / (state.seconds - before.get("seconds", 0.0)),
             "waiting_share": state.seconds_waiting / state.seconds,
         }
         state.history.append(entry)
@@ -462,6 +478,7 @@ class Run:
         cfg, accelerator, state = self.stage.cfg, self.accelerator, self.state
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.trained.eval()
+        state.validated = state.step
         # not through DDP, which would get ready for gradients; libraries may draw from the global generator
         with self.averages.in_place(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
             if self.stage.held_out is not None:
@@ -490,6 +507,11 @@ class Run:
             f"did not fit their size, {state.upscaled} enlarged, {state.truncated} captions cut at "
             f"{cfg.max_sequence_length} tokens"
         )
+        if (cache := self.nets.teacher_cache) is not None:
+            accelerator.print(
+                f"teacher features, of the main process since it started: {cache.hits} read from {cache.folder}, "
+                f"{cache.misses} computed, of which {cache.corrupt} because their file could not be read"
+            )
         self.averages.put_in_place()
         parts = {name: whole_module(module) for name, module in self.modules.items() if name != "projector"}
         self.nets = replace(self.nets, **parts)
