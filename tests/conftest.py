@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled yet, and nothing of the test stays compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Each test starts from the same random state, whatever ran before it."""

@@ -40,13 +40,6 @@ def relative_error(actual, expected):
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("side", ["left", "right", None])
 @pytest.mark.parametrize("variant", ["base", "both"])
 @torch.no_grad()

@@ -360,13 +360,6 @@ def test_ema_averages_and_stores_the_new_parameters(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_as_one_graph(fresh_dynamo, kind):
     """`fullgraph=True` raises at a graph break; AOT autograd traces the backward pass as well."""

@@ -140,13 +140,6 @@ class RecordingProcessor(PRXAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask)
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Parity with diffusers' PRXTransformer2DModel
 # ---------------------------------------------------------------------------------------------------------------------

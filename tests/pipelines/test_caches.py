@@ -170,6 +170,23 @@ def test_pyramid_attention_broadcast_runs_in_the_pipeline():
     assert torch.equal(draw(pipe), images)
 
 
+@pytest.mark.parametrize(
+    "cache",
+    [
+        FirstBlockCacheConfig(0.1),
+        MagCacheConfig(mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS),
+        TaylorSeerCacheConfig(2, disable_cache_before_step=2),
+    ],
+)
+def test_caches_and_compiled_blocks_go_together(cache, fresh_dynamo):
+    """Where a graph may break: diffusers' hooks are inside of a block, and not to be compiled."""
+    pipe, _ = pipeline()
+    pipe.transformer.enable_cache(cache)
+    expected = draw(pipe)
+    pipe.transformer.compile_repeated_blocks(dynamic=True, backend="eager")
+    assert relative_error(draw(pipe), expected) < TOLERANCE
+
+
 def test_a_call_after_a_broken_one_starts_anew():
     pipe, _ = pipeline()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1.25))
@@ -192,6 +209,10 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match="at least two blocks and without a `fusion_range`"):
             tiny.transformer(**settings).enable_cache(FirstBlockCacheConfig())
     pipe, _ = pipeline()
+    pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=STEPS + 1))
+    with pytest.raises(ValueError, match=rf"`num_inference_steps` of {STEPS + 1}, but this call takes {STEPS} steps"):
+        draw(pipe)
+    pipe.transformer.disable_cache()
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="would mix up one branch and two"):
         draw(pipe, guider=ClassifierFreeGuidance(3.0, stop=0.5))

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers.guiders import ClassifierFreeGuidance
 
 import tiny
@@ -14,6 +15,8 @@ CALLS = [
     {"guidance_scale": 4.0},
     {"negative_prompt": ["circle", "", "one big green square"]},
     {"guidance_scale": 1.0, "self_guidance_scale": 2.0},
+    {"num_images_per_prompt": 2, "seeds": range(6)},
+    {"num_images_per_prompt": 2, "seeds": range(6), "negative_prompt": ["", "", "one big green square"]},
 ]
 
 
@@ -89,7 +92,8 @@ def test_each_thing_is_computed_once():
 
     pipe = pipeline("latent", Watched)
     draw(pipe, negative_prompt=["circle", "", ""], num_images_per_prompt=2, seeds=range(6))
-    assert pipe.transformer.texts == [(6, 2, True), (6, 7, True)]
+    assert pipe.transformer.texts == [(3, 2, True), (3, 7, True)]  # a row for each prompt, not for each image
+    assert pipe.transformer.rows == [12] * 4
 
     pipe = pipeline("latent", Watched)
     draw(pipe, guidance_scale=1.0)
@@ -117,6 +121,30 @@ def test_no_text_of_a_large_image_has_a_mask():
     pipe.transformer.texts = []
     draw(pipe, [PROMPTS[1]] * 2 + [PROMPTS[1][::-1]], **large)  # of one length: one text with three rows
     assert len(pipe.transformer.texts) == 2
+
+
+def test_several_images_of_a_large_prompt_are_one_text():
+    pipe = pipeline("latent", Watched)
+    negative_prompt = ["circle", "circle", "dog"]
+    draw(pipe, negative_prompt=negative_prompt, num_images_per_prompt=2, seeds=range(6), **large_size(pipe))
+    assert pipe.transformer.texts == [(1, n, False) for n in (2, 2, 2, 7, 4, 2)]
+    assert pipe.transformer.rows == [12] * 2
+
+
+def test_compiled_calls_make_as_many_graphs_whatever_the_number_of_prompts(fresh_dynamo):
+    """A part of the text for each row would be a graph for each number of rows; compiled, they have a mask."""
+    pipe, plain = (pipeline("latent", cls) for cls in (PRXTransformer2DModel, Plain))
+    large = large_size(pipe)
+    counter = torch._dynamo.testing.CompileCounter()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
+    compiled = []
+    for count in (3, 5, 7, 9, 10, 2):
+        prompts = [PROMPTS[n % 3] + n * " cat" for n in range(count)]
+        before = counter.frame_count
+        images = draw(pipe, prompts, range(count), guidance_scale=1.0, **large)
+        compiled.append(counter.frame_count - before)
+        assert (images - draw(plain, prompts, range(count), guidance_scale=1.0, **large)).abs().max() < 1e-5
+    assert compiled == [1, 0, 0, 0, 0, 0]
 
 
 def test_a_text_that_a_callback_changes_is_read_again():

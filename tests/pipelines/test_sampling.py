@@ -9,6 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import tiny
+from diffusers_prx import fast_scheduler, fast_sigmas
 from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 
@@ -124,6 +125,21 @@ def test_every_scheduler_reaches_the_exact_solution(predicts, noise_scale, sched
     sigmas = torch.cat(pipe.transformer.seen)
     assert sigmas.unique().numel() == steps  # not rounded to whole timesteps, of which several are the same
     assert sigmas[0] >= 0.999
+
+
+@pytest.mark.parametrize("predicts", ["velocity", "x_prediction"])
+def test_the_fast_preset_is_no_further_from_the_solution_than_the_exact_one(predicts):
+    ours = {"velocity": PRXFlowMatchScheduler, "x_prediction": PRXXPredictionScheduler}
+    exact, fast = (gaussian_pipeline(predicts, s, 1.0) for s in (ours[predicts](shift=3.0), fast_scheduler()))
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = [
+        draw(pipe, output_type="latent", guidance_scale=1.0, **levels)
+        for pipe, levels in ((exact, {"steps": 28}), (fast, {"sigmas": fast_sigmas(10)}))
+    ]
+    errors = [difference(image, exact.transformer.solution(noise)) for image in images]
+    assert errors[1] <= errors[0]
+    levels = [2 * level / (1 + level) for level in fast_sigmas(10)]  # shifted by the scheduler
+    assert torch.cat(fast.transformer.seen).tolist() == pytest.approx(levels, abs=2e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 8, 50])

@@ -140,6 +140,16 @@ class PRXTextContext:
     keys_values: tuple[TextKeysValues, ...]
     mask: torch.Tensor | None = None
 
+    def repeat_rows(self, times: int) -> "PRXTextContext":
+        """Each row `times` times in a row, for as many images of its text; a single row serves any number as it is."""
+        if times == 1 or len(self.keys_values[0][0]) == 1:
+            return self
+        keys_values = tuple(
+            (key.repeat_interleave(times, dim=0), value.repeat_interleave(times, dim=0))
+            for key, value in self.keys_values
+        )
+        return PRXTextContext(keys_values, None if self.mask is None else self.mask.repeat_interleave(times, dim=0))
+
 
 @dataclass(frozen=True)
 class PRXTimeContext:
@@ -927,7 +937,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 img = block(img, texts[index], times[index], rotary, mask)  # (B, N or K, D)
             if index == feature_block:
                 features = img  # (B, N or K, D)
-                feature_indices = None if route is None or rotary is table else route.kept  # (B, K)
+                if route is not None and route.start <= index < route.stop:
+                    feature_indices = route.kept  # (B, K)
             if index + 1 == stop:
                 if self.fusion is not None:
                     img = self.fusion(dense, img, route)  # (B, N, D)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from torch.distributed import ProcessGroup
 
 DEFAULT_GUIDANCE_SCALE = 4.0
@@ -65,6 +65,16 @@ def check_guidance_group(group: Any, guided: bool, transformer: Any) -> None:
         raise ValueError(
             "`guidance_group` came, but the transformer has a FirstBlockCache, which judges both branches together:"
             " call `transformer.disable_cache()`, or use another cache."
+        )
+
+
+def check_cached_steps(transformer: Any, steps: int) -> None:
+    """Check that a MagCache, which has a ratio for every step, is for this number of them."""
+    config = getattr(transformer, "_cache_config", None)
+    if isinstance(config, MagCacheConfig) and config.num_inference_steps != steps:
+        raise ValueError(
+            f"the transformer has a MagCacheConfig with a `num_inference_steps` of {config.num_inference_steps}, but"
+            f" this call takes {steps} steps: make it for {steps}."
         )
 
 

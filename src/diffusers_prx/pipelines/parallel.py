@@ -10,11 +10,11 @@ def share_noise(latents: torch.Tensor, transformer: Any, guidance_group: Any) ->
     """The first process's noise on all that draw these images together; what each drew itself may be another."""
     parallel = getattr(transformer, "_parallel_config", None)
     config = None if parallel is None else parallel.context_parallel_config
-    latents = latents.contiguous()
     # from one to the others that share a forward, then to those with the other branch
-    for group in (None if config is None else config._ulysses_mesh.get_group(), guidance_group):
-        if group is not None:
-            dist.broadcast(latents, group=group, group_src=0)
+    groups = [None if config is None else config._ulysses_mesh.get_group(), guidance_group]
+    for group in filter(None, groups):
+        latents = latents.clone(memory_format=torch.contiguous_format)  # the caller's own stay as they are
+        dist.broadcast(latents, group=group, group_src=0)
     return latents
 
 

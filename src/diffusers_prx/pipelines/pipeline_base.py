@@ -21,9 +21,10 @@ from torch.distributed import ProcessGroup
 
 from ..models.token_routing import TokenRoute, sample_route
 from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
-from ..text import count_cut, encode_text, tokenize_prompts, trim_text, trim_tokens
+from ..text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
 from .check_inputs import (
     DEFAULT_GUIDANCE_SCALE,
+    check_cached_steps,
     check_callback_names,
     check_callback_result,
     check_count,
@@ -58,7 +59,6 @@ class _CallState(threading.local):
     num_timesteps: int = 0
     current_timestep: torch.Tensor | None = None
     interrupt: bool = False
-    guidance_group: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copied or unpickled pipeline starts with a state of its own
@@ -243,8 +243,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         clean: Callable[[str], str] = repair_prompt if light else clean_prompt
         max_length = self.max_tokens if max_length is None else max_length
         input_ids, mask = tokenize_prompts(self.tokenizer, texts, max_length, clean)
-        full = [text for text, kept in zip(texts, mask) if kept.all()]
-        if full and (cut := count_cut(self.tokenizer, full, max_length, clean)):
+        if cut := sum(find_cut(self.tokenizer, texts, mask, clean)):
             logger.warning(f"{cut} of {len(texts)} prompts are longer than {max_length} tokens and were cut there.")
         input_ids, mask = trim_tokens(input_ids, mask)
         # each text once, however often it came: a negative prompt is mostly the same for the whole batch
@@ -420,10 +419,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         check_scheduler(self.scheduler, self.config["prediction_type"])
         scheduler = copy.deepcopy(self.scheduler)
         set_schedule(scheduler, num_inference_steps, timesteps, sigmas)
-        self._call.guidance_scale = float(guidance_scale if guider is None else guider.config["guidance_scale"])
+        check_cached_steps(self.transformer, len(scheduler.timesteps))
+        # one that has several scales keeps them to itself
+        scale = guidance_scale if guider is None else guider.config.get("guidance_scale", guidance_scale)
+        self._call.guidance_scale = float(scale)
         self._call.num_timesteps = len(scheduler.timesteps)
         self._call.interrupt = False
-        self._call.guidance_group = guidance_group
 
         # 3. Text.
         device = self._execution_device
@@ -433,12 +434,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             guided,
             negative_prompt,
             num_images_per_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_attention_mask,
-            tokenizer_max_length,
-            skip_text_cleaning,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            tokenizer_max_length=tokenizer_max_length,
+            skip_text_cleaning=skip_text_cleaning,
         )
         if embeds.shape[-1] != text_width:
             raise ValueError(
@@ -458,12 +459,13 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             mask,
             negative_embeds,
             negative_mask,
-            float(guidance_scale),
-            float(self_guidance_scale),
-            copy.deepcopy(guider),
-            generator,
-            callback_on_step_end,
-            names,
+            guidance_scale=float(guidance_scale),
+            self_guidance_scale=float(self_guidance_scale),
+            guider=copy.deepcopy(guider),
+            guidance_group=guidance_group,
+            generator=generator,
+            callback=callback_on_step_end,
+            callback_names=names,
         )
         images: Any = latents
         if output_type != "latent":
@@ -485,6 +487,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         guidance_scale: float,
         self_guidance_scale: float,
         guider: Any,
+        guidance_group: ProcessGroup | None,
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[..., dict[str, Any] | None] | None,
         callback_names: list[str],
@@ -504,16 +507,16 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 sigma = scheduler.sigmas[i]
                 if guider is not None:
                     guider.set_state(i, len(scheduler.timesteps), t)
-                    prediction = self._guide(guider, latents, sigma, times[i], text)  # (B, C, h, w)
+                    prediction = self._guide(guider, latents, sigma, times[i], text, guidance_group)  # (B, C, h, w)
                 else:
-                    prediction = self._predict(latents, times[i], text, branches)  # (B or 2B, C, h, w)
+                    prediction = self._predict(latents, times[i], text, branches, guidance_group)  # (B or 2B, C, h, w)
                 if guider is None and branches == 2:
                     negative, positive = prediction.chunk(2)
                     prediction = negative + guidance_scale * (positive - negative)  # (B, C, h, w)
                 if self_guidance_scale > 1:  # TREAD, arXiv 2501.04765
                     route = self._draw_route(latents, generator)
-                    routed = self._predict(latents, times[i], text, branches, route=route)  # (B, C, h, w)
-                    prediction = routed + self_guidance_scale * (prediction - routed)
+                    routed = self._predict(latents, times[i], text, branches, guidance_group, route=route)
+                    prediction = routed + self_guidance_scale * (prediction - routed)  # (B, C, h, w)
                 if to_velocity:
                     prediction = (latents - prediction) / sigma
                 latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
@@ -555,16 +558,22 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if negative_prompt_embeds is not None and negative_mask is not None:
             branches.insert(0, (negative_prompt_embeds.to(dtype), negative_mask))
         if _takes_contexts(self.transformer):
-            texts = [[trim_text(*_unrepeated(*branch))] for branch in branches]  # 1 or B rows, of a length each
+            rows = [trim_text(*_unrepeated(*branch)) for branch in branches]  # U rows (U divides B), of a length each
             tokens = height * width // self.transformer.config["patch_size"] ** 2  # N
-            if tokens >= TOKENS_WORTH_A_CALL and any(mask is not None and len(mask) > 1 for [(_, mask)] in texts):
-                texts = [_rows(*text) for [text] in texts]  # 1 or B times 1 row, of its own length
-            parts = max(map(len, texts))  # of a branch
+            padded = any(mask is not None and len(mask) > 1 for _, mask in rows)
+            # how many parts there are is part of a compiled graph, what one part holds is not
+            apart = padded and tokens >= TOKENS_WORTH_A_CALL and not _is_compiled(self.transformer)
+            texts = [_rows(*text) if apart else [text] for text in rows]  # U times 1 row, of its own length; or U rows
             contexts = [
                 [self.transformer.encode_text_context(*part, height=height, width=width) for part in text]
                 for text in texts
             ]
-            return {"text_context": tuple(part for own in contexts for part in own * (parts // len(own)))}
+            if apart:  # as many parts of each branch; a part with one row serves any number of images
+                parts = math.lcm(*map(len, contexts))
+                contexts = [[part for part in own for _ in range(parts // len(own))] for own in contexts]
+            else:
+                contexts = [[own.repeat_rows(len(mask) // len(text))] for [own], (text, _) in zip(contexts, rows)]
+            return {"text_context": tuple(part for own in contexts for part in own)}
         text, masks = (torch.cat(parts) for parts in zip(*branches))  # (B or 2B, L, D)
         # where nothing is padded, attention without a mask is faster
         return {"encoder_hidden_states": text, "attention_mask": None if bool(masks.all()) else masks}
@@ -578,12 +587,19 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         return [{"timestep": sigma[None]} for sigma in sigmas]
 
     def _predict(
-        self, latents: torch.Tensor, time: dict[str, Any], text: dict[str, Any], branches: int, **route: Any
+        self,
+        latents: torch.Tensor,
+        time: dict[str, Any],
+        text: dict[str, Any],
+        branches: int,
+        group: ProcessGroup | None,
+        **route: Any,
     ) -> torch.Tensor:
-        """What the network predicts, float32, for latents (B, C, h, w) with each branch of the text, 1 or 2."""
-        if branches == 2 and (group := self._call.guidance_group) is not None:
+        """What the network predicts, float32, for latents (B, C, h, w) with each branch of the text, 1 or 2; of two
+        branches each process of a group predicts one."""
+        if branches == 2 and group is not None:
             own = take_branch(text, group.rank(), len(latents))
-            return gather_branches(self._predict(latents, time, own, 1, **route), group)  # (2B, C, h, w)
+            return gather_branches(self._predict(latents, time, own, 1, None, **route), group)  # (2B, C, h, w)
         if "timestep" in time:
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
         # all branches are one call to a cache of diffusers: they are reused together or not at all
@@ -597,14 +613,20 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             )[0].float()  # (B or 2B, C, h, w)
 
     def _guide(
-        self, guider: Any, latents: torch.Tensor, sigma: torch.Tensor, time: dict[str, Any], text: dict[str, Any]
+        self,
+        guider: Any,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        time: dict[str, Any],
+        text: dict[str, Any],
+        group: ProcessGroup | None,
     ) -> torch.Tensor:
         """What one of diffusers' guiders makes of the predictions (B, C, h, w); it says how many it needs now."""
         x_prediction = self.config["prediction_type"] == "x_prediction"
         inputs = guider.prepare_inputs({})  # with the prompt, then with the negative one
         if len(inputs) == 1:
             text = take_branch(text, 1, len(latents))
-        predictions = self._predict(latents, time, text, len(inputs)).chunk(len(inputs))  # (B, C, h, w) each
+        predictions = self._predict(latents, time, text, len(inputs), group).chunk(len(inputs))  # (B, C, h, w) each
         for given, prediction in zip(inputs, reversed(predictions)):
             given.noise_pred = (latents - prediction) / sigma if x_prediction else prediction
         velocity = guider(inputs).pred  # (B, C, h, w)
@@ -637,10 +659,19 @@ def _is_cached(transformer: Any) -> bool:
     return getattr(transformer, "is_cache_enabled", False)
 
 
+def _is_compiled(transformer: Any) -> bool:
+    """Whether torch.compile is to compile it, or modules in it."""
+    return hasattr(transformer, "_orig_mod") or any(m._compiled_call_impl is not None for m in transformer.modules())
+
+
 def _unrepeated(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The one row of a text that is the same for the whole batch, as negative prompts mostly are; or all rows."""
-    same = bool((embeds == embeds[:1]).all()) and bool((mask == mask[:1]).all())
-    return (embeds[:1], mask[:1]) if same else (embeds, mask)
+    """The text of B rows that are equal in groups of n neighbours, of a group one row: (B / n, L, D) and (B / n, L).
+
+    So several images of a prompt are one row, and a negative prompt that is the same for all is one.
+    """
+    changes = (embeds[1:] != embeds[:-1]).flatten(1).any(1) | (mask[1:] != mask[:-1]).any(1)  # (B - 1,)
+    every = math.gcd(len(embeds), *(changes.nonzero().flatten() + 1).tolist())
+    return embeds[::every], mask[::every]
 
 
 def _rows(embeds: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
