@@ -157,7 +157,7 @@ def study_values(**changes):
         },
         "findings": {
             "gain": {"text": "It helps.", "arm": "good", "expected": "better", "published": {"FID": [18.2, 14.64]}},
-            "harm": {"text": "It helps, too.", "arm": "bad", "expected": "better", "if_undecided": "It is small."},
+            "harm": {"text": "It helps, too.", "arm": "bad", "expected": "better", "at_this_size": "It is small."},
             "crash": {"text": "It runs.", "arm": "lost"},
             "tuned": {"text": "Tuning helps.", "arm": "more", "metric": "short/score", "expected": "better"},
         },
@@ -241,10 +241,8 @@ def test_the_plan_is_stated_once_and_its_changes_are_kept(tmp_path):
     register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
     text = (report_dir / "plan.md").read_text()
     assert "Stated on 2026-01-01" in text
-    assert (
-        "Changed on 2026-01-03 at commit ghi, when 1 runs had been made: arm extra added; finding gain changed."
-        in text
-    )
+    changes = 'arm extra: added; finding gain: expected "better" became null.'
+    assert f"Changed on 2026-01-03 at commit ghi, when 1 runs had been made: {changes}" in text
 
 
 def test_what_may_be_added_to_a_study_that_has_run(tmp_path):
@@ -255,8 +253,11 @@ def test_what_may_be_added_to_a_study_that_has_run(tmp_path):
     values["findings"]["gain"]["text"] = "It helps a lot."
     values["findings"]["other"] = {"text": "It helps with short captions.", "arm": "good", "metric": "short/score"}
     register(save_study(tmp_path, **values), report_dir, "2026-01-02", "def")
-    changes = json.loads((report_dir / "plan.json").read_text())[-1]["changes"]
-    assert changes == ["arm good also evaluated as short", "finding gain reworded", "finding other added"]
+    changes = (report_dir / "plan.md").read_text().split("when 1 runs had been made: ")[1].split(".\n")[0]
+    assert changes == (
+        'arm good: also evaluated as short; finding gain: text "It helps." became "It helps a lot."; '
+        "finding other: added"
+    )
     values["findings"].pop("other")
     with pytest.raises(ValueError, match="arm good has been run"):  # an evaluation that was stated is made
         register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
@@ -345,7 +346,7 @@ def test_the_table_of_findings(reported):
     half = 4.30265 * 0.002 / math.sqrt(3)
     low, high = (f"{bound:+.3g}" for bound in (0.104 - half, 0.104 + half))
     assert gain[5:8] == [f"+0.104 [{low}, {high}]", "3", "0.50 [0.50, 0.50]"]
-    assert gain[9:] == ["better: FID 18.2 → 14.64 (-3.56)", "**agrees** |"]
+    assert gain[9:] == ["better: FID 18.2 → 14.64 (-3.56)", "**agrees**; also after Holm's correction |"]
     harm = table_row(text, "`harm`: It helps, too.")
     assert harm[7:] == [
         "not timed",
@@ -359,7 +360,7 @@ def test_the_table_of_findings(reported):
     assert tuned[-1] == "**too few seeds** |"
     assert "Of 4 findings: 1 agrees, 1 undecided, 1 failed, 1 too few seeds." in text
     assert "With 2 intervals of 95%, about 0.1 would exclude zero by chance" in text
-    assert "1 do. After Holm's correction for asking 2 questions, 1 of them remain: gain." in text
+    assert "1 do. After Holm's correction for asking 2 questions, 1 of them remain: gain. 4 findings have" in text
 
 
 def test_each_finding_in_detail(reported):
@@ -383,7 +384,7 @@ def test_each_finding_in_detail(reported):
 
 def test_no_run_is_left_out(reported):
     text = reported[0]
-    assert "Of 15 planned runs (5 kinds, seeds 1, 2, 3) 11 were made; 1 of them failed." in text
+    assert "Of 15 planned runs (5 kinds, seeds 1, 2, 3) 11 were made; 1 of them failed, 0 went on after" in text
     assert table_row(text, "lost | 1")[2] == "failed: The loss is not finite at step 3"
     assert [table_row(text, f"lost | {seed}")[2] for seed in (2, 3)] == ["not run", "not run"]
     assert "machine: cpu abacus, cores 2" in text

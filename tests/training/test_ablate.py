@@ -66,7 +66,7 @@ def test_the_study_over_scenes_asks_what_the_published_one_did():
     assert {finding.arm for finding in study.findings.values()} == FINDINGS
     assert len(study.seeds) >= 3
     for name, finding in study.findings.items():
-        assert finding.expected or finding.note or finding.if_undecided, name
+        assert finding.expected or finding.note or finding.at_this_size, name
         figures = [pair[1] - pair[0] for figure, pair in finding.published.items() if not figure.endswith("/s")]
         if figures and all(change > 0 for change in figures):  # FID and the MMDs: lower is better
             assert finding.expected == "worse", name
@@ -227,7 +227,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path, capsys):
     start = found["tuned/seed_2"]["config"]["pretrained_model_name_or_path"]
     assert start == str(tmp_path / "out/baseline/seed_2")
     report = (tmp_path / "out/report/report.md").read_text()
-    assert "Of 6 planned runs (3 kinds, seeds 1, 2) 6 were made; 2 of them failed." in report
+    assert "Of 6 planned runs (3 kinds, seeds 1, 2) 6 were made; 2 of them failed, 0 went on after" in report
     assert "**too few seeds**" in report
 
     # the evaluation of a run is made up where its record lacks it; a failed one is tried again and fails again

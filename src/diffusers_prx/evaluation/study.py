@@ -4,6 +4,7 @@ What is decided by what is stated before the first run, in `plan.md`, and kept t
 """
 
 import dataclasses
+import itertools
 import json
 import typing
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class Finding:
         reference_metric: where the reference is judged by another evaluation; none: the same.
         published: name of a published figure -> [without, with].
         note: what a reader must know about how this differs from what was published.
-        if_undecided: why a study of this size may not decide it.
+        at_this_size: why a study of this size may not decide it, or may come out the other way.
     """
 
     text: str
@@ -98,7 +99,7 @@ class Finding:
     reference_metric: str | None = None
     published: dict = field(default_factory=dict)
     note: str = ""
-    if_undecided: str = ""
+    at_this_size: str = ""
 
     def __post_init__(self) -> None:
         if self.expected not in ("better", "worse", None):
@@ -381,9 +382,27 @@ def what_changed(old: dict[str, Any] | None, new: dict[str, Any] | None) -> tupl
             and new["evaluations"].items() >= old["evaluations"].items()
         ):
             return f"also evaluated as {', '.join(more)}", True
-    elif new == old | {"text": new["text"]}:
-        return "reworded", True
-    return "changed", False
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    details = "; ".join(f"{name} {json.dumps(old.get(name))} became {json.dumps(new.get(name))}" for name in differing)
+    return details, differing == ["text"]
+
+
+def plan_changes(before: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """Kind and name of every arm and finding that two plans do not have in common, and `what_changed` of it."""
+    return [
+        (kind[:-1], name, *what_changed(before[kind].get(name), plan[kind].get(name)))
+        for kind in ("arms", "findings")
+        for name in dict.fromkeys([*before[kind], *plan[kind]])
+        if before[kind].get(name) != plan[kind].get(name)
+    ]
+
+
+def told_changes(before: dict[str, Any], plan: dict[str, Any]) -> str:
+    """In one sentence, what changed from a plan to the next."""
+    changes = [f"{kind} {name}: {change}" for kind, name, change, _ in plan_changes(before, plan)]
+    if before["seeds"] != plan["seeds"]:
+        changes.append(f"seeds {before['seeds']} became {plan['seeds']}")
+    return "; ".join(changes)
 
 
 def register(study: Study, report_dir: Path, date: str, commit: str | None) -> None:
@@ -405,24 +424,15 @@ def register(study: Study, report_dir: Path, date: str, commit: str | None) -> N
     if lost := sorted({run.stem for run in runs} - {f"seed_{seed}" for seed in study.seeds}):
         raise ValueError(f"`seeds` is {study.seeds}, but {lost} have been run: they stay part of the study.")
     before = entries[-1]["plan"] if entries else plan
-    changes = []
-    for kind in ("arms", "findings"):
-        for name in dict.fromkeys([*before[kind], *plan[kind]]):
-            old, new = before[kind].get(name), plan[kind].get(name)
-            if old == new:
-                continue
-            change, holds = what_changed(old, new)
-            has_run = (name if kind == "arms" else (old or new)["arm"]) in run_arms
-            if has_run and not holds:
-                raise ValueError(
-                    f"{kind[:-1]} {name} has been run as {path} states it, and is now another one ({old} became "
-                    f"{new}): give another --output_dir and --report_dir, or leave it as it was."
-                )
-            changes.append(f"{kind[:-1]} {name} {change}")
-    if before["seeds"] != plan["seeds"]:
-        changes.append(f"seeds {before['seeds']} became {plan['seeds']}")
-    if changes or not entries:
-        entry = {"date": date, "commit": commit, "runs_so_far": len(runs), "changes": changes, "plan": plan}
+    for kind, name, change, holds in plan_changes(before, plan):
+        arm = name if kind == "arm" else before["findings"].get(name, plan["findings"].get(name))["arm"]
+        if arm in run_arms and not holds:
+            raise ValueError(
+                f"{kind} {name} has been run as {path} states it, and is now another one ({change}): give another "
+                "--output_dir and --report_dir, or leave it as it was."
+            )
+    if before != plan or not entries:
+        entry = {"date": date, "commit": commit, "runs_so_far": len(runs), "plan": plan}
         write_json(path, [*entries, entry])
         (report_dir / PLAN_TEXT).write_text(plan_text(study, [*entries, entry]))
 
@@ -446,12 +456,11 @@ def plan_text(study: Study, entries: list[dict[str, Any]]) -> str:
         "95% Student interval over the seeds. The interval excludes zero: agrees or disagrees; else undecided. Runs "
         "are not repeated with other seeds because of their result, and runs that fail are reported as such.",
     ]
-    for entry in entries[1:]:
+    for before, entry in itertools.pairwise(entries):
         lines += [
             "",
             f"Changed on {entry['date']} at commit {entry['commit']}, when {entry['runs_so_far']} runs had been made: "
-            + "; ".join(entry["changes"])
-            + ".",
+            f"{told_changes(before['plan'], entry['plan'])}.",
         ]
     lines += [
         "",

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 import re
 from collections import Counter
@@ -36,6 +37,7 @@ from .study import (
     read_record,
     scores,
     stated_after,
+    told_changes,
 )
 
 THROUGHPUT_FILE = "throughput.json"
@@ -303,7 +305,7 @@ def why_undecided(row: Row) -> str:
     )
     return (
         f"The interval reaches {half:.2g} to either side, so that only a difference beyond that would have been seen; "
-        f"what was measured is {difference.mean:+.2g}. {more} {row.finding.if_undecided}".rstrip()
+        f"what was measured is {difference.mean:+.2g}. {more} {row.finding.at_this_size}".rstrip()
     )
 
 
@@ -407,14 +409,17 @@ def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> No
     study, records = results.study, results.records
     page.text(study.about)
     failed = sum(record["status"] == "failed" for record in records.values())
+    retried = sum(bool(record["failures"]) for record in records.values()) - failed
     page.text(
         f"Of {len(study.arms) * len(study.seeds)} planned runs ({len(study.arms)} kinds, seeds "
-        f"{', '.join(map(str, study.seeds))}) {len(records)} were made; {failed} of them failed. What is judged by "
+        f"{', '.join(map(str, study.seeds))}) {len(records)} were made; {failed} of them failed, {retried} "
+        "went on after a failure with the seed they had. What is judged by "
         f"what was stated on {plan[0]['date']} (commit `{plan[0]['commit']}`), before the first run; the plan stands "
         "at the end, with whatever changed since."
     )
-    for entry in plan[1:]:
-        page.text(f"**Changed** on {entry['date']}, after {entry['runs_so_far']} runs: {'; '.join(entry['changes'])}.")
+    for before, entry in itertools.pairwise(plan):
+        changes = told_changes(before["plan"], entry["plan"])
+        page.text(f"**Changed** on {entry['date']}, after {entry['runs_so_far']} runs: {changes}.")
     facts = []
     for what, of in (
         ("commit", lambda r: r.get("commit")),
@@ -466,8 +471,10 @@ def evaluation_text(study: Study, evaluation: str) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in flags.items() if not isinstance(value, list)) or "-"
 
 
-def verdict_cell(row: Row, runs_before: int) -> str:
+def verdict_cell(row: Row, runs_before: int, adjusted: float) -> str:
     said = [f"**{row.verdict}**"]
+    if adjusted < 0.05:
+        said.append("also after Holm's correction")
     if row.verdict in ("better", "worse"):
         said.append(f"published: {published_sign(row.finding)}")
     if runs_before:
@@ -485,15 +492,17 @@ def overview(page: Page, results: Results, added: dict[str, int]) -> None:
     decided = [row for row in rows if decidable(row) and row.difference is not None and row.difference.excludes_zero]
     tested = sum(map(decidable, rows))
     if tested:
+        shared = Counter(row.finding.reference for row in rows).most_common(1)[0]
         kept = [row.name for row in decided if results.adjusted.get(row.name, 1.0) < 0.05]
         page.text(
             f"With {tested} intervals of 95%, about {tested / 20:.1f} would exclude zero by chance alone if no change "
             f"had any effect; {len(decided)} do. After Holm's correction for asking {tested} questions, {len(kept)} "
             f"of them remain{': ' + ', '.join(kept) if kept else ''}."
+            f" {shared[1]} findings have the runs of {shared[0]} as their reference, and share its luck."
         )
     header = [
         "finding", "arm against reference", "primary metric", "reference", "arm", "difference [95%]", "seeds",
-        "throughput ratio", "at equal time", "expected: published", "verdict",
+        "throughput ratio", "held-out loss at equal time", "expected: published", "verdict",
     ]  # fmt: skip
     body = []
     for row in rows:
@@ -511,7 +520,7 @@ def overview(page: Page, results: Results, added: dict[str, int]) -> None:
                 times(row.ratio) or "not timed",
                 at_equal_time(results, row),
                 f"{row.finding.expected or 'no direction'}: {published(row.finding)}",
-                verdict_cell(row, added.get(row.name, 0)),
+                verdict_cell(row, added.get(row.name, 0), results.adjusted.get(row.name, 1.0)),
             ]
         )
     page.table(header, body)
@@ -557,6 +566,8 @@ def details(page: Page, results: Results) -> None:
         )
         if row.verdict == "undecided":
             page.text(f"Why undecided: {why_undecided(row)}")
+        elif row.verdict == "disagrees" and finding.at_this_size:
+            page.text(f"What may be behind it at this size: {finding.at_this_size}")
         if row.ratio is not None:
             page.text(f"Throughput: {times(row.ratio)} times the reference's.")
         if row.equal_time is not None and row.equal_time_steps is not None:
