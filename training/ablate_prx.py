@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from diffusers_prx.data.files import write_json
 from diffusers_prx.evaluation.study import (
     TRAINING,
     Study,
@@ -41,7 +42,6 @@ from diffusers_prx.evaluation.study import (
     record_path,
     register,
     scores,
-    write_json,
 )
 from diffusers_prx.evaluation.study_report import THROUGHPUT_FILE, write_report
 from diffusers_prx.training.config import parse_config

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
+import disks
 from diffusers_prx.data import precomputed as module
 from diffusers_prx.data.buckets import Buckets, sort_into_buckets
 from diffusers_prx.data.precomputed import (
@@ -339,11 +340,10 @@ def test_a_full_disk_leaves_what_was_written(tmp_path):
     assert done_samples(tmp_path, 2).all()
 
 
-def test_an_error_while_writing_leaves_no_file(tmp_path):
-    def save(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=r"cannot be written .*No space left"):
-        module._write(tmp_path / "a", save)
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    with (
+        disks.full_disk(10),
+        pytest.raises(OSError, match=r"settings.json cannot be written .* start the same command"),
+    ):
+        module.write_settings(tmp_path, {"name": "long enough"})
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from diffusers_prx.data.files import write_json
 from diffusers_prx.evaluation.paired import (
     equal_time_steps,
     holm,
@@ -21,7 +22,7 @@ from diffusers_prx.evaluation.paired import (
     value_at,
     verdict,
 )
-from diffusers_prx.evaluation.study import PLAN_FILE, load_study, numbers, record_path, register, write_json
+from diffusers_prx.evaluation.study import PLAN_FILE, load_study, numbers, record_path, register
 from diffusers_prx.evaluation.study_report import settings_that_differ, write_report
 
 # --- statistics

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import runs
-from diffusers_prx.evaluation.study import load_study, read_record, record_path, register, write_json
+from diffusers_prx.data.files import write_json
+from diffusers_prx.evaluation.study import load_study, read_record, record_path, register
 from diffusers_prx.training.config import parse_config
 from runs import save_study
 from training import ablate_prx

@@ -300,7 +300,7 @@ def test_a_kill_loses_no_finished_shard(cached, parts, tmp_path):
 
     pipe.unlink()
     pipe.write_bytes(whole)
-    half = folder / "shard-00000-000004.safetensors.unfinished"  # as of a kill while a shard is written
+    half = folder / "shard-00000-000004.safetensors.0123.unfinished"  # as of a kill while a shard is written
     half.write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in shard_files(folder)}
     debug_launcher(_precompute, (values,), num_processes=2)

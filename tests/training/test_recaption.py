@@ -226,11 +226,12 @@ def test_what_is_done_is_kept_and_the_rest_is_the_same_as_in_one_go(chat_model, 
     (parts / "recaption.json").write_text((whole / "recaption.json").read_text())
     table = datasets.Dataset.from_parquet(str(whole / "data" / first))
     table.map(lambda row: {"text_long": "kept"}).to_parquet(parts / ".unfinished" / first)
-    (parts / ".unfinished" / "train-00001-of-00003.tmp").write_bytes(b"half a shard")
+    (parts / ".unfinished" / "train-00001-of-00003.parquet.0123.unfinished").write_bytes(b"half a shard")
     recaption(settings(chat_model, tars), parts, device="cpu")
     assert [row["text_long"] for row in rows(parts)[:3]] == ["kept"] * 3
     assert rows(parts)[3:] == rows(whole)[3:]
     assert not (parts / ".unfinished").exists()
+    assert len(list((parts / "data").iterdir())) == 3
     # all is done: no model is needed
     monkeypatch.delattr(Captioner, "__call__")
     assert recaption(settings(chat_model, tars), whole, device="cpu") == told

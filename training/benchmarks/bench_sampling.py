@@ -186,7 +186,7 @@ def peak_memory(side: str, dtype: torch.dtype, case: str, size: int, answer: Any
     ctypes.CDLL(None).malloc_trim(0)  # what glibc has kept from the first call would hide what the second one needs
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = memory("VmRSS")
-    pipeline(prompts, **arguments(side, case, size, 0, steps=2))
+    pipeline(prompts, **arguments(side, case, size, 0))
     answer.put(memory("VmHWM") - before)
 
 
@@ -201,7 +201,7 @@ def peak_of_each(dtype: torch.dtype, case: str, size: int) -> dict[str, float]:
     if not Path("/proc/self/clear_refs").exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return {}
     context, peaks = multiprocessing.get_context("spawn"), {}
-    for side in ("stock", "exact", "fast"):
+    for side in STEPS:
         answer = context.Queue()
         child = context.Process(target=peak_memory, args=(side, dtype, case, size, answer))
         child.start()
@@ -244,7 +244,7 @@ def main() -> None:
         "stock / fast",
         "stock / fastest",
         "difference",
-        "peak MB: stock / exact / fast",
+        f"peak MB: {' / '.join(STEPS)}",
         "n",
     ]
     print("| " + " | ".join(titles) + " |")

@@ -70,7 +70,7 @@ class Way:
 def ways(scale: float, quick: bool) -> list[Way]:
     found = [Way(f"Euler, {n}", "Euler", n) for n in ((28, 10) if quick else (50, 28, 20, 14, 10, 7, 5))]
     for solver in (*SOLVERS, FAST_LEVELS):
-        for n in (FAST,) if quick else (20, 14, 10, 8, 6, 5):
+        for n in (FAST,) if quick else (20, 14, 12, 10, 9, 8, 6, 5):
             found.append(Way(f"{solver}, {n}", solver, n, solver))
     for base, solver, n in ((BASELINE, None, 28), (f"{FAST_LEVELS}, {FAST}", FAST_LEVELS, FAST)):
         guiders = {

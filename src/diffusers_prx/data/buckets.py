@@ -6,7 +6,6 @@ out and counted.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..pipelines.resolution_bins import RESOLUTION_BINS
 from .captioned import ListedImages
+from .files import written_whole
 from .images import UnreadableSample
 
 logger = logging.get_logger(__name__)
@@ -264,11 +264,5 @@ def _cached_sizes(source: ListedImages, cache_file: Path) -> np.ndarray | None:
 
 
 def _save_sizes(sizes: np.ndarray, cache_file: Path) -> None:
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = cache_file.with_name(f"{cache_file.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            np.save(file, sizes)
-        os.replace(unfinished, cache_file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(cache_file) as path, path.open("wb") as file:
+        np.save(file, sizes)

@@ -30,9 +30,9 @@ The columns of a sample (k captions, T tokens of all of them together):
 import functools
 import hashlib
 import json
-import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ from torch.utils.data import Dataset
 from ..latents import EncodedImages
 from .buckets import Buckets, cover
 from .captioned import ListedImages
+from .files import written_whole
 from .images import UnfitSample, UnreadableSample
 from .samples import TrainingSamples, collate_record, fit_image
 from .stream import Position
 
 SETTINGS_FILE, EMPTY_TEXT_FILE, INDEX_FILE = "settings.json", "empty_text.safetensors", "index.json"
-UNFINISHED = ".unfinished"
 # A cache may have these although a run does not need them.
 OPTIONAL_SETTINGS = ("teacher_features", "pixels")
 # So many images of the data set are compared with the cache when a run starts.
@@ -73,35 +73,29 @@ def caption_hash(caption: str) -> torch.Tensor:
 # --- writing
 
 
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: if there is no room, or another reason not to.
-    """
-    unfinished = path.with_name(path.name + UNFINISHED)
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """`files.written_whole`, with an error that says how to go on."""
     try:
-        save(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # the new name must not be on the disk before what it names
-        os.replace(unfinished, path)
+        with written_whole(path, sync=True) as file:
+            yield file
     except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
         raise OSError(
             f"{path} cannot be written ({error}). What was written before is whole and kept: when there is room, "
             "start the same command again, which computes what is missing."
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all; raises OSError."""
-    _write(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n"))
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep what is computed, and with what; raises OSError."""
+    with _written(folder / SETTINGS_FILE) as file:
+        file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def write_empty_text(folder: Path, text: torch.Tensor) -> None:
     """Keep the embedding (T, E) of the empty caption; raises OSError."""
-    _write(folder / EMPTY_TEXT_FILE, functools.partial(save_file, {"text": text.contiguous()}))
+    with _written(folder / EMPTY_TEXT_FILE) as file:
+        save_file({"text": text.contiguous()}, file)
 
 
 def write_shard(
@@ -123,7 +117,8 @@ def write_shard(
         tensors[f"{name}.shape"] = torch.tensor([list(sample[name].shape) for sample in samples], dtype=torch.int64)
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     metadata = {"skipped": json.dumps(skipped), "bytes": json.dumps(sizes)}
-    _write(path, functools.partial(save_file, tensors, metadata=metadata))
+    with _written(path) as file:
+        save_file(tensors, file, metadata)
 
 
 class ShardWriter:
@@ -220,7 +215,8 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
         "bytes": sizes,
         "shards": names,
     }
-    write_json(folder / INDEX_FILE, index)
+    with _written(folder / INDEX_FILE) as file:
+        file.write_text(json.dumps(index, indent=1) + "\n")
     return index
 
 

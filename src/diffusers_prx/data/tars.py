@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .captioned import StoredImages
 from .captions import find_caption
+from .files import written_whole
 from .images import image_endings
 
 logger = logging.get_logger(__name__)
@@ -143,13 +144,11 @@ def cached_index(path: str, cache_dir: str | None) -> tuple[list[str], np.ndarra
     except Exception as error:  # numpy and zipfile raise many kinds
         logger.warning(f"The index {file} cannot be read and is made anew: {error!r}")
     endings, members, problem = index_tar(path)
-    aside = file.with_name(f".{file.stem}-{os.getpid()}.npz")
+    found: dict[str, Any] = {"endings": np.array(endings, dtype=str), "members": members, "problem": np.array(problem)}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(aside, stamp=stamp, endings=np.array(endings, dtype=str), members=members, problem=np.array(problem))
-        os.replace(aside, file)
+        with written_whole(file) as path_aside, path_aside.open("wb") as aside:
+            np.savez(aside, stamp=stamp, **found)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         logger.warning(f"The index of {path} is not kept: {cache_dir} cannot be written ({error}).")
     return endings, members, problem
 

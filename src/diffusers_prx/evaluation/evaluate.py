@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from diffusers.utils import logging
 
-from ..data.precomputed import write_json
+from ..data.files import write_json
 from ..data.scenes import LEVELS, ScenesDataset
 from ..data.sources import load_source
 from .clip_score import DEFAULT_CLIP, CLIPScore, load_clip_score

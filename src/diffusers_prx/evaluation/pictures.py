@@ -7,7 +7,6 @@ neither the number of processes nor a kill changes a bit.
 
 import hashlib
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
+from ..data.files import written_whole
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
 
@@ -133,10 +133,8 @@ class PictureFolder:
 
     def write(self, prompt: Prompt, image: np.ndarray) -> None:
         """Keep a picture (H, W, 3), uint8, whole or not at all."""
-        path = self.path(prompt)
-        unfinished = path.with_suffix(".unfinished")
-        PIL.Image.fromarray(image).save(unfinished, format="PNG")
-        os.replace(unfinished, path)
+        with written_whole(self.path(prompt)) as file:
+            PIL.Image.fromarray(image).save(file, format="PNG")
 
     def read(self, prompt: Prompt) -> np.ndarray:
         """A picture (H, W, 3), uint8."""

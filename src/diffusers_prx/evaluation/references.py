@@ -1,7 +1,6 @@
 """The images that generated ones are compared with: read, fitted, hashed; and what is kept of them for next time."""
 
 import hashlib
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.captioned import ListedImages
+from ..data.files import written_whole
 from ..data.images import UnreadableSample
 from ..data.samples import fit_image
 from .metrics import FeatureDistance
@@ -161,8 +161,5 @@ class ReferenceCache:
         """Write what all processes know of the reference, once."""
         state = metric.reference_state()
         if PartialState().is_main_process:
-            path = self.path(metric, content)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}.unfinished")  # others may fill the same cache
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished)
-            os.replace(unfinished, path)
+            with written_whole(self.path(metric, content)) as file:
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)

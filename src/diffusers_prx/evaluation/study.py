@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from ..data.files import write_json
+
 # The scores of the training itself, named like those of an evaluation: `training/validation_loss`.
 TRAINING = "training"
 VALIDATION_LOSS = "validation_loss"
@@ -337,14 +339,6 @@ def record_path(report_dir: Path, arm: str, seed: int) -> Path:
 def read_record(report_dir: Path, arm: str, seed: int) -> dict[str, Any] | None:
     path = record_path(report_dir, arm, seed)
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n")
-    unfinished.replace(path)
 
 
 def numbers(values: dict[str, Any], above: str = "") -> dict[str, float]:

@@ -9,8 +9,6 @@ Shapes in this file: B batch, N tokens of the whole grid (rows, columns), row by
 """
 
 import hashlib
-import os
-import uuid
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..data.files import written_whole
 from ..models.transformer_prx import rotary_table, rotate
 from .teachers import VisionTeacher
 
@@ -327,18 +326,14 @@ class FeatureCache:
         Raises:
             OSError: if there is no room, or another reason not to.
         """
-        unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features.contiguous()}, unfinished)
-            os.replace(unfinished, path)
+            with written_whole(path) as file:
+                save_file({"features": features.contiguous()}, file)
         except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
             raise OSError(
                 f"Teacher features cannot be kept in {self.folder} (`repa_cache_dir`): {error}. What is there is "
                 "whole: make room and resume, or leave the setting out."
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def features(self, teacher: VisionTeacher, pixels_uint8: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """As `teacher_features`, rounded to the stored type, on a hit and on a miss alike."""

@@ -1,6 +1,5 @@
 """What a finished run leaves behind: the pipeline, its model card, the loss plot, the record of the run."""
 
-import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import matplotlib.figure
 import torch
 
+from ..data.files import write_json
 from .cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
 from .checkpoints import RunState, is_complete, read_run, read_tensors
 from .config import TrainingConfig
@@ -82,8 +82,7 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[s
 def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any]) -> dict[str, Any]:
     """Write `run_record` to training.json: at the start, and again whenever there is more to tell."""
     record = run_record(cfg, state, nets, machine)
-    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(cfg.output_dir) / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(Path(cfg.output_dir) / REPORT_FILE, record)
     return record
 
 

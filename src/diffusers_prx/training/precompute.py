@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.buckets import Buckets
+from ..data.files import UNFINISHED
 from ..data.precomputed import (
     EMPTY_TEXT_FILE,
     SETTINGS_FILE,
-    UNFINISHED,
     ImagesToEncode,
     PrecomputedImages,
     ShardWriter,
@@ -32,7 +32,7 @@ from ..data.precomputed import (
     skipped_samples,
     write_empty_text,
     write_index,
-    write_json,
+    write_settings,
 )
 from ..evaluation.networks import fingerprint, tokenizer_fingerprint
 from ..latents import encode
@@ -264,7 +264,7 @@ def _begin(folder: Path, begun: dict[str, Any]) -> None:
     for left in folder.glob(f"*{UNFINISHED}"):  # by a process that was killed
         left.unlink()
     if not (folder / SETTINGS_FILE).is_file():
-        write_json(folder / SETTINGS_FILE, begun)
+        write_settings(folder, begun)
 
 
 def _batches(buckets: Buckets, done: np.ndarray, batch_size: int) -> list[list[tuple[int, int]]]:

@@ -27,12 +27,13 @@ from diffusers.utils import logging
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data.captioned import StoredImages
+from ..data.files import UNFINISHED, write_json, written_whole
 from ..data.images import UnreadableSample, read_image
 from ..data.sources import load_source
 
 logger = logging.get_logger(__name__)
 
-DATA, UNFINISHED, SETTINGS_FILE = "data", ".unfinished", "recaption.json"
+DATA, SETTINGS_FILE = "data", "recaption.json"
 DTYPES = ("float32", "bfloat16", "float16")
 ROW_GROUP = 100  # rows that a reader has to hold at once
 
@@ -243,12 +244,10 @@ def write_shard(rows: list[dict[str, Any]], settings: RecaptionSettings, path: P
     )
     columns = {name: [row[name] for row in rows] for name in features}  # also of no row
     table = datasets.Dataset.from_dict(columns, features=features).data.table
-    unfinished = path.with_suffix(".tmp")
     try:
-        with pq.ParquetWriter(unfinished, table.schema) as file:
+        with written_whole(path) as unfinished, pq.ParquetWriter(unfinished, table.schema) as file:
             if rows:  # `datasets` reads a file without groups of rows, but no group without rows
                 file.write_table(table, row_group_size=ROW_GROUP)
-        os.replace(unfinished, path)
     except OSError as error:
         raise OSError(
             f"{path} cannot be written ({error}). What was written before is whole and kept: when there is room, "
@@ -264,10 +263,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(unfinished, path)
+        write_json(path, settings)
     noted = json.loads(path.read_text())
     for name, value in settings.items():
         if noted.get(name) != value:
@@ -358,6 +354,8 @@ def recaption(
         )  # fmt: skip
         state.wait_for_everyone()
         if state.is_main_process:
+            for left in folder.glob(f"*{UNFINISHED}"):  # by a process that was killed
+                left.unlink()
             os.replace(folder, finished)
         state.wait_for_everyone()
     return summary([finished / name for name in names], settings, len(source))
