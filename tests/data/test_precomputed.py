@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_what_was_written(tmp_path):
 def test_a_full_disk_says_how_to_go_on(tmp_path):
     with (
         disks.full_disk(10),
-        pytest.raises(OSError, match=r"settings.json cannot be written .* start the same command"),
+        pytest.raises(OSError, match=r"settings.json cannot be written .* same command"),
     ):
         module.write_settings(tmp_path, {"name": "long enough"})
     assert list(tmp_path.iterdir()) == []

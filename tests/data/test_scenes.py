@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -21,7 +22,6 @@ from diffusers_prx.data.scenes import (
     long_caption,
     render_scene,
     sample_scene,
-    scene_words,
     short_caption,
 )
 
@@ -38,7 +38,7 @@ def digest(level, start=0, count=20):
         data = ScenesDataset(level, 32, seed=3, split=split, size=start + count)
         for i in range(start, start + count):
             item = data[i]
-            total.update(json.dumps(item["scene"].to_dict(), sort_keys=True).encode())
+            total.update(json.dumps(dataclasses.asdict(item["scene"]), sort_keys=True).encode())
             total.update(item["caption"].encode())
             total.update(short_caption(item["scene"], seed=3, index=i).encode())
             total.update(item["image"].tobytes())
@@ -122,12 +122,6 @@ def test_heldout_scenes_of_the_easy_level_are_disjoint_for_one_object_too():
     assert (len(single["train"]), len(single["heldout"])) == (28 * 2 * 4 * 2 - 21, 21)
 
 
-def test_scene_survives_json():
-    for level in LEVELS:
-        scene = sample_scene(4, seed=0, level=level)
-        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
-
-
 SIZES = {"small": "small", "little": "small", "medium": "medium", "large": "large", "big": "large"}
 ROWS = {"top": 0, "upper": 0, "bottom": 2, "lower": 2}
 NOUN = r"\ba (small|little|medium|large|big) (?:(striped|outlined|dotted|checkered) )?([a-z]+) ([a-z]+)"
@@ -190,17 +184,13 @@ def test_short_captions_state_the_main_object_and_nothing_else(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_scene_words_are_exactly_the_words_of_captions(level):
-    words = scene_words(level)
-    assert words == sorted(set(words))
-    used = set()
-    for i in range(2000):
+def test_captions_are_sentences(level):
+    for i in range(200):
         scene = sample_scene(i, seed=5, level=level, split=SPLITS[i % 2 * 2])
         for caption in (long_caption(scene, seed=5, index=i), short_caption(scene, seed=5, index=i)):
             assert caption[0].isupper()
             assert caption.endswith(".")
-            used |= set(re.findall(r"[a-z]+|[^a-z\s]", caption.lower()))
-    assert used == set(words)
+            assert not set("{}") & set(caption)
 
 
 def test_relation_is_told_from_places():

@@ -25,8 +25,14 @@ def perfect(level, caption="long", seed=1, size=48):
     return lambda prompts: np.stack([known[prompt] for prompt in prompts])
 
 
+def grade(draw, level, split, size, caption="long"):
+    scenes = ScenesDataset(level, RESOLUTION[level], 1, split, caption, size)
+    images = draw([scenes[index]["caption"] for index in range(size)])
+    return grade_scenes(images, level, split, 1, size, caption)
+
+
 def report(draw, level, caption="long", size=48):
-    graded, novel = (grade_scenes(draw, level, split, 1, size, caption) for split in ("heldout", "novel"))
+    graded, novel = (grade(draw, level, split, size, caption) for split in ("heldout", "novel"))
     assert len(graded) == len(novel) == size
     return scene_report(graded, novel, level, caption, 1), graded, novel
 
@@ -96,7 +102,7 @@ def test_the_pipeline_as_a_drawer():
 
 def test_the_sheet_of_pictures(tmp_path):
     scenes = ScenesDataset("easy", 32, 0)
-    graded = grade_scenes(perfect("easy"), "easy", "heldout", 1, 5, "long")
+    graded = grade(perfect("easy"), "easy", "heldout", 5)
     graded[0] = dataclasses.replace(graded[0], right=False, image=np.asarray(render_scene(scenes[0]["scene"], 64)))
     scene_sheet(graded, "title", tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 5000

@@ -3,7 +3,8 @@
 import bisect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from .captions import read_captions
@@ -58,35 +59,32 @@ class StoredImages(ABC):
         """Where the sample is, for messages."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
+        with self._reading(index):
             return read_sample(self.stored_image(index), self.stored_captions(index))
-        except (UnreadableSample, OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(index, error) from error
 
     def captions(self, index: int) -> dict[str, str]:
         """The captions by column; the image is not read."""
-        try:
+        with self._reading(index):
             return read_captions(self.stored_captions(index))
-        except (UnreadableSample, OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(index, error) from error
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels, from the image's header."""
-        try:
+        with self._reading(index):
             return image_size(self.stored_image(index))
-        except (UnreadableSample, OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(index, error) from error
 
     def image_hash(self, index: int) -> bytes:
         """A hash (16 bytes) of the image as it is stored; nothing is decoded."""
-        try:
+        with self._reading(index):
             return image_hash(self.stored_image(index))
-        except (UnreadableSample, OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(index, error) from error
 
-    def _unreadable(self, index: int, error: Exception) -> UnreadableSample:
-        reason = error if isinstance(error, UnreadableSample) else f"no readable data: {error!r}"
-        return UnreadableSample(f"sample {index} has {reason} ({self.place(index)})")
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[None]:
+        """Errors of a sample that cannot be read say which it is."""
+        try:
+            yield
+        except (UnreadableSample, OSError, UnicodeDecodeError) as error:
+            reason = error if isinstance(error, UnreadableSample) else f"no readable data: {error!r}"
+            raise UnreadableSample(f"sample {index} has {reason} ({self.place(index)})") from error
 
 
 class OneCaption(StoredImages):
@@ -114,44 +112,22 @@ class OneCaption(StoredImages):
         return self.images.place(index)
 
 
-class Slice:
-    """Samples [start, stop) of another source."""
+class Rearranged(ABC):
+    """Samples of other sources, in another order: a subclass says which stands where.
 
-    def __init__(self, source: ListedImages, start: int, stop: int):
-        self.source = source
-        self.start = start
-        self.stop = stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[self.start + index]
-
-    def captions(self, index: int) -> dict[str, str]:
-        return self.source.captions(self.start + index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.source.size(self.start + index)
-
-    def image_hash(self, index: int) -> bytes:
-        return self.source.image_hash(self.start + index)
-
-
-class JoinedSource:
-    """Several sources one after another: every sample of each, once."""
+    Args:
+        sources: that they are of.
+    """
 
     def __init__(self, sources: Sequence[ListedImages]):
         self.sources = sources
-        self.stops = list(itertools.accumulate(len(source) for source in sources))
 
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
         """(source, index in it) of a sample."""
-        place = bisect.bisect_right(self.stops, index)
-        return place, index - (self.stops[place - 1] if place else 0)
-
-    def __len__(self) -> int:
-        return self.stops[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, inside = self.locate(index)
@@ -168,3 +144,33 @@ class JoinedSource:
     def image_hash(self, index: int) -> bytes:
         source, inside = self.locate(index)
         return self.sources[source].image_hash(inside)
+
+
+class Slice(Rearranged):
+    """Samples [start, stop) of another source."""
+
+    def __init__(self, source: ListedImages, start: int, stop: int):
+        super().__init__([source])
+        self.start = start
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return 0, self.start + index
+
+
+class JoinedSource(Rearranged):
+    """Several sources one after another: every sample of each, once."""
+
+    def __init__(self, sources: Sequence[ListedImages]):
+        super().__init__(sources)
+        self.stops = list(itertools.accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self.stops[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        place = bisect.bisect_right(self.stops, index)
+        return place, index - (self.stops[place - 1] if place else 0)

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
 
-from .captioned import JoinedSource, ListedImages
+from .captioned import JoinedSource, ListedImages, Rearranged
 
 ENDLESS = 2**40  # places of a mix: more than any run reads
 LONGEST_CYCLE = 10_000_000
@@ -61,7 +60,7 @@ class Mix:
         return party, cycle * self.shares[party] + int(self._last[2][inside])
 
 
-class MixedSource:
+class MixedSource(Rearranged):
     """A source made of several in given shares, without end: read it in order, it is shuffled already.
 
     Every source goes through epochs of its own, each in a seeded order: no sample of a source comes twice before all
@@ -82,13 +81,12 @@ class MixedSource:
         empty = [place for place, source in enumerate(sources) if len(source) == 0]
         if empty:
             raise ValueError(f"Source {empty[0]} of the mix has no sample.")
-        self.sources = sources
+        super().__init__(sources)
         self.seed = seed
         self.mix = Mix(weights, seed)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # source: (epoch, order)
 
     def locate(self, place: int) -> tuple[int, int]:
-        """(source, index in it) of what stands at a place."""
         source, turn = self.mix.turn(place)
         epoch, inside = divmod(turn, len(self.sources[source]))
         if self._orders.get(source, (None,))[0] != epoch:
@@ -97,22 +95,6 @@ class MixedSource:
 
     def __len__(self) -> int:
         return ENDLESS
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        source, index = self.locate(place)
-        return self.sources[source][index]
-
-    def captions(self, place: int) -> dict[str, str]:
-        source, index = self.locate(place)
-        return self.sources[source].captions(index)
-
-    def size(self, place: int) -> tuple[int, int]:
-        source, index = self.locate(place)
-        return self.sources[source].size(index)
-
-    def image_hash(self, place: int) -> bytes:
-        source, index = self.locate(place)
-        return self.sources[source].image_hash(index)
 
 
 def combine(sources: Sequence[ListedImages], weights: Sequence[float | None], seed: int) -> ListedImages:

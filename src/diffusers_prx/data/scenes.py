@@ -8,7 +8,7 @@ wordings and pixels are pure functions of (seed, index, level, split): the same 
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -169,16 +169,6 @@ class Scene:
         if not get_level(self.level).relations or len(self.objects) < 2:
             return None
         return relation_between(self.objects[0].place, self.objects[1].place)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The description as plain data, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Scene":
-        """The scene that `to_dict` was called on, also after JSON has turned its tuples into lists."""
-        objects = tuple(SceneObject(**{**item, "place": tuple(item["place"])}) for item in data["objects"])
-        return cls(level=data["level"], background=data["background"], objects=objects)
 
 
 def one_of(name: str, value: str, accepted: Sequence[str]) -> str:
@@ -396,22 +386,6 @@ def short_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
     rng, thing = _stream("short", seed, index), scene.objects[0]
     place = _pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))
     return _capital(_pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
-
-
-def scene_words(level: str) -> list[str]:
-    """Every word that a caption of the level can contain, in lower case and sorted, and the signs "," and "." ."""
-    definition = get_level(level)
-    texts: list[str] = [*_LONG_PATTERNS, *_SENTENCES, _LAST_SENTENCE, *_SHORT_PATTERNS, "and , ."]
-    texts += [*definition.shapes, *definition.colours, *definition.backgrounds]
-    texts += [texture for texture in definition.textures if texture != "plain"]
-    texts += [word for size in definition.sizes for word in _SIZE_WORDS[size]]
-    places = grid_places(definition)
-    texts += [phrase for place in places for phrase in _place_phrases(place, definition.grid)]
-    if definition.relations:
-        texts += [_RELATION_SENTENCE]
-        texts += [relation_between(first, second) for first in places for second in places]
-    words = " ".join(texts).lower().replace(",", " , ").replace(".", " . ").split()
-    return sorted({word for word in words if "{" not in word})
 
 
 class ScenesDataset(torch.utils.data.Dataset):

@@ -363,13 +363,9 @@ def scene_prompts(settings: EvaluationSettings, split: str) -> list[Prompt]:
 def grade_kept(
     settings: EvaluationSettings, split: str, pictures: PictureFolder, prompts: Sequence[Prompt]
 ) -> list[GradedScene]:
-    """Grade the pictures of a split that are on disk."""
-
-    def look_up(texts: Sequence[str]) -> np.ndarray:
-        assert list(texts) == [text for _, text in prompts]
-        return np.stack([pictures.read(prompt) for prompt in prompts])
-
-    return grade_scenes(look_up, settings.level, split, settings.seed, settings.num_prompts, settings.caption)
+    """Grade the pictures of a split that are on disk, of the prompts of `scene_prompts`."""
+    images = map(pictures.read, prompts)
+    return grade_scenes(images, settings.level, split, settings.seed, settings.num_prompts, settings.caption)
 
 
 def scenes_part(settings: EvaluationSettings, graded: tuple[list[GradedScene], list[GradedScene]]) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """How well a pipeline draws what it is asked for: held-out scene prompts, drawn, read back, compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.scenes import BACKGROUNDS, Scene, ScenesDataset, get_level
 from .scene_checker import attributes_right, read_scene, scene_matches
-
-# prompts -> uint8 images (B, H, W, 3)
-Draw = Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclass
@@ -22,11 +19,13 @@ class GradedScene:
     right: bool
 
 
-def grade_scenes(draw: Draw, level: str, split: str, seed: int, num_prompts: int, caption: str) -> list[GradedScene]:
-    """Draw the first prompts of a split and grade each picture.
+def grade_scenes(
+    images: Iterable[np.ndarray], level: str, split: str, seed: int, num_prompts: int, caption: str
+) -> list[GradedScene]:
+    """Grade pictures of the first prompts of a split.
 
     Args:
-        draw: the pipeline as a function from prompts to uint8 images (B, H, W, 3).
+        images: uint8 (H, W, 3), in the order of the prompts.
         level, split, seed, caption: of the prompts, see `ScenesDataset`.
         num_prompts: how many.
     """
@@ -34,10 +33,9 @@ def grade_scenes(draw: Draw, level: str, split: str, seed: int, num_prompts: int
     scenes = ScenesDataset(level, resolution, seed, split=split, caption=caption, size=num_prompts)
     prompts = [scenes[index]["caption"] for index in range(num_prompts)]
     wanted = [scenes[index]["scene"] for index in range(num_prompts)]
-    images = draw(prompts)
     return [
         GradedScene(prompt, scene, image, scene_matches(read_scene(image, level), scene, caption))
-        for prompt, scene, image in zip(prompts, wanted, images)
+        for prompt, scene, image in zip(prompts, wanted, images, strict=True)
     ]
 
 

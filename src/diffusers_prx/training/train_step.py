@@ -23,14 +23,12 @@ class StepOutput(NamedTuple):
     Args:
         loss: the weighted sum of `losses`, a scalar to go backward from.
         losses: every loss by name, before its weight.
-        timestep: (B,) noise levels in [0, 1].
         loss_per_sample: (B,) the flow-matching loss of each sample.
         truncated: how many captions were longer than the token limit.
     """
 
     loss: torch.Tensor
     losses: dict[str, torch.Tensor]
-    timestep: torch.Tensor
     loss_per_sample: torch.Tensor
     truncated: int
 
@@ -119,7 +117,7 @@ def train_step(
     weights = {"flow": 1.0, "contrastive": -cfg.contrastive_weight, "alignment": cfg.repa_weight}
     weights |= {"lpips": cfg.lpips_weight, "dino": cfg.dino_weight}
     loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-    return StepOutput(loss, losses, timestep, loss_per_sample.detach(), truncated)
+    return StepOutput(loss, losses, loss_per_sample.detach(), truncated)
 
 
 @torch.no_grad()
