@@ -44,7 +44,6 @@ from diffusers_prx.evaluation.study import (
     scores,
 )
 from diffusers_prx.evaluation.study_report import THROUGHPUT_FILE, write_report
-from diffusers_prx.training.config import parse_config
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 from diffusers_prx.training.faults import EXIT_HUNG
 from diffusers_prx.training.publishing import (
@@ -55,6 +54,7 @@ from diffusers_prx.training.publishing import (
     upload,
     write_report_card,
 )
+from diffusers_prx.training.recipes import parse_config
 
 FOLDER = Path(__file__).resolve().parent
 PROGRESS = re.compile(r"\d%\|")  # of tqdm

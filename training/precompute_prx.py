@@ -7,8 +7,8 @@ Then train with the same flags. Killed, it goes on where it was when it is start
 
 import sys
 
-from diffusers_prx.training.config import parse_config
 from diffusers_prx.training.precompute import precompute
+from diffusers_prx.training.recipes import parse_config
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from diffusers_prx.training.config import parse_config
+from diffusers_prx.training.recipes import parse_config
 from diffusers_prx.training.trainer import Run
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"

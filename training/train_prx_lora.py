@@ -10,8 +10,9 @@ shift, tokens) is read from it.
 import sys
 from pathlib import Path
 
-from diffusers_prx.training.config import TrainingConfig, parse_settings
+from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.nets import saved_settings
+from diffusers_prx.training.recipes import parse_settings
 from diffusers_prx.training.trainer import Run
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"

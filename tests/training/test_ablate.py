@@ -14,7 +14,7 @@ import pytest
 import runs
 from diffusers_prx.data.files import write_json
 from diffusers_prx.evaluation.study import load_study, read_record, record_path, register
-from diffusers_prx.training.config import parse_config
+from diffusers_prx.training.recipes import parse_config
 from runs import save_study
 from training import ablate_prx
 

@@ -2,14 +2,27 @@
 
 import ast
 import dataclasses
+import math
 import re
-import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
-from diffusers_prx.training.config import STAGE_SETTINGS, DataSource, TrainingConfig, parse_config, sources_of
+from diffusers_prx.training.config import DataSource, TrainingConfig, sources_of
+from diffusers_prx.training.recipes import parse_config
+from diffusers_prx.training.settings import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    PART,
+    POSITIVE,
+    SHARE,
+    Mark,
+    Range,
+    marked,
+    settings_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = {"dataset_name": "scenes", "transformer_config": {"depth": 2}, "text_encoder_name_or_path": "t5"}
@@ -56,14 +69,14 @@ def test_words_that_yaml_reads_otherwise(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
-        ("seed", "many", "int"),
-        ("seed", "1.5", "int"),
-        ("train_batch_size", "true", "int"),
-        ("learning_rate", "fast", "float"),
-        ("learning_rate", "true", "float"),
+        ("seed", "many", "int, in [0, 2**32)"),
+        ("seed", "1.5", "int, in [0, 2**32)"),
+        ("train_batch_size", "true", "int, at least 1"),
+        ("learning_rate", "fast", "float, positive and finite"),
+        ("learning_rate", "true", "float, positive and finite"),
         ("use_ema", "maybe", "bool"),
         ("use_ema", "1", "bool"),
-        ("checkpoints_total_limit", "all", "int | null"),
+        ("checkpoints_total_limit", "all", "int | null, at least 1"),
         ("text_encoder_config", "[1]", "dict"),
         ("validation_prompts", "a cat", "list"),
         ("optimizer", "sgd", "adamw | muon"),
@@ -297,7 +310,7 @@ DINO = {"dino_weight": 0.01, "dino_teacher": "dino"}
         ({}, {"repa_until_step": 5}, "`repa_until_step` is 5, but `repa_weight` is 0"),
         ({}, {"repa_check_steps": 5}, "`repa_check_steps` is 5, but `repa_weight` is 0"),
         ({}, {"repa_cache_dir": "x"}, "`repa_cache_dir` is x, but `repa_weight` is 0"),
-        (REPA, {"repa_spatial_gamma": 1.2}, r"`repa_spatial_gamma` must be in \[0, 1\], got 1.2"),
+        (REPA, {"repa_spatial_gamma": 1.2}, r"`repa_spatial_gamma` must be a share in \[0, 1\], got 1.2"),
         (REPA | {"repa_projector": "conv"}, {"route_ratio": 0.5}, "`repa_projector` conv needs every token"),
         ({}, {"lpips_backbone": "x"}, "`lpips_backbone` is x, but `lpips_weight` is 0"),
         ({"lpips_weight": 0.1}, {"resolution": 30}, "LPIPS needs 16 pixels, but `lpips_scale` 0.5 times the 30"),
@@ -366,22 +379,43 @@ def test_a_stage_that_is_refused(stages, message):
         TrainingConfig(**NEEDED, stages=stages)
 
 
-def test_every_setting_of_a_stage_is_one_of_the_run():
-    assert set(STAGE_SETTINGS) <= set(FIELDS) - {"stages", "seed", "output_dir"}
-    assert len(set(STAGE_SETTINGS)) == len(STAGE_SETTINGS)
+def test_marks_do_not_contradict_each_other():
+    stage, fixed, cached, surroundings = (set(marked(TrainingConfig, mark)) for mark in Mark)
+    assert not fixed & (stage | surroundings)  # what a resumed run must keep no stage changes
+    assert cached <= stage
+    assert not {"stages", "seed", "output_dir"} & stage
+    assert {"seed", "optimizer", "weights_dtype", "prediction_type"} <= fixed
+    assert {"resolution", "caption_weights", "instance_prompt", "train_data_dir", "max_crop"} <= cached
+    assert {"output_dir", "resume_from_checkpoint", "report_to"} <= surroundings
+
+
+@pytest.mark.parametrize(
+    ("range_", "inside", "outside"),
+    [
+        (AT_LEAST_ONE, (1, 10**9), (0, -1, math.inf, math.nan)),
+        (POSITIVE, (1e-30, 5.0), (0, -1e-9, math.inf, math.nan)),
+        (NOT_NEGATIVE, (0, 5), (-1e-9, math.inf, math.nan)),
+        (SHARE, (0, 0.5, 1), (-1e-9, 1.1, math.nan)),
+        (BELOW_ONE, (0, 0.999), (1, -0.1, math.nan)),
+        (PART, (1e-9, 1), (0, 1.1, math.nan)),
+    ],
+    ids=lambda value: value.words if isinstance(value, Range) else "",
+)
+def test_ranges(range_, inside, outside):
+    assert all(value in range_ for value in inside)
+    assert not any(value in range_ for value in outside)
 
 
 def test_help_says_what_every_flag_means_accepts_and_defaults_to(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for name, hint in typing.get_type_hints(TrainingConfig, include_extras=True).items():
-        accepted, meaning = typing.get_args(hint)
-        assert accepted is not None
-        assert len(meaning) > 10
+    for name, setting in settings_of(TrainingConfig).items():
+        assert len(setting.help) > 10
         assert f"--{name} " in text
-        assert meaning[:-1] in text
+        assert setting.help[:-1] in text
     assert "(adamw | muon; default: adamw)" in text
+    assert "(int, at least 1; default: 32)" in text
 
 
 def test_nothing_is_shared_between_configurations():

@@ -25,11 +25,12 @@ from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.pipelines import lora as loader
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 from diffusers_prx.training.cards import write_card
-from diffusers_prx.training.config import LORA_LAYERS, TrainingConfig, parse_settings
+from diffusers_prx.training.config import LORA_LAYERS, TrainingConfig
 from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.nets import saved_settings
 from diffusers_prx.training.preflight import memory, outline
 from diffusers_prx.training.publishing import ADAPTER_LOADED_FROM, LOADED_FROM, UNPUBLISHED_BASE, hub_id, is_ours
+from diffusers_prx.training.recipes import parse_settings
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state
 from training import train_prx_lora

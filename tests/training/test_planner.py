@@ -26,7 +26,7 @@ import runs
 import tiny
 from diffusers_prx.text import tokenize_prompts
 from diffusers_prx.training import known_networks
-from diffusers_prx.training.config import TrainingConfig, load_recipe
+from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.counting import (
     FUSED_ATTENTION,
     MicroBatch,
@@ -54,6 +54,7 @@ from diffusers_prx.training.planner import (
     strategy_of,
     traffic,
 )
+from diffusers_prx.training.recipes import load_recipe
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.train_step import train_step
 from training import plan_prx

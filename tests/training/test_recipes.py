@@ -13,7 +13,8 @@ import runs
 import tiny
 import zoo
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
-from diffusers_prx.training.config import TrainingConfig, load_recipe, parse_config
+from diffusers_prx.training.config import TrainingConfig
+from diffusers_prx.training.recipes import load_recipe, parse_config
 
 FOLDER = runs.ROOT / "training" / "recipes"
 EXAMPLES = [FOLDER / f"{name}.yaml" for name in ("quickstart", "openmoji", "scenes_small")]  # not of the study

@@ -25,9 +25,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_prx.data.scenes import ScenesDataset
-from diffusers_prx.training.config import TrainingConfig, parse_config
+from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.nets import build_nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.precompute import open_precomputed, precompute
+from diffusers_prx.training.recipes import parse_config
 from diffusers_prx.training.stages import Stage, build_stages
 from diffusers_prx.training.trainer import Run
 

@@ -122,8 +122,8 @@ class Row:
     verdict: str
     failures: list[str]
     ratio: tuple[float, float | None, float | None] | None
-    equal_time: Difference | None = None
-    equal_time_steps: tuple[float, float] | None = None
+    equal_time: Difference | None
+    equal_time_steps: tuple[float, float] | None
 
 
 class Results:
@@ -164,12 +164,11 @@ class Results:
         said = verdict(difference, definition.better, finding.expected)
         if difference is None and failures:
             said = "failed"
-        row = Row(
+        ratio = self.ratio(finding)
+        return Row(
             name, finding, definition.better, definition.label or key, arm, reference, difference, said, failures,
-            self.ratio(finding),
+            ratio, *self.at_equal_time(finding, sorted(set(arm) & set(reference)), ratio),
         )  # fmt: skip
-        self.at_equal_time(row)
-        return row
 
     def ratio(self, finding: Finding) -> tuple[float, float | None, float | None] | None:
         """Steps per second of the arm over those of the reference, from the pairs that were timed in turns: seconds of
@@ -183,22 +182,26 @@ class Results:
     def comparable(self, finding: Finding) -> bool:
         return all(self.study.arms[arm].comparable_loss for arm in (finding.arm, finding.reference))
 
-    def at_equal_time(self, row: Row) -> None:
-        """The validation loss after the same time, while the learning rate is constant: a run that stops earlier would
-        have decayed its rate earlier, so that of two decayed curves only the ends mean something."""
-        arms, references = self.of(row.finding.arm), self.of(row.finding.reference)
-        seeds = sorted(set(row.arm) & set(row.reference))
-        if not seeds or row.ratio is None or not self.comparable(row.finding):
-            return
+    def at_equal_time(
+        self, finding: Finding, seeds: list[int], ratio: tuple[float, float | None, float | None] | None
+    ) -> tuple[Difference | None, tuple[float, float] | None]:
+        """The difference of the validation losses after the same time, and the steps of arm and reference then.
+
+        While the learning rate is constant: a run that stops earlier would have decayed its rate earlier, so that of
+        two decayed curves only the ends mean something.
+        """
+        if not seeds or ratio is None or not self.comparable(finding):
+            return None, None
+        arms, references = self.of(finding.arm), self.of(finding.reference)
         last_arm = min(constant_until(arms[seed]) for seed in seeds)
         last_reference = min(constant_until(references[seed]) for seed in seeds)
-        steps = equal_time_steps(1 / row.ratio[0], 1.0, last_arm, last_reference)
+        steps = equal_time_steps(1 / ratio[0], 1.0, last_arm, last_reference)
         found = [
             {seed: value_at(self.curve(records[seed]), step) for seed in seeds}
             for records, step in ((arms, steps[0]), (references, steps[1]))
         ]
         known = [{seed: value for seed, value in values.items() if value is not None} for values in found]
-        row.equal_time, row.equal_time_steps = paired_difference(*known), steps
+        return paired_difference(*known), steps
 
 
 def decidable(row: Row) -> bool:
@@ -217,7 +220,7 @@ def constant_until(record: dict[str, Any]) -> int:
 # --- words and numbers
 
 
-def mean_of(values: dict[int, float]) -> str:
+def mean_text(values: dict[int, float]) -> str:
     return f"{np.mean(list(values.values())):.4g}" if values else ""
 
 
@@ -262,7 +265,7 @@ def metric_name(study: Study, metric: str) -> str:
     return f"{study.metrics[key].label or key} ({evaluation})"
 
 
-def at_equal_time(results: Results, row: Row) -> str:
+def equal_time_text(results: Results, row: Row) -> str:
     """The difference of the held-out losses after the same time, or why there is none."""
     if not results.comparable(row.finding):
         return "not comparable"
@@ -312,8 +315,8 @@ def why_undecided(row: Row) -> str:
 # --- pictures
 
 
-def curves_picture(results: Results, path: Path) -> list[str]:
-    """The validation loss of arm and reference of every finding whose losses can be compared; their names."""
+def curves_picture(results: Results, path: Path) -> bool:
+    """The validation loss of arm and reference of every finding whose losses can be compared; False: there is none."""
     rows = [
         row
         for row in results.rows
@@ -321,7 +324,7 @@ def curves_picture(results: Results, path: Path) -> list[str]:
         and any(record.get("curve") for record in results.of(row.finding.arm).values())
     ]
     if not rows:
-        return []
+        return False
     columns = min(4, len(rows))
     height = -(-len(rows) // columns)
     figure = matplotlib.figure.Figure(figsize=(3.4 * columns, 2.5 * height), layout="constrained")
@@ -343,11 +346,11 @@ def curves_picture(results: Results, path: Path) -> list[str]:
     figure.supxlabel("optimizer step", fontsize=9)
     figure.supylabel("loss on held-out images", fontsize=9)
     figure.savefig(path, dpi=90)
-    return [row.name for row in rows]
+    return True
 
 
 def differences_picture(results: Results, path: Path) -> bool:
-    """Every difference of a primary metric with its interval; one panel per metric."""
+    """Every difference of a primary metric with its interval, one panel per metric; False: there is none."""
     panels: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.difference is not None:
@@ -513,12 +516,12 @@ def overview(page: Page, results: Results, added: dict[str, int]) -> None:
                 f"`{row.name}`: {row.finding.text}",
                 f"{row.finding.arm} against {row.finding.reference}",
                 f"{row.label}, {row.better} is better",
-                mean_of(row.reference),
-                mean_of(row.arm),
+                mean_text(row.reference),
+                mean_text(row.arm),
                 signed(row.difference),
                 f"{seeds}" if seeds == of else f"{seeds} of {of}",
                 times(row.ratio) or "not timed",
-                at_equal_time(results, row),
+                equal_time_text(results, row),
                 f"{row.finding.expected or 'no direction'}: {published(row.finding)}",
                 verdict_cell(row, added.get(row.name, 0), results.adjusted.get(row.name, 1.0)),
             ]
@@ -562,7 +565,7 @@ def details(page: Page, results: Results) -> None:
         ]  # fmt: skip
         page.table(
             ["seed", "reference", "arm", "difference"],
-            [*per_seed, ["**mean**", mean_of(row.reference), mean_of(row.arm), signed(row.difference)]],
+            [*per_seed, ["**mean**", mean_text(row.reference), mean_text(row.arm), signed(row.difference)]],
         )
         if row.verdict == "undecided":
             page.text(f"Why undecided: {why_undecided(row)}")
@@ -595,7 +598,7 @@ def others(page: Page, results: Results, row: Row) -> None:
             difference = paired_difference(arm, reference)
             if difference is not None:
                 label = f"{metric_name(study, full)}, {metric.better} is better"
-                body.append([label, mean_of(reference), mean_of(arm), signed(difference)])
+                body.append([label, mean_text(reference), mean_text(arm), signed(difference)])
     if body:
         page.text("Also measured, with nothing stated before and so nothing concluded:")
         page.table(["metric", "reference", "arm", "difference [95%]"], body)

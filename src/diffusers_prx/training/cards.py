@@ -24,6 +24,7 @@ from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdow
 from ..evaluation.sheets import pictures_of_grid
 from .config import TrainingConfig, sources_of
 from .publishing import ADAPTER_LOADED_FROM, CARD_FILE, CARD_MARKER, LOADED_FROM, hub_id, is_ours
+from .settings import SURROUNDINGS, marked
 
 REPORT_FILE = "training.json"
 PICTURES = "widget"  # one for each validation prompt
@@ -33,11 +34,6 @@ ADAPTER_TEMPLATE = "template_lora.md"  # of an adapter's card, beside the templa
 PACKAGE_LICENSE = "apache-2.0"
 UNKNOWN_LICENSE = "unknown"  # the Hub's own word for it
 SCENES = "scenes"
-# Settings of the run's surroundings, which are no part of its recipe.
-NOT_OF_THE_RECIPE = (
-    "output_dir", "resume_from_checkpoint", "dry_run", "report_to", "push_to_hub", "hub_model_id", "data_cache_dir",
-    "repa_cache_dir", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "step_timeout_seconds",
-)  # fmt: skip
 # A file of the same repository that a card shows or names: Markdown links and images without a scheme.
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#]+)(?:#[^)]*)?\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -313,10 +309,11 @@ def _techniques_of(cfg: TrainingConfig) -> list[str]:
 def recipe_text(cfg: TrainingConfig) -> str:
     """The settings of a run that are not the defaults, as a recipe; of folders of this machine the last part only."""
     told = {}
+    surroundings = marked(TrainingConfig, SURROUNDINGS)
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
         default = option.default_factory() if callable(option.default_factory) else option.default
-        if value != default and option.name not in NOT_OF_THE_RECIPE:
+        if value != default and option.name not in surroundings:
             told[option.name] = value if option.name == "validation_prompts" else _without_folders(value)
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=110).strip()
 

@@ -24,19 +24,13 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
+from .config import TrainingConfig
 from .distributed import Exchange, learning
+from .settings import FIXED, marked
 
 NAME = re.compile(r"checkpoint-\d+")
 RUN_FILE, COMPLETE_FILE, UNFINISHED = "run.json", "complete.json", ".unfinished"
 FILE_BYTES = 2**31
-
-# What a resumed run must keep: its stream of samples follows from the seed, and the rest is restored with optimizer
-# and averages, so that another value would have no effect.
-FIXED = (
-    "seed", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
-    "muon_momentum", "muon_adjust_lr_fn", "muon_fused", "muon_newton_schulz_dtype", "use_ema", "ema_decay",
-    "train_text_encoder", "prediction_type", "noise_scale", "max_sequence_length", "weights_dtype",
-)  # fmt: skip
 
 
 @dataclass
@@ -44,7 +38,7 @@ class RunState:
     """What a run knows besides weights, optimizer and schedule; saved with every checkpoint.
 
     Args:
-        settings: of the run; those of `FIXED` must be the same when it is resumed.
+        settings: of the run; those that are `FIXED` must be the same when it is resumed.
         stages: of each stage its steps, the size of its data and the samples of an optimizer step over all processes;
             stages that have begun must be the same when the run is resumed.
         networks: what they are, by `trainer.identity`; they must be the same when the run is resumed.
@@ -94,7 +88,7 @@ class RunState:
                 f"The checkpoint is at step {step}, beyond the {self.stages[-1]['stop_step']} of this run "
                 "(`max_train_steps`, of all stages together)."
             )
-        same = [(name, state["settings"].get(name), self.settings.get(name)) for name in FIXED]
+        same = [(name, state["settings"].get(name), self.settings.get(name)) for name in marked(TrainingConfig, FIXED)]
         same += [(name, state["networks"].get(name), network) for name, network in self.networks.items()]
         for number, (old, new) in enumerate(zip(state["stages"], self.stages)):
             if step > old["first_step"]:

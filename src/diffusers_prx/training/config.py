@@ -1,39 +1,34 @@
-"""The configuration of a training run: one typed, frozen dataclass; a YAML recipe over its defaults, flags over it."""
+"""The configuration of a training run: one typed, frozen dataclass. `recipes` reads it from YAML and flags."""
 
-import argparse
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-
 from .publishing import check_name
+from .settings import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    CACHED,
+    FIXED,
+    FROM_ONE,
+    NOT_NEGATIVE,
+    PART,
+    POSITIVE,
+    SHARE,
+    STAGE,
+    SURROUNDINGS,
+    Range,
+    marked,
+    settings_of,
+)
 
-# What a stage of a run may change; everything else belongs to the run as a whole.
-STAGE_SETTINGS = (
-    "dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "image_column", "caption_column",
-    "instance_prompt", "data_sources", "caption_weights", "streaming", "data_cache_dir",
-    "scenes_level", "scenes_caption", "resolution", "aspect_ratio_buckets", "max_aspect_ratio", "max_upscale",
-    "max_crop", "center_crop", "random_flip", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "max_grad_norm", "caption_dropout",
-    "timestep_sampling", "uniform_fraction", "shift", "shift_base_resolution", "route_ratio", "route_range",
-    "contrastive_weight", "repa_weight", "repa_teacher", "repa_block", "repa_projector", "repa_projector_size",
-    "repa_spatial_gamma", "repa_until_step", "repa_check_steps", "repa_check_window", "repa_cache_dir",
-    "lpips_weight", "lpips_backbone", "lpips_scale", "dino_weight", "dino_teacher", "dino_size", "dino_crop",
-    "perceptual_max_timestep", "perceptual_decode_latents", "precomputed_dir",
-)  # fmt: skip
 # The share of unreadable samples is judged over at least this many, so that a single one does not stop a run.
 SAMPLES_BEFORE_JUDGING = 1000
 # What an adapter changes unless told otherwise: every matrix of the blocks but that of the modulation.
 LORA_LAYERS = (
     "attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
-# Flags of diffusers' scripts for settings that have another name here.
-ALIASES = {"lora_rank": "--rank"}
 
 
 @dataclass(frozen=True)
@@ -81,22 +76,33 @@ class TrainingConfig:
     text_encoder_config: Annotated[
         dict, "A new T5Gemma text encoder, trained along: keys of T5GemmaModuleConfig; its tokenizer is trained first."
     ] = field(default_factory=dict)
-    tokenizer_vocab_size: Annotated[int, "Vocabulary of the tokenizer that a new text encoder gets."] = 1024
-    train_text_encoder: Annotated[bool, "Train the text encoder along with the transformer."] = False
-    prediction_type: Annotated[Literal["velocity", "x_prediction"], "What the transformer predicts."] = "velocity"
-    noise_scale: Annotated[float, "Standard deviation of the noise at t = 1."] = 1.0
-    max_sequence_length: Annotated[int, "Captions are cut to this many tokens; how many were cut is printed."] = 256
+    tokenizer_vocab_size: Annotated[
+        int,
+        "Vocabulary of the tokenizer that a new text encoder gets.",
+        AT_LEAST_ONE,
+    ] = 1024
+    train_text_encoder: Annotated[bool, "Train the text encoder along with the transformer.", FIXED] = False
+    prediction_type: Annotated[
+        Literal["velocity", "x_prediction"],
+        "What the transformer predicts.",
+        FIXED,
+    ] = "velocity"
+    noise_scale: Annotated[float, "Standard deviation of the noise at t = 1.", POSITIVE, FIXED] = 1.0
+    max_sequence_length: Annotated[
+        int, "Captions are cut to this many tokens; how many were cut is printed.", AT_LEAST_ONE, FIXED
+    ] = 256
 
     # an adapter of the transformer, in place of its weights
     lora_rank: Annotated[
         int | None,
         "Train a LoRA adapter (arXiv 2106.09685) of this rank for the pretrained pipeline's transformer, which stays "
         "as it is; none: train the transformer itself.",
+        AT_LEAST_ONE,
     ] = None
     lora_alpha: Annotated[
-        int | None, "The adapter's product is multiplied by `lora_alpha` / `lora_rank`; none: by 1."
+        int | None, "The adapter's product is multiplied by `lora_alpha` / `lora_rank`; none: by 1.", AT_LEAST_ONE
     ] = None
-    lora_dropout: Annotated[float, "Share of the adapter's inputs that are dropped in training."] = 0.0
+    lora_dropout: Annotated[float, "Share of the adapter's inputs that are dropped in training.", BELOW_ONE] = 0.0
     lora_layers: Annotated[
         list,
         "Linear layers that get an adapter, by the ends of their names: [attention.img_qkv_proj, modulation.lin].",
@@ -107,102 +113,161 @@ class TrainingConfig:
     dataset_name: Annotated[
         str | None,
         "`scenes` (built in, drawn on the fly), or a data set on the Hub or on disk that `datasets` can load.",
+        STAGE,
+        CACHED,
     ] = None
-    dataset_config_name: Annotated[str | None, "Configuration of the data set, where it has several."] = None
-    dataset_split: Annotated[str, "Split of the data set to train on."] = "train"
+    dataset_config_name: Annotated[
+        str | None, "Configuration of the data set, where it has several.", STAGE, CACHED
+    ] = None
+    dataset_split: Annotated[str, "Split of the data set to train on.", STAGE, CACHED] = "train"
     train_data_dir: Annotated[
-        str | None, "A folder of images with a metadata.jsonl or captions beside them, instead of --dataset_name."
+        str | None,
+        "A folder of images with a metadata.jsonl or captions beside them, instead of --dataset_name.",
+        STAGE,
+        CACHED,
     ] = None
     data_sources: Annotated[
         list,
         "Several sources instead of --dataset_name: mappings with `name` and, where they differ, `weight`, "
         "`config_name`, `split`, `image_column`, `caption_column`, `instance_prompt`.",
+        STAGE,
+        CACHED,
     ] = field(default_factory=list)
-    image_column: Annotated[str, "Column that holds the images."] = "image"
-    caption_column: Annotated[str, "Column that holds the captions."] = "text"
+    image_column: Annotated[str, "Column that holds the images.", STAGE, CACHED] = "image"
+    caption_column: Annotated[str, "Column that holds the captions.", STAGE, CACHED] = "text"
     instance_prompt: Annotated[
         str | None,
         "Caption of every image of stored data, in place of captions of its own, as DreamBooth has it (arXiv "
         "2208.12242); scenes keep theirs.",
+        STAGE,
+        CACHED,
     ] = None
     caption_weights: Annotated[
         dict,
         "Caption columns with weights, one drawn per sample: {long: 0.7, short: 0.2, tags: 0.1}; over "
         "--caption_column, and with the columns long and short over --scenes_caption.",
+        STAGE,
+        CACHED,
     ] = field(default_factory=dict)
     streaming: Annotated[
-        bool, "Read the data from beginning to end, shard by shard, instead of by index: for what is not on this disk."
+        bool,
+        "Read the data from beginning to end, shard by shard, instead of by index: for what is not on this disk.",
+        STAGE,
     ] = False
     data_cache_dir: Annotated[
-        str | None, "Folder that keeps what tars have where; none: they are searched at every start."
+        str | None,
+        "Folder that keeps what tars have where; none: they are searched at every start.",
+        STAGE,
+        SURROUNDINGS,
     ] = None
     caption_statistics_samples: Annotated[
-        int, "Captions of each stage that are looked at before the run, in tokens; 0: none."
+        int, "Captions of each stage that are looked at before the run, in tokens; 0: none.", NOT_NEGATIVE
     ] = 2000
-    scenes_level: Annotated[Literal["easy", "medium", "hard"], "Difficulty of the built-in scenes."] = "easy"
-    scenes_caption: Annotated[Literal["long", "short"], "Captions of the built-in scenes."] = "long"
-    resolution: Annotated[int, "Height and width in pixels: images are resized to cover it and cropped."] = 256
+    scenes_level: Annotated[Literal["easy", "medium", "hard"], "Difficulty of the built-in scenes.", STAGE] = "easy"
+    scenes_caption: Annotated[Literal["long", "short"], "Captions of the built-in scenes.", STAGE] = "long"
+    resolution: Annotated[
+        int, "Height and width in pixels: images are resized to cover it and cropped.", AT_LEAST_ONE, STAGE, CACHED
+    ] = 256
     aspect_ratio_buckets: Annotated[
         Literal["none", "study", "computed"],
         "Sizes by aspect ratio: those of the study (256, 512, 1024), or computed for any resolution; none: squares.",
+        STAGE,
+        CACHED,
     ] = "none"
-    max_aspect_ratio: Annotated[float, "Longer over shorter side of the most extreme computed bucket."] = 2.0
+    max_aspect_ratio: Annotated[
+        float, "Longer over shorter side of the most extreme computed bucket.", FROM_ONE, STAGE, CACHED
+    ] = 2.0
     max_upscale: Annotated[
         float | None,
         "Images that would be enlarged by more than this factor are left out and counted; none: no limit.",
+        FROM_ONE,
+        STAGE,
+        CACHED,
     ] = 1.0
-    max_crop: Annotated[float, "Images of which more than this share would be cropped are left out and counted."] = 0.5
-    center_crop: Annotated[bool, "Crop the centre, not a random place."] = False
-    random_flip: Annotated[bool, "Flip half of the images from left to right."] = False
+    max_crop: Annotated[
+        float, "Images of which more than this share would be cropped are left out and counted.", SHARE, STAGE, CACHED
+    ] = 0.5
+    center_crop: Annotated[bool, "Crop the centre, not a random place.", STAGE] = False
+    random_flip: Annotated[bool, "Flip half of the images from left to right.", STAGE] = False
     precomputed_dir: Annotated[
         str | None,
         "Folder of what `training/precompute_prx.py` has computed of the data; the run then reads no images. Needs "
         "`center_crop`.",
+        STAGE,
     ] = None
-    max_corrupt_share: Annotated[float, "Stop when more than this share of the images read cannot be read."] = 0.01
-    dataloader_num_workers: Annotated[int, "Processes that read and prepare images; 0: the main process."] = 0
+    max_corrupt_share: Annotated[
+        float,
+        "Stop when more than this share of the images read cannot be read.",
+        SHARE,
+    ] = 0.01
+    dataloader_num_workers: Annotated[
+        int, "Processes that read and prepare images; 0: the main process.", NOT_NEGATIVE
+    ] = 0
 
     # optimization
-    seed: Annotated[int, "All random numbers of the run are functions of it."] = 42
-    train_batch_size: Annotated[int, "Images per process and forward."] = 32
-    gradient_accumulation_steps: Annotated[int, "Forwards and backwards per optimizer step."] = 1
-    max_train_steps: Annotated[int, "Optimizer steps."] = 100_000
+    seed: Annotated[
+        int,
+        "All random numbers of the run are functions of it.",
+        Range("in [0, 2**32)", 0, 2**32, open_high=True),
+        FIXED,
+    ] = 42
+    train_batch_size: Annotated[int, "Images per process and forward.", AT_LEAST_ONE, STAGE] = 32
+    gradient_accumulation_steps: Annotated[int, "Forwards and backwards per optimizer step.", AT_LEAST_ONE, STAGE] = 1
+    max_train_steps: Annotated[int, "Optimizer steps.", AT_LEAST_ONE, STAGE] = 100_000
     optimizer: Annotated[
-        Literal["adamw", "muon"], "`muon`: Muon for the matrices of the repeated layers, AdamW for the rest."
+        Literal["adamw", "muon"], "`muon`: Muon for the matrices of the repeated layers, AdamW for the rest.", FIXED
     ] = "adamw"
-    learning_rate: Annotated[float, "Peak learning rate."] = 1e-4
-    adam_beta1: Annotated[float, "AdamW's first beta."] = 0.9
-    adam_beta2: Annotated[float, "AdamW's second beta."] = 0.95
-    adam_epsilon: Annotated[float, "AdamW's epsilon."] = 1e-15
-    adam_weight_decay: Annotated[float, "AdamW's weight decay."] = 0.0
-    muon_momentum: Annotated[float, "Muon's Nesterov momentum."] = 0.95
+    learning_rate: Annotated[float, "Peak learning rate.", POSITIVE, STAGE] = 1e-4
+    adam_beta1: Annotated[float, "AdamW's first beta.", BELOW_ONE, FIXED] = 0.9
+    adam_beta2: Annotated[float, "AdamW's second beta.", BELOW_ONE, FIXED] = 0.95
+    adam_epsilon: Annotated[float, "AdamW's epsilon.", POSITIVE, FIXED] = 1e-15
+    adam_weight_decay: Annotated[float, "AdamW's weight decay.", NOT_NEGATIVE, FIXED] = 0.0
+    muon_momentum: Annotated[float, "Muon's Nesterov momentum.", BELOW_ONE, FIXED] = 0.95
     muon_adjust_lr_fn: Annotated[
         Literal["match_rms_adamw", "original"],
         "Muon's learning rate over AdamW's: updates of the same root mean square, or sqrt(max(1, rows / columns)).",
+        FIXED,
     ] = "match_rms_adamw"
     muon_fused: Annotated[
-        bool, "Muon takes a fused projection (query, key, value) for one matrix, as the study did, not for several."
+        bool,
+        "Muon takes a fused projection (query, key, value) for one matrix, as the study did, not for several.",
+        FIXED,
     ] = False
-    muon_newton_schulz_dtype: Annotated[Literal["bf16", "fp32"], "Type in which Muon orthogonalises."] = "bf16"
+    muon_newton_schulz_dtype: Annotated[Literal["bf16", "fp32"], "Type in which Muon orthogonalises.", FIXED] = "bf16"
     lr_scheduler: Annotated[
         Literal["constant", "linear", "cosine"],
         "After the warm-up: constant, or decay to zero over the last `lr_decay_steps`.",
+        STAGE,
     ] = "constant"
-    lr_warmup_steps: Annotated[int, "Steps of linear warm-up."] = 1000
-    lr_decay_steps: Annotated[int | None, "Steps of the final decay (linear, cosine); none: all after warm-up."] = None
-    max_grad_norm: Annotated[float, "Gradients are clipped to this norm."] = 0.2
-    caption_dropout: Annotated[float, "Share of captions replaced by the empty one, for guidance."] = 0.1
-    timestep_sampling: Annotated[Literal["logit_normal", "uniform"], "Distribution of t in training."] = "logit_normal"
-    uniform_fraction: Annotated[float, "Share of timesteps that are drawn uniformly instead, without the shift."] = 0.1
-    shift: Annotated[float, "Timestep shift s t / (1 + (s - 1) t), in training and in the saved scheduler."] = 1.0
+    lr_warmup_steps: Annotated[int, "Steps of linear warm-up.", NOT_NEGATIVE, STAGE] = 1000
+    lr_decay_steps: Annotated[
+        int | None, "Steps of the final decay (linear, cosine); none: all after warm-up.", AT_LEAST_ONE, STAGE
+    ] = None
+    max_grad_norm: Annotated[float, "Gradients are clipped to this norm.", POSITIVE, STAGE] = 0.2
+    caption_dropout: Annotated[float, "Share of captions replaced by the empty one, for guidance.", SHARE, STAGE] = 0.1
+    timestep_sampling: Annotated[
+        Literal["logit_normal", "uniform"],
+        "Distribution of t in training.",
+        STAGE,
+    ] = "logit_normal"
+    uniform_fraction: Annotated[
+        float, "Share of timesteps that are drawn uniformly instead, without the shift.", SHARE, STAGE
+    ] = 0.1
+    shift: Annotated[
+        float, "Timestep shift s t / (1 + (s - 1) t), in training and in the saved scheduler.", POSITIVE, STAGE
+    ] = 1.0
     shift_base_resolution: Annotated[
         int | None,
         "`shift` is meant for this resolution and grows in proportion to the run's (Stable Diffusion 3, arXiv "
         "2403.03206); none: `shift` as it is.",
+        AT_LEAST_ONE,
+        STAGE,
     ] = None
-    use_ema: Annotated[bool, "Keep an exponential moving average of the weights; it becomes the saved model."] = False
-    ema_decay: Annotated[float, "Decay of the moving average."] = 0.999
-    ema_update_every: Annotated[int, "Steps between two updates of the moving average."] = 10
+    use_ema: Annotated[
+        bool, "Keep an exponential moving average of the weights; it becomes the saved model.", FIXED
+    ] = False
+    ema_decay: Annotated[float, "Decay of the moving average.", BELOW_ONE, FIXED] = 0.999
+    ema_update_every: Annotated[int, "Steps between two updates of the moving average.", AT_LEAST_ONE] = 10
     mixed_precision: Annotated[
         Literal["no", "bf16"], "Type of the computation; for that of the weights see weights_dtype."
     ] = "bf16"
@@ -210,10 +275,11 @@ class TrainingConfig:
         Literal["float32", "bf16"],
         "Type that the transformer's weights are stored in. bf16 is the study's negative result (FID 18.20 became "
         "21.87): small updates are lost.",
+        FIXED,
     ] = "float32"
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
     activation_budget: Annotated[
-        float, "With gradient_checkpointing, share of the blocks that keep their activations; 0: none."
+        float, "With gradient_checkpointing, share of the blocks that keep their activations; 0: none.", BELOW_ONE
     ] = 0.0
     attention_backend: Annotated[
         str | None, "diffusers' attention backend of the transformer, as `flash` or `_native_math`; none: its default."
@@ -226,7 +292,7 @@ class TrainingConfig:
         "groups of them with a copy in each; none: every process has all (DDP).",
     ] = "none"
     sharding_size: Annotated[
-        int | None, "Processes that share one copy with `sharding` hybrid; none: those of a node."
+        int | None, "Processes that share one copy with `sharding` hybrid; none: those of a node.", AT_LEAST_ONE
     ] = None
 
     # the techniques of the study, each off by default
@@ -234,76 +300,122 @@ class TrainingConfig:
         float,
         "Share of the image tokens that go around the blocks of `route_range` in training (TREAD, arXiv 2501.04765; "
         "with a `fusion_range` in transformer_config SPRINT, arXiv 2510.21986); 0: none.",
+        BELOW_ONE,
+        STAGE,
     ] = 0.0
-    route_range: Annotated[list, "Half-open range [start, stop) of the blocks that routed tokens go around."] = field(
-        default_factory=lambda: [2, 13]
-    )
+    route_range: Annotated[
+        list, "Half-open range [start, stop) of the blocks that routed tokens go around.", STAGE
+    ] = field(default_factory=lambda: [2, 13])
     contrastive_weight: Annotated[
-        float, "Weight of contrastive flow matching (arXiv 2506.05350), within each micro-batch; the study: 0.05."
+        float,
+        "Weight of contrastive flow matching (arXiv 2506.05350), within each micro-batch; the study: 0.05.",
+        NOT_NEGATIVE,
+        STAGE,
     ] = 0.0
     repa_weight: Annotated[
-        float, "Weight of the alignment with a vision teacher (REPA, arXiv 2410.06940); the study: 0.5."
+        float,
+        "Weight of the alignment with a vision teacher (REPA, arXiv 2410.06940); the study: 0.5.",
+        NOT_NEGATIVE,
+        STAGE,
     ] = 0.0
     repa_teacher: Annotated[
-        str | None, "Vision model (folder or Hub id) to align with, as facebook/dinov2-with-registers-large."
+        str | None, "Vision model (folder or Hub id) to align with, as facebook/dinov2-with-registers-large.", STAGE
     ] = None
-    repa_block: Annotated[int, "The block, from 0, whose output is aligned."] = 7
+    repa_block: Annotated[int, "The block, from 0, whose output is aligned.", NOT_NEGATIVE, STAGE] = 7
     repa_projector: Annotated[
         Literal["mlp", "conv", "attention"],
         "From the block's features to the teacher's: three linear layers, one 3x3 convolution (iREPA), or attention "
         "with rotary positions.",
+        STAGE,
     ] = "mlp"
     repa_projector_size: Annotated[
-        int | None, "Width inside the mlp projector, as REPA's 2048; none: that of the transformer."
+        int | None,
+        "Width inside the mlp projector, as REPA's 2048; none: that of the transformer.",
+        AT_LEAST_ONE,
+        STAGE,
     ] = None
     repa_spatial_gamma: Annotated[
-        float | None, "iREPA's spatial normalisation of the teacher's features (arXiv 2512.10794), as 0.8; none: off."
+        float | None,
+        "iREPA's spatial normalisation of the teacher's features (arXiv 2512.10794), as 0.8; none: off.",
+        SHARE,
+        STAGE,
     ] = None
-    repa_until_step: Annotated[int | None, "Step at which the alignment ends; the study: 200,000; none: never."] = None
+    repa_until_step: Annotated[
+        int | None, "Step at which the alignment ends; the study: 200,000; none: never.", AT_LEAST_ONE, STAGE
+    ] = None
     repa_check_steps: Annotated[
         int | None,
         "Steps between two measurements of the cosine between the gradients of alignment and flow at the block; the "
         "alignment ends when the mean of `repa_check_window` of them is below 0; none: not measured.",
+        AT_LEAST_ONE,
+        STAGE,
     ] = None
-    repa_check_window: Annotated[int, "Measurements of the gradients' cosine that decide on the end."] = 20
-    repa_cache_dir: Annotated[str | None, "Folder that keeps the teacher's features of every image and crop."] = None
-    lpips_weight: Annotated[float, "Weight of LPIPS-VGG (arXiv 1801.03924); the study: 0.1, in pixels."] = 0.0
+    repa_check_window: Annotated[
+        int, "Measurements of the gradients' cosine that decide on the end.", AT_LEAST_ONE, STAGE
+    ] = 20
+    repa_cache_dir: Annotated[
+        str | None, "Folder that keeps the teacher's features of every image and crop.", STAGE, SURROUNDINGS
+    ] = None
+    lpips_weight: Annotated[
+        float, "Weight of LPIPS-VGG (arXiv 1801.03924); the study: 0.1, in pixels.", NOT_NEGATIVE, STAGE
+    ] = 0.0
     lpips_backbone: Annotated[
-        str | None, "File with torchvision's VGG-16 weights (vgg16-397923af.pth); none: torchvision's cache."
+        str | None, "File with torchvision's VGG-16 weights (vgg16-397923af.pth); none: torchvision's cache.", STAGE
     ] = None
-    lpips_scale: Annotated[float, "Images are made smaller by this factor for LPIPS."] = 0.5
+    lpips_scale: Annotated[float, "Images are made smaller by this factor for LPIPS.", PART, STAGE] = 0.5
     dino_weight: Annotated[
-        float, "Weight of the cosine distance of a vision model's patches; the study: 0.01, in pixels."
+        float,
+        "Weight of the cosine distance of a vision model's patches; the study: 0.01, in pixels.",
+        NOT_NEGATIVE,
+        STAGE,
     ] = 0.0
     dino_teacher: Annotated[
-        str | None, "Vision model (folder or Hub id) of it, as facebook/dinov2-with-registers-base."
+        str | None, "Vision model (folder or Hub id) of it, as facebook/dinov2-with-registers-base.", STAGE
     ] = None
-    dino_size: Annotated[int, "Height and width in pixels that this vision model sees."] = 224
-    dino_crop: Annotated[bool, "Show it a random crop of that size, not the whole image resized to it."] = False
-    perceptual_max_timestep: Annotated[float, "LPIPS and DINO losses count for timesteps up to this one."] = 1.0
+    dino_size: Annotated[int, "Height and width in pixels that this vision model sees.", AT_LEAST_ONE, STAGE] = 224
+    dino_crop: Annotated[bool, "Show it a random crop of that size, not the whole image resized to it.", STAGE] = False
+    perceptual_max_timestep: Annotated[
+        float, "LPIPS and DINO losses count for timesteps up to this one.", PART, STAGE
+    ] = 1.0
     perceptual_decode_latents: Annotated[
-        bool, "In latent space, decode the predicted clean latents for them, with gradients through the decoder."
+        bool,
+        "In latent space, decode the predicted clean latents for them, with gradients through the decoder.",
+        STAGE,
     ] = False
 
     # validation
-    validation_steps: Annotated[int, "Steps between two validations; the last step is always validated."] = 1000
-    num_validation_samples: Annotated[int, "Held-out images for the validation loss; 0: no validation loss."] = 0
+    validation_steps: Annotated[
+        int, "Steps between two validations; the last step is always validated.", AT_LEAST_ONE
+    ] = 1000
+    num_validation_samples: Annotated[
+        int, "Held-out images for the validation loss; 0: no validation loss.", NOT_NEGATIVE
+    ] = 0
     validation_prompts: Annotated[list, "Prompts drawn at each validation."] = field(default_factory=list)
-    validation_guidance_scale: Annotated[float, "Guidance of the validation images."] = 4.0
-    validation_inference_steps: Annotated[int, "Sampling steps of the validation images."] = 28
+    validation_guidance_scale: Annotated[
+        float, "Guidance of the validation images.", Range("finite and at least 1 (off)", 1)
+    ] = 4.0
+    validation_inference_steps: Annotated[int, "Sampling steps of the validation images.", AT_LEAST_ONE] = 28
 
     # the run
-    dry_run: Annotated[bool, "Print what the run would be and stop, before any weights are loaded."] = False
+    dry_run: Annotated[
+        bool,
+        "Print what the run would be and stop, before any weights are loaded.",
+        SURROUNDINGS,
+    ] = False
     stages: Annotated[
         list,
         "Stages of the run, one after the other: each a mapping of the settings that it changes, as resolution, data, "
         "batch size, learning rate and techniques; its `max_train_steps` counts its own steps.",
     ] = field(default_factory=list)
-    output_dir: Annotated[str, "Where checkpoints, logs and the final pipeline go."] = "outputs/prx"
-    checkpointing_steps: Annotated[int, "Steps between two checkpoints."] = 1000
-    checkpoints_total_limit: Annotated[int | None, "Keep only this many checkpoints; none: all."] = None
+    output_dir: Annotated[str, "Where checkpoints, logs and the final pipeline go.", SURROUNDINGS] = "outputs/prx"
+    checkpointing_steps: Annotated[int, "Steps between two checkpoints.", AT_LEAST_ONE, SURROUNDINGS] = 1000
+    checkpoints_total_limit: Annotated[
+        int | None, "Keep only this many checkpoints; none: all.", AT_LEAST_ONE, SURROUNDINGS
+    ] = None
     resume_from_checkpoint: Annotated[
-        str | None, "The folder of a checkpoint, or `latest`: the last one in output_dir, where there is one."
+        str | None,
+        "The folder of a checkpoint, or `latest`: the last one in output_dir, where there is one.",
+        SURROUNDINGS,
     ] = None
     non_finite: Annotated[
         Literal["stop", "skip"],
@@ -313,14 +425,22 @@ class TrainingConfig:
         int,
         "A step or a validation that takes longer ends the run; every process writes where it hangs to its standard "
         "error.",
+        AT_LEAST_ONE,
+        SURROUNDINGS,
     ] = 1800
-    report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], "Experiment tracker."] = "tensorboard"
-    logging_steps: Annotated[int, "Steps between two entries of the log."] = 10
+    report_to: Annotated[
+        Literal["tensorboard", "wandb", "trackio", "none"],
+        "Experiment tracker.",
+        SURROUNDINGS,
+    ] = "tensorboard"
+    logging_steps: Annotated[int, "Steps between two entries of the log.", AT_LEAST_ONE, SURROUNDINGS] = 10
     push_to_hub: Annotated[
-        bool, "Upload the final pipeline; that the token may write to the repository is made sure of at the start."
+        bool,
+        "Upload the final pipeline; that the token may write to the repository is made sure of at the start.",
+        SURROUNDINGS,
     ] = False
     hub_model_id: Annotated[
-        str | None, "Repository to upload to, as name or namespace/name; none: the name of output_dir."
+        str | None, "Repository to upload to, as name or namespace/name; none: the name of output_dir.", SURROUNDINGS
     ] = None
 
     def __post_init__(self) -> None:
@@ -331,54 +451,10 @@ class TrainingConfig:
         self.stage_configs()
 
     def _check_ranges(self) -> None:
-        at_least_one = (
-            "tokenizer_vocab_size max_sequence_length resolution train_batch_size gradient_accumulation_steps "
-            "max_train_steps ema_update_every validation_steps validation_inference_steps checkpointing_steps "
-            "logging_steps checkpoints_total_limit lr_decay_steps repa_until_step repa_check_steps repa_check_window "
-            "dino_size shift_base_resolution repa_projector_size sharding_size lora_rank lora_alpha "
-            "step_timeout_seconds"
-        )
-        for name in at_least_one.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        not_negative = (
-            "lr_warmup_steps dataloader_num_workers num_validation_samples adam_weight_decay contrastive_weight "
-            "repa_weight repa_block lpips_weight dino_weight caption_statistics_samples"
-        )
-        for name in not_negative.split():
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` must be in [0, 2**32), got {self.seed}.")
-        if not 1 <= self.validation_guidance_scale < float("inf"):
-            raise ValueError(
-                f"`validation_guidance_scale` must be finite and at least 1 (off), got "
-                f"{self.validation_guidance_scale}."
-            )
+        for name, setting in settings_of(TrainingConfig).items():
+            setting.check(name, getattr(self, name))
         if not all(isinstance(prompt, str) for prompt in self.validation_prompts):
             raise ValueError(f"`validation_prompts` must be a list of strings, got {self.validation_prompts}.")
-        for name in ["learning_rate", "noise_scale", "shift", "max_grad_norm", "adam_epsilon"]:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
-        for name in ["max_aspect_ratio", "max_upscale"]:
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be finite and at least 1, got {value}.")
-        for name in ["caption_dropout", "uniform_fraction", "max_corrupt_share", "max_crop"]:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is a share in [0, 1], got {getattr(self, name)}.")
-        for name in [
-            "adam_beta1",
-            "adam_beta2",
-            "ema_decay",
-            "muon_momentum",
-            "route_ratio",
-            "activation_budget",
-            "lora_dropout",
-        ]:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
 
     def _check_combinations(self) -> None:
         self._check_data()
@@ -526,18 +602,12 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but `repa_weight` is 0: nothing is aligned.")
         if self.lpips_backbone is not None and not self.lpips_weight:
             raise ValueError(f"`lpips_backbone` is {self.lpips_backbone}, but `lpips_weight` is 0.")
-        if self.repa_spatial_gamma is not None and not 0 <= self.repa_spatial_gamma <= 1:
-            raise ValueError(f"`repa_spatial_gamma` must be in [0, 1], got {self.repa_spatial_gamma}.")
         if self.repa_weight and self.repa_projector == "conv" and self.route_ratio:
             raise ValueError(
                 "`repa_projector` conv needs every token in its place, but `route_ratio` takes some away: use mlp or "
                 "attention, or leave out the route."
             )
         perceptual = self.lpips_weight or self.dino_weight
-        if not 0 < self.lpips_scale <= 1:
-            raise ValueError(f"`lpips_scale` must be in (0, 1], got {self.lpips_scale}.")
-        if not 0 < self.perceptual_max_timestep <= 1:
-            raise ValueError(f"`perceptual_max_timestep` must be in (0, 1], got {self.perceptual_max_timestep}.")
         self.check_perceptual_size(self.resolution)
         if self.perceptual_decode_latents and not perceptual:
             raise ValueError("`perceptual_decode_latents` is set, but `lpips_weight` and `dino_weight` are 0.")
@@ -622,17 +692,17 @@ class TrainingConfig:
         Raises:
             ValueError: for a stage that changes what a stage may not, or that is illegal by itself.
         """
-        hints = typing.get_type_hints(TrainingConfig)
+        known, allowed = settings_of(TrainingConfig), marked(TrainingConfig, STAGE)
         configs: list[TrainingConfig] = []
         for number, stage in enumerate(self.stages):
             if not isinstance(stage, dict):
                 raise ValueError(f"`stages` must be a list of mappings of settings, got {stage!r}.")
-            refused = sorted(set(stage) - set(STAGE_SETTINGS))
+            refused = sorted(set(stage) - set(allowed))
             if refused:
-                raise ValueError(f"Stage {number} changes {refused}; a stage may change {sorted(STAGE_SETTINGS)}.")
+                raise ValueError(f"Stage {number} changes {refused}; a stage may change {sorted(allowed)}.")
             first_step = sum(earlier.max_train_steps for earlier in configs)
             try:
-                settings = {name: _check(name, value, hints[name]) for name, value in stage.items()}
+                settings = {name: known[name].read(name, value) for name, value in stage.items()}
                 configs.append(dataclasses.replace(self, stages=[], **settings))
             except ValueError as error:
                 raise ValueError(f"Stage {number}: {error}") from error
@@ -699,133 +769,3 @@ def _check_source(source: Any, weighted_captions: bool) -> None:
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _accepts(annotation: Any) -> tuple[str, tuple[Any, ...]]:
-    """A readable name of what a field accepts, and the members of its union."""
-    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    names = []
-    for member in members:
-        if typing.get_origin(member) is Literal:
-            names += [str(choice) for choice in typing.get_args(member)]
-        else:
-            names.append("null" if member is type(None) else member.__name__)
-    return " | ".join(names), members
-
-
-def _check(name: str, value: Any, annotation: Any) -> Any:
-    """The value as the field's type, or a ValueError: recipes and flags go through the same door."""
-    accepted, members = _accepts(annotation)
-    for member in members:
-        if typing.get_origin(member) is Literal:
-            # YAML reads a bare `no` as false
-            value = "no" if value is False and "no" in typing.get_args(member) else value
-            if value in typing.get_args(member) and isinstance(value, str):
-                return value
-        elif member is float and not isinstance(value, bool):
-            try:
-                return float(value)  # YAML reads 1e-4 as a word
-            except (TypeError, ValueError):
-                continue
-        elif member is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(value)
-        elif isinstance(value, member) and not (member is int and isinstance(value, bool)):
-            return value
-    raise ValueError(f"`{name}` got {value!r}; accepted: {accepted}.")
-
-
-def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """The configuration of a run: what `parse_settings` reads over the defaults.
-
-    Raises:
-        ValueError: see `parse_settings` and `TrainingConfig`.
-        SystemExit: see `parse_settings`.
-    """
-    return TrainingConfig(**parse_settings(argv))
-
-
-def parse_settings(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read the command line: `--config recipe.yaml` and flags over it.
-
-    Values of flags are read as YAML, so that lists and mappings can be given: --validation_prompts '[a cat, a dog]'.
-
-    Args:
-        argv: without the script's name; that of the process when None.
-        defaults: of this script, where they are not those of `TrainingConfig`; under the recipe.
-
-    Raises:
-        ValueError: for an unknown key in the recipe, or a value of the wrong type.
-        SystemExit: for an unknown flag, after printing the usage.
-    """
-    hints = {
-        name: typing.get_args(hint)
-        for name, hint in typing.get_type_hints(TrainingConfig, include_extras=True).items()
-    }  # name: (type, help)
-    shown = {
-        option.name: option.default_factory() if callable(option.default_factory) else option.default
-        for option in dataclasses.fields(TrainingConfig)
-    } | dict(defaults or {})
-    parser = argparse.ArgumentParser(
-        description="Train PRX. A recipe's settings are over the defaults, flags are over the recipe's.",
-        usage="%(prog)s [--config RECIPE.yaml] [--SETTING VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, metavar="RECIPE", help="YAML with any of the settings below.")
-    switch: dict[str, Any] = {"nargs": "?", "const": "true"}  # --use_ema as well as --use_ema false
-    for name, (annotation, text) in hints.items():
-        default = "null" if shown[name] is None else shown[name]
-        parser.add_argument(
-            f"--{name}",
-            *([ALIASES[name]] if name in ALIASES else []),
-            help=f"{text} ({_accepts(annotation)[0]}; default: {default})",
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            **(switch if annotation is bool else {}),
-        )
-    flags = vars(parser.parse_args(argv))
-    recipe = flags.pop("config")
-    settings = dict(defaults or {}) | ({} if recipe is None else load_recipe(recipe))
-    staged = sorted({name for stage in settings.get("stages") or [] for name in flags if name in stage})
-    if staged:
-        raise ValueError(f"The stages of {recipe} set {staged} themselves, over flags: give --stages instead.")
-    for name, text in flags.items():
-        # a plain word or path stays as it was typed
-        settings[name] = text if hints[name][0] in (str, str | None) and text != "null" else _read_yaml(name, text)
-    return {name: _check(name, value, hints[name][0]) for name, value in settings.items()}
-
-
-def _read_yaml(source: str | Path, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{source}` is no valid YAML: {error}") from error
-
-
-def load_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a recipe file, over those of the recipe that its `base` names, relative to its own folder.
-
-    Args:
-        path: of the file.
-        above: the recipes whose base this one is.
-
-    Raises:
-        ValueError: if there is no such file, it is no mapping, has a key that is no setting, has a base but no
-            `output_dir` of its own, or is its own base.
-    """
-    if path.resolve() in above:
-        raise ValueError(f"The recipe {path} is its own `base`.")
-    if not path.is_file():
-        raise ValueError(f"`config` is {str(path)!r}, which is no file.")
-    settings = _read_yaml(path, path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"The recipe {path} must be a mapping of settings, got {type(settings).__name__}.")
-    base = settings.pop("base", None)
-    known = {option.name for option in dataclasses.fields(TrainingConfig)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ValueError(f"The recipe {path} has unknown settings {unknown}; known: {sorted(known)} and base.")
-    if base is None:
-        return settings
-    if "output_dir" not in settings:
-        raise ValueError(f"The recipe {path} has a base, {base}, and needs an `output_dir` of its own.")
-    return {**load_recipe(path.parent / str(base), (*above, path.resolve())), **settings}

@@ -15,12 +15,13 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..latents import latent_channels, vae_scale_factor
-from .config import TrainingConfig, load_recipe, parse_config
+from .config import TrainingConfig
 from .counting import MicroBatch, Work, build_outlines, optimizer_bytes, stored_bytes, without_values
 from .gpus import GPU
 from .nets import Nets
 from .optimizers import Weight, muon_weights, newton_schulz_flops, share_out
 from .preflight import memory
+from .recipes import load_recipe, parse_config
 
 logger = logging.get_logger(__name__)
 

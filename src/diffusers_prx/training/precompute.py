@@ -41,16 +41,13 @@ from .alignment import teacher_features
 from .config import TrainingConfig, cache_folder
 from .nets import Nets, build_nets
 from .preflight import outline
+from .settings import CACHED, marked
 from .stages import Stage, build_stages
 
 SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304
 
-# What makes a sample of an image; stages that share a cache have it in common.
+# What makes a sample of an image.
 IMAGE_SETTINGS = ("resolution", "aspect_ratio_buckets", "max_aspect_ratio", "max_upscale", "max_crop")
-DATA_SETTINGS = (
-    "dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "data_sources", "image_column",
-    "caption_column", "instance_prompt", "caption_weights", *IMAGE_SETTINGS,
-)  # fmt: skip
 # Names, which are kept for people and messages: networks are told apart by their weights, data by their content.
 MADE_FROM = (
     "pretrained_model_name_or_path", "revision", "vae_name_or_path", "text_encoder_name_or_path", "repa_teacher",
@@ -175,7 +172,7 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
 
 def _check_shared(folder: Path, stages: list[Stage]) -> None:
     """Refuse stages that cannot share a cache."""
-    for name in DATA_SETTINGS:
+    for name in marked(TrainingConfig, CACHED):
         values = [getattr(stage.cfg, name) for stage in stages]
         if name == "caption_weights":  # every caption is kept, whatever its weight
             values = [sorted(weights) for weights in values]
