@@ -41,7 +41,7 @@ from .study import (
 )
 
 THROUGHPUT_FILE = "throughput.json"
-TILE, LABEL = 64, 150  # pixels, of the sheet of pictures
+TILE, LABEL, HEAD = 64, 180, 18  # pixels, of the sheet of pictures
 ARM_COLOUR, REFERENCE_COLOUR = "#0969da", "#8c959f"
 # what every run sets for itself
 OF_A_RUN = ("seed", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path")
@@ -344,7 +344,7 @@ def curves_picture(results: Results, path: Path) -> bool:
                 )
         axes.legend(fontsize=7, frameon=False)
     figure.supxlabel("optimizer step", fontsize=9)
-    figure.supylabel("loss on held-out images", fontsize=9)
+    figure.supylabel("loss on held-out images (logarithmic)", fontsize=9)
     figure.savefig(path, dpi=90)
     return True
 
@@ -394,13 +394,19 @@ def samples_picture(results: Results, path: Path) -> dict[str, list[str]]:
     if not lines:
         return {}
     columns = max(map(len, lines.values()))
-    sheet = PIL.Image.new("RGB", (LABEL + columns * (TILE + 2), len(lines) * (TILE + 2)), "white")
+    step = TILE + 2  # grey between the tiles, which may be white themselves
+    sheet = PIL.Image.new("RGB", (LABEL + columns * step, HEAD + len(lines) * step), REFERENCE_COLOUR)
     draw = PIL.ImageDraw.Draw(sheet)
+    draw.rectangle((0, 0, sheet.width, HEAD - 2), fill="white")
+    draw.rectangle((0, 0, LABEL - 2, sheet.height), fill="white")
+    for x in range(columns):
+        draw.text((LABEL + x * step + TILE // 2 - 3, 3), str(x + 1), fill="black")
     for y, (arm, pictures) in enumerate(lines.items()):
-        draw.text((4, y * (TILE + 2) + TILE // 2 - 6), arm, fill="black")
+        own = "" if prompts[arm] == prompts[next(iter(lines))] else " (own prompts)"
+        draw.text((4, HEAD + y * step + TILE // 2 - 6), arm + own, fill="black")
         for x, picture in enumerate(pictures):
             tile = picture.resize((TILE, TILE), PIL.Image.Resampling.NEAREST)
-            sheet.paste(tile, (LABEL + x * (TILE + 2), y * (TILE + 2)))
+            sheet.paste(tile, (LABEL + x * step, HEAD + y * step))
     sheet.quantize(256).save(path, optimize=True)
     return prompts
 
@@ -651,7 +657,7 @@ def write_report(study: Study, report_dir: Path) -> Path:
     if differences_picture(results, pictures / "differences.png"):
         page.text(
             "Dots are means, bars the intervals, ticks the single seeds. Green: agrees, or better; red: disagrees, or "
-            "worse; grey: neither."
+            "worse; grey: neither. Where a bar only just reaches or misses zero, the table tells."
         )
         page.picture(pictures / "differences.png", "differences with intervals")
     details(page, results)
