@@ -791,7 +791,7 @@ def test_the_network_alone(tmp_path):
         (["--components_from", "pipeline", "--token_route", "1.5", "2", "0.5"], "whole numbers"),
         (["--components_from", "pipeline", "--shift", "-1"], "`shift`"),
         (["--components_from", "pipeline", "--max_sequence_length", "0"], "must be at least 1"),
-        (["--vae_name_or_path", "t5gemma", "--text_encoder_name_or_path", "t5gemma"], "accepted are"),
+        (["--vae_name_or_path", "t5gemma", "--text_encoder_name_or_path", "t5gemma"], "accepted: "),
         (["--vae_name_or_path", "flux2", "--text_encoder_name_or_path", "t5gemma"], "32 channels times 0.18215"),
     ],
 )

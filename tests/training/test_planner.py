@@ -519,7 +519,7 @@ def outlines() -> Iterator[tuple[str, Any]]:
     for name in known_networks.TEXT_ENCODERS:
         yield name, known_networks.text_encoder_outline(known_networks.text_config(name, tables=True))
     for name in known_networks.TEACHERS:
-        yield name, known_networks.teacher_outline("repa_teacher", name)
+        yield name, known_networks.teacher_outline("repa_teacher", name, tables=True)
     for name in known_networks.AUTOENCODERS:
         yield name, known_networks.autoencoder_outline(name, tables=True)
 
@@ -621,7 +621,7 @@ def test_the_script_tells_a_plan_as_json_and_as_a_table(recipe, capsys):
         ),
         (["--pretrained_model_name_or_path", "none", "--transformer_config", "{}"], "^error: .*none"),
         (["--route_ratio", "0.5", "--route_range", "[1, 9]"], "^error: `route_range` is .1, 9., but the transformer"),
-        (["--seed", "x"], r"^error: `seed` got 'x'; accepted: int\."),
+        (["--seed", "x"], r"^error: `seed` got 'x'; accepted: int, in"),
     ],
 )
 def test_wrong_input_ends_the_script_with_one_line(recipe, flags, message):
