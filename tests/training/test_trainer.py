@@ -22,6 +22,7 @@ import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.training.checkpoints import find_checkpoint
+from diffusers_prx.training.export import export_checkpoint
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state, saved_weights
 
@@ -335,6 +336,16 @@ def test_latents_of_a_folder_of_pictures(latent, text_encoder):
     card = check_card(latent.output_dir / "README.md")
     assert f"| data | `{Path(latent.cfg.train_data_dir).name}` (split train) |" in card.text
     assert latent.cfg.train_data_dir not in card.content  # not the path of this machine
+
+
+def test_a_checkpoint_becomes_a_pipeline_where_the_data_are_not(latent, photos, tmp_path):
+    away = photos.rename(photos.with_name("away"))
+    try:
+        export_checkpoint(latent.output_dir / "checkpoint-2", tmp_path, None, runs.CARD_TEMPLATE)
+    finally:
+        away.rename(photos)
+    saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert_same(saved, saved_weights(latent.output_dir / "checkpoint-2", "transformer"))
 
 
 def fine_tuning(folder: Path, latent, **changes) -> dict:
