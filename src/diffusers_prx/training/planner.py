@@ -463,15 +463,15 @@ def _warnings(told: dict[str, Any]) -> list[str]:
         found.append("as configured it does not fit: see what would, or lower train_batch_size")
     for stage in told["stages"]:
         of_batch = stage["seconds_computing"] / stage["micro_batch"][1]
-        traffic = stage["communication"][told["cluster"]["strategy"]]["seconds"]
+        sending = stage["communication"][told["cluster"]["strategy"]]["seconds"]
         if of_batch < SMALL_BATCH_SECONDS:
             found.append(
                 f"a micro-batch would take {1000 * of_batch:.2g} ms at {stage['resolution']} pixels: a GPU waits for "
                 "Python then, and the utilisation is out of reach"
             )
-        if traffic > SHARE_OF_TRAFFIC * stage["seconds_computing"]:
+        if sending > SHARE_OF_TRAFFIC * stage["seconds_computing"]:
             found.append(
-                f"the traffic of a step takes at least {traffic / stage['seconds_computing']:.0%} of the time of its "
+                f"the traffic of a step takes at least {sending / stage['seconds_computing']:.0%} of the time of its "
                 f"operations at {stage['resolution']} pixels: the utilisation may be out of reach"
             )
     return found
@@ -642,11 +642,10 @@ def _stage_rows(number: int | None, stage: dict[str, Any], told: dict[str, Any])
         if not exchange["transfers"]:
             continue
         parts = ", ".join(f"{t['what']} {t['kind']} {_short(t['gb_sent_per_gpu'])}" for t in exchange["transfers"])
-        told_parts = f" ({parts})" if parts else ""
         rows.append(
             (
                 f"  sent, {strategy}",
-                f"{_short(exchange['gb_sent_per_gpu'])} GB per GPU and step{told_parts}, "
+                f"{_short(exchange['gb_sent_per_gpu'])} GB per GPU and step ({parts}), "
                 f"at least {exchange['seconds']:.2g} s",
             )
         )

@@ -10,7 +10,10 @@ import torch
 
 
 def derive_seed(seed: int, step: int, sample_index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose of one sample of one step; purposes do not share random numbers."""
+    """A 63-bit seed for one purpose of one sample of one step; purposes do not share random numbers.
+
+    PyTorch's generators on a CPU use the lowest 32 bits of a seed: there two of some 100,000 draws may be the same.
+    """
     key = struct.pack("<qqq", seed, step, sample_index) + purpose.encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
