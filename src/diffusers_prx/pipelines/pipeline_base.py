@@ -364,7 +364,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 size asked for. None: yes where `default_sample_size` has such sizes (256, 512, 1024).
             callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; the tensors it
                 returns, in a dict, take the place of ours. `pipeline._interrupt = True` in it ends the call after
-                this step.
+                this step. Weights and adapters have to stay as they are: the text was projected at the beginning.
             callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" the
                 callback is given; the latents when None.
             tokenizer_max_length: number of text tokens, in place of the pipeline's own.
