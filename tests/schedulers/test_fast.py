@@ -20,12 +20,12 @@ def error(scheduler, **levels) -> float:
     return (x / STD - 1).abs().item()
 
 
-def test_ten_steps_are_nearer_to_the_solution_than_28_of_euler():
+def test_nine_steps_are_nearer_to_the_solution_than_28_of_euler():
     euler = error(PRXFlowMatchScheduler(shift=3.0), num_inference_steps=28)
-    assert error(fast_scheduler(), sigmas=fast_sigmas(10)) < 0.6 * euler
+    assert error(fast_scheduler(), sigmas=fast_sigmas(9)) < 0.6 * euler
     evenly = fast_scheduler()
     evenly.register_to_config(flow_shift=3.0)
-    assert error(fast_scheduler(), sigmas=fast_sigmas(10)) < 0.6 * error(evenly, num_inference_steps=10)
+    assert error(fast_scheduler(), sigmas=fast_sigmas(9)) < 0.6 * error(evenly, num_inference_steps=9)
 
 
 def test_levels_are_dense_at_both_ends():

@@ -50,7 +50,7 @@ SOLVERS = {
 }
 FAST_LEVELS = "UniPC, dense ends"  # `fast_scheduler` with `fast_sigmas`
 BASELINE = "Euler, 28"
-FAST = 10  # steps of the fast preset
+FAST = 9  # steps of the fast preset
 
 
 @dataclass

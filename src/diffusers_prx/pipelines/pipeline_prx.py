@@ -19,7 +19,7 @@ class PRXPipeline(PRXPipelineBase):
     Three ways to sample; training/README.md says how each was measured:
 
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
-    - fast, about the same picture: `pipe.scheduler = fast_scheduler()` and `pipe(prompt, sigmas=fast_sigmas(10))`.
+    - fast, about the same picture: `pipe.scheduler = fast_scheduler()` and `pipe(prompt, sigmas=fast_sigmas(9))`.
     - fastest, a preview: `pipe(prompt, num_inference_steps=7)`.
 
     Loads what this package saved, what stock diffusers saved, and the published checkpoints.

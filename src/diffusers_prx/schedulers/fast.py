@@ -2,7 +2,7 @@
 
 from diffusers import UniPCMultistepScheduler
 
-FLOW_SHIFT = 2.0
+FLOW_SHIFT = 1.5
 DENSITY = 1.5
 
 
@@ -10,7 +10,7 @@ def fast_scheduler() -> UniPCMultistepScheduler:
     """UniPC of order 2 (arXiv 2302.04867) for any PRX, to be called with the noise levels of `fast_sigmas`.
 
     >>> pipe.scheduler = fast_scheduler()
-    >>> image = pipe("A rusty, vintage tram on a sandy beach", sigmas=fast_sigmas(10)).images[0]
+    >>> image = pipe("A rusty, vintage tram on a sandy beach", sigmas=fast_sigmas(9)).images[0]
     """
     return UniPCMultistepScheduler(
         solver_order=2, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=FLOW_SHIFT
