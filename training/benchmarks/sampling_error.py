@@ -78,7 +78,8 @@ def ways(scale: float, quick: bool) -> list[Way]:
             "guided 0.2 to 0.8": ClassifierFreeGuidance(scale, start=0.2, stop=0.8),
             "guided 0 to 0.5": ClassifierFreeGuidance(scale, stop=0.5),
             "CFG-Zero*": ClassifierFreeZeroStarGuidance(scale, zero_init_steps=1 if n > 20 else 0),
-            "APG": AdaptiveProjectedGuidance(scale, eta=0.5),
+            # as published; diffusers' other form, its default, weakens what is parallel to the prediction
+            "APG": AdaptiveProjectedGuidance(scale - 1, eta=0.0, use_original_formulation=True),
         }
         for name, guider in guiders.items():
             found.append(Way(f"{base}, {name}", "guiders", n, solver, guider=guider, same_answer=False))

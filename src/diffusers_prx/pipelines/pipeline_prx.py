@@ -16,11 +16,16 @@ class PRXPipeline(PRXPipelineBase):
     >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft").to("cuda")
     >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
 
-    Three ways to sample; training/README.md says how each was measured:
+    Three ways to sample. Errors are those of the latents to 200 Euler steps, on the small network of the quickstart;
+    the speed is over diffusers' pipeline at 256 pixels on two CPU cores; training/README.md says how both were
+    measured.
 
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
+      Error 0.025, 1.2 to 1.45 times as fast.
     - fast, about the same picture: `pipe.scheduler = fast_scheduler()` and `pipe(prompt, sigmas=fast_sigmas(9))`.
-    - fastest, a preview: `pipe(prompt, num_inference_steps=7)`.
+      Error 0.020, 3.5 to 4.1 times as fast. With a network that predicts velocity `fast_sigmas(14)`: nine had up to
+      1.9 times the error of 28 Euler steps there, 14 less than they.
+    - fastest, a preview: `pipe(prompt, num_inference_steps=7)`. Error 0.067, 4.4 to 5.0 times as fast.
 
     Loads what this package saved, what stock diffusers saved, and the published checkpoints.
 

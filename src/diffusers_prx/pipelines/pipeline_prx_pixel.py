@@ -14,6 +14,8 @@ class PRXPixelPipeline(PRXPipelineBase):
     >>> pipe = PRXPixelPipeline.from_pretrained("Photoroom/prxpixel-t2i", torch_dtype=torch.bfloat16).to("cuda")
     >>> image = pipe("A portrait of a lion in the golden savanna at sunset").images[0]
 
+    Three ways to sample, exact, fast and fastest: see `PRXPipeline`.
+
     Loads what this package saved, what stock diffusers saved, and the published checkpoints.
 
     Args:
