@@ -37,7 +37,7 @@ def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all; raises OSError."""
-    with written_whole(path) as file:
+def write_json(path: Path, values: Any, sync: bool = False) -> None:
+    """Write a JSON file whole or not at all; raises OSError. `sync`: see `written_whole`."""
+    with written_whole(path, sync) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")

@@ -46,7 +46,7 @@ from torch.utils.data import Dataset
 from ..latents import EncodedImages
 from .buckets import Buckets, cover
 from .captioned import ListedImages
-from .files import written_whole
+from .files import write_json, written_whole
 from .images import UnfitSample, UnreadableSample
 from .samples import TrainingSamples, collate_record, fit_image
 from .stream import Position
@@ -74,11 +74,10 @@ def caption_hash(caption: str) -> torch.Tensor:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """`files.written_whole`, with an error that says how to go on."""
+def _writing(path: Path) -> Iterator[None]:
+    """An error of what is written says how to go on."""
     try:
-        with written_whole(path, sync=True) as file:
-            yield file
+        yield
     except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
         raise OSError(
             f"{path} cannot be written ({error}). What was written before is whole and kept: when there is room, "
@@ -88,13 +87,15 @@ def _written(path: Path) -> Iterator[Path]:
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Keep what is computed, and with what; raises OSError."""
-    with _written(folder / SETTINGS_FILE) as file:
-        file.write_text(json.dumps(settings, indent=1) + "\n")
+    path = folder / SETTINGS_FILE
+    with _writing(path):
+        write_json(path, settings, sync=True)
 
 
 def write_empty_text(folder: Path, text: torch.Tensor) -> None:
     """Keep the embedding (T, E) of the empty caption; raises OSError."""
-    with _written(folder / EMPTY_TEXT_FILE) as file:
+    path = folder / EMPTY_TEXT_FILE
+    with _writing(path), written_whole(path, sync=True) as file:
         save_file({"text": text.contiguous()}, file)
 
 
@@ -117,7 +118,7 @@ def write_shard(
         tensors[f"{name}.shape"] = torch.tensor([list(sample[name].shape) for sample in samples], dtype=torch.int64)
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     metadata = {"skipped": json.dumps(skipped), "bytes": json.dumps(sizes)}
-    with _written(path) as file:
+    with _writing(path), written_whole(path, sync=True) as file:
         save_file(tensors, file, metadata)
 
 
@@ -215,8 +216,9 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
         "bytes": sizes,
         "shards": names,
     }
-    with _written(folder / INDEX_FILE) as file:
-        file.write_text(json.dumps(index, indent=1) + "\n")
+    path = folder / INDEX_FILE
+    with _writing(path):
+        write_json(path, index, sync=True)
     return index
 
 

@@ -365,7 +365,9 @@ def grade_kept(
 ) -> list[GradedScene]:
     """Grade the pictures of a split that are on disk, of the prompts of `scene_prompts`."""
     images = map(pictures.read, prompts)
-    return grade_scenes(images, settings.level, split, settings.seed, settings.num_prompts, settings.caption)
+    graded = grade_scenes(images, settings.level, split, settings.seed, settings.num_prompts, settings.caption)
+    assert [scene.prompt for scene in graded] == [text for _, text in prompts]
+    return graded
 
 
 def scenes_part(settings: EvaluationSettings, graded: tuple[list[GradedScene], list[GradedScene]]) -> dict[str, Any]:
