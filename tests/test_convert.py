@@ -755,7 +755,7 @@ def test_parts_of_a_saved_pipeline(parts, tmp_path):
     assert pipeline.vae.config["scaling_factor"] == tiny.vae_kl().config["scaling_factor"]
     assert difference(converted_prediction(pipeline.transformer), run.predict(run.denoiser)) < TOLERANCE
     convert(saved(Run(), tmp_path, "nested.pt"), tmp_path / "out1", "--components_from", parts / "published")
-    stored = diffusers.PRXPipeline.from_pretrained(tmp_path / "out1", torch_dtype={"text_encoder": "auto"})
+    stored = diffusers.PRXPipeline.from_pretrained(tmp_path / "out1", dtype={"text_encoder": "auto"})
     assert stored.text_encoder.dtype is torch.bfloat16  # as it was
     for name, tensor in tiny.text_encoder().state_dict().items():
         assert torch.equal(stored.text_encoder.state_dict()[name], tensor.to(torch.bfloat16))

@@ -170,7 +170,7 @@ class ModelCache:
     def _load(self, model: str) -> Any:
         described = self.models[model]
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        pipeline = getattr(diffusers_prx, described.class_name).from_pretrained(described.source, torch_dtype=dtype)
+        pipeline = getattr(diffusers_prx, described.class_name).from_pretrained(described.source, dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 

@@ -544,7 +544,7 @@ def load_components(args: argparse.Namespace) -> dict[str, Any]:
         pipeline_class: Any = PRXPipeline if name == "PRXPipeline" else PRXPixelPipeline
         not_needed: dict[str, Any] = {"transformer": None, "scheduler": None, "token_route": None}
         dtypes: Any = {"text_encoder": "auto", "default": torch.float32}  # as `load_text_encoder` and `load_vae`
-        pipeline = pipeline_class.from_pretrained(args.components_from, torch_dtype=dtypes, **not_needed)
+        pipeline = pipeline_class.from_pretrained(args.components_from, dtype=dtypes, **not_needed)
         parts = {"text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
         return parts | {"vae": getattr(pipeline, "vae", None)}
     text_encoder, tokenizer = load_text_encoder(args.text_encoder_name_or_path)

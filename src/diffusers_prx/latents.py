@@ -70,7 +70,7 @@ def load_vae(name_or_path: str) -> VAE:
     """
     vae_class, _, subfolder = find_vae(name_or_path)
     vae, info = vae_class.from_pretrained(
-        name_or_path, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
+        name_or_path, subfolder=subfolder, dtype=torch.float32, output_loading_info=True
     )
     if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
         raise ValueError(f"`vae_name_or_path` {name_or_path} lacks weights of its {vae_class.__name__}: {lacking}.")

@@ -639,7 +639,7 @@ def test_ways_of_loading(options, tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
     with torch.no_grad():
         assert relative_error(loaded(**inputs).sample, model(**inputs).sample) < OUTPUT_TOLERANCE
-    half = PRXTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, **options)
+    half = PRXTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 

@@ -50,7 +50,7 @@ def load_pipeline(
         ValueError: if there is none, it is no PRX pipeline and not `stock`, or it cannot be asked for a text's image.
     """
     ours = {"PRXPipeline": PRXPipeline, "PRXPixelPipeline": PRXPixelPipeline}
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
+    options: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     options |= {} if revision is None else {"revision": revision}
     try:
         name = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")

@@ -11,7 +11,7 @@ class PRXPixelPipeline(PRXPipelineBase):
     """Text to image with PRX in pixel space: no VAE, the network predicts the clean image (JiT, arXiv 2511.13720).
 
     >>> from diffusers_prx import PRXPixelPipeline
-    >>> pipe = PRXPixelPipeline.from_pretrained("Photoroom/prxpixel-t2i", torch_dtype=torch.bfloat16).to("cuda")
+    >>> pipe = PRXPixelPipeline.from_pretrained("Photoroom/prxpixel-t2i", dtype=torch.bfloat16).to("cuda")
     >>> image = pipe("A portrait of a lion in the golden savanna at sunset").images[0]
 
     Three ways to sample, exact, fast and fastest: see `PRXPipeline`.

@@ -270,7 +270,7 @@ def build_nets(
     loaded: dict[str, Any] = {}
     if cfg.pretrained_model_name_or_path is not None:
         pipeline = pipeline_class_of(cfg).from_pretrained(
-            cfg.pretrained_model_name_or_path, revision=cfg.revision, torch_dtype=torch.float32
+            cfg.pretrained_model_name_or_path, revision=cfg.revision, dtype=torch.float32
         )
         loaded = pipeline.components
         if not cfg.transformer_config:
