@@ -266,40 +266,44 @@ def test_headers_are_enough(folder):
 
 
 def test_sizes_are_kept_in_a_file(folder, tmp_path, monkeypatch, caplog):
-    cache = tmp_path / "cache" / "sizes.npy"
+    cache = tmp_path / "cache" / "sizes.npz"
     source = open_folder(folder)
     sizes = image_sizes(source, cache_file=cache)
-    assert [file.name for file in cache.parent.iterdir()] == ["sizes.npy"]
-    assert np.array_equal(np.load(cache), sizes)
+    assert [file.name for file in cache.parent.iterdir()] == ["sizes.npz"]
+    assert np.array_equal(np.load(cache)["sizes"], sizes)
     monkeypatch.setattr(module, "IMAGES_COMPARED", 2)
     saved = sizes.copy()
     saved[7] = (11, 12)  # a mark, at a place that is not compared
-    np.save(cache, saved)
+    np.savez(cache, sizes=saved)
     assert image_sizes(source, cache_file=cache)[7].tolist() == [11, 12]
     assert not caplog.text
 
 
-@pytest.mark.parametrize("damage", ["other image", "other number", "cut off", "no array"])
+@pytest.mark.parametrize("damage", ["other image", "other number", "cut off", "flipped bit", "no array"])
 def test_a_file_of_other_images_is_made_anew(folder, tmp_path, caplog, damage):
-    cache = tmp_path / "sizes.npy"
+    cache = tmp_path / "sizes.npz"
     source = open_folder(folder)
     sizes = image_sizes(source, cache_file=cache)
     if damage == "other image":
         PIL.Image.new("RGB", (77, 78)).save(source.paths[0])
         sizes[0] = (77, 78)
     elif damage == "other number":
-        np.save(cache, sizes[1:])
+        np.savez(cache, sizes=sizes[1:])
     elif damage == "cut off":
         cache.write_bytes(cache.read_bytes()[:150])
+    elif damage == "flipped bit":
+        content = bytearray(cache.read_bytes())
+        content[content.index(sizes.tobytes()) + 7] ^= 1
+        cache.write_bytes(content)
     else:
         cache.write_text("sizes")
     found = image_sizes(source, cache_file=cache)
-    assert found.tolist() == sizes.tolist() == np.load(cache).tolist()
+    assert found.tolist() == sizes.tolist() == np.load(cache)["sizes"].tolist()
     assert f"{cache} does not belong to these images: their sizes are read again." in caplog.text
 
 
 def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
-    cache = tmp_path / "sizes.npy"
+    cache = tmp_path / "sizes.npz"
     with full_disk(100), pytest.raises(OSError, match=r"requested|File too large"):
         image_sizes(open_folder(folder), cache_file=cache)
     assert list(tmp_path.glob("sizes*")) == []

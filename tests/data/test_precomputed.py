@@ -10,16 +10,20 @@ import PIL.Image
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 import disks
 from diffusers_prx.data import precomputed as module
 from diffusers_prx.data.buckets import Buckets, sort_into_buckets
+from diffusers_prx.data.files import read_hashed_json
 from diffusers_prx.data.precomputed import (
     ImagesToEncode,
     PrecomputedImages,
     PrecomputedSamples,
     Shard,
+    ShardCheck,
+    ShardChecks,
     ShardWriter,
     cached_text,
     caption_hash,
@@ -30,6 +34,7 @@ from diffusers_prx.data.precomputed import (
     shard_path,
     write_empty_text,
     write_index,
+    write_settings,
     write_shard,
 )
 from diffusers_prx.data.samples import TrainingSamples, build_loader
@@ -117,7 +122,7 @@ def test_a_shard_gives_back_every_value(tmp_path):
         }
         for place in range(3)
     ]
-    write_shard(tmp_path / "a.safetensors", samples, {7: ("unfit", "too é")})
+    write_shard(tmp_path / "a.safetensors", samples, {7: ("unfit", "too é", "0")})
     shard = Shard(tmp_path / "a.safetensors")
     for place in (2, 0, 1):
         for name, value in samples[place].items():
@@ -125,7 +130,7 @@ def test_a_shard_gives_back_every_value(tmp_path):
             assert read.dtype == value.dtype
             assert torch.equal(read, value)
     assert shard.indices() == [0, 5, 10]
-    assert shard.skipped == {7: ("unfit", "too é")}
+    assert shard.skipped == {7: ("unfit", "too é", "0")}
     assert (tmp_path / "a.safetensors").stat().st_size == pytest.approx(sum(shard.bytes.values()), abs=1500)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:  # what is stored is what the table says
         assert file.get_slice("text").get_shape() == [3 * 6]
@@ -133,7 +138,7 @@ def test_a_shard_gives_back_every_value(tmp_path):
 
 
 def test_a_shard_of_nothing_but_skipped_samples(tmp_path):
-    write_shard(shard_path(tmp_path, 0, 4), [], {1: ("unreadable", "broken")})
+    write_shard(shard_path(tmp_path, 0, 4), [], {1: ("unreadable", "broken", "0")})
     assert done_samples(tmp_path, 3).tolist() == [False, True, False]
     assert next_number(tmp_path) == 5
 
@@ -306,17 +311,132 @@ def test_a_caption_that_changed_stops_the_sample_that_has_it(tmp_path, images):
         samples[stream.position(0, 2)]
 
 
+# Damage
+
+
+COLUMNS = ["pixels_uint8"]
+STORED = ("index", "size", "image_hash", "upscaled", "pixels_uint8", "text", "text_lengths", "cut", "caption_hash")
+
+
+def read_everything(folder: Path) -> None:
+    """All that a run reads of a cache, and what precomputing begins with."""
+    cache = PrecomputedImages(folder, SETTINGS, COLUMNS)
+    for index in np.flatnonzero(cache.sizes.all(1)):
+        for name in STORED:
+            cache.value(int(index), name)
+    read_hashed_json(folder / "settings.json")
+
+
+def flip_bits_of(folder: Path, count: int, seed: int) -> None:
+    """Flip one bit of a cache at a time; every single one has to be detected."""
+    read_everything(folder)
+    files = sorted(folder.iterdir())
+    sizes = [file.stat().st_size for file in files]
+    rng = np.random.default_rng(seed)
+    for place in rng.integers(0, sum(sizes), count).tolist():
+        number = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+        file, offset = files[number], place - sum(sizes[:number])
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[offset] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        module._open_shard.cache_clear()  # what a shard holds is read once
+        with pytest.raises(ValueError, match=file.name):
+            read_everything(folder)
+        file.write_bytes(whole)
+    module._open_shard.cache_clear()
+    read_everything(folder)
+
+
+def make_cache_with_settings(folder: Path, source) -> Path:
+    write_settings(make_cache(folder, source, square()), {"settings": SETTINGS, "made_from": {}})
+    return folder
+
+
+def test_a_flipped_bit_anywhere_in_a_cache_is_detected(tmp_path, source):
+    flip_bits_of(make_cache_with_settings(tmp_path, source), 40, seed=0)
+
+
+@pytest.mark.slow
+def test_two_hundred_flipped_bits_are_detected(tmp_path, source):
+    flip_bits_of(make_cache_with_settings(tmp_path, source), 200, seed=1)
+
+
+@pytest.mark.parametrize("column", ["pixels_uint8", "text_lengths"])
+def test_changed_values_of_a_shard_are_refused_before_they_are_trained_on(tmp_path, source, column):
+    """Every pixel inverted, and every length one too large: the file is as valid as before."""
+    make_cache(tmp_path, source, square())
+    path = shard_files(tmp_path)[1]
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors[column] = 255 - tensors[column] if column == "pixels_uint8" else tensors[column] + 1
+    save_file(tensors, path, metadata)
+    cache = PrecomputedImages(tmp_path, SETTINGS, COLUMNS)
+    with pytest.raises(ValueError, match=rf"{path} .* damaged: `{column}` of sample \d"):
+        cache.check(source, square())
+
+
 def test_a_damaged_shard_is_named(tmp_path, source):
     make_cache(tmp_path, source, square())
     path = shard_files(tmp_path)[1]
     whole = path.read_bytes()
-    for damaged in (whole[:-10], b"", whole[:4]):
+    for damaged in (whole[:-10], b"", whole[:4], b"\0" * len(whole)):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"The shard {path} .* cannot be read .*delete it and start"):
+        with pytest.raises(ValueError, match=f"The shard {path} .* cannot be read .*precompute_prx.py"):
             PrecomputedImages(tmp_path, SETTINGS, [])
     path.unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         PrecomputedImages(tmp_path, SETTINGS, [])
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path, source):
+    make_cache(tmp_path / "a", source, square())
+    make_cache(tmp_path / "b", source, square(), shard_samples=2)
+    path = shard_files(tmp_path / "a")[0]
+    path.write_bytes(shard_files(tmp_path / "b")[0].read_bytes())
+    with pytest.raises(ValueError, match=rf"{path} is not the one that index\.json lists"):
+        PrecomputedImages(tmp_path / "a", SETTINGS, [])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b'{"settings": {}}', b"\xff", b"[" * 100_000])
+def test_a_broken_index_is_a_sentence(tmp_path, source, content):
+    make_cache(tmp_path, source, square())
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.json is damaged.*precompute_prx\.py"):
+        PrecomputedImages(tmp_path, SETTINGS, [])
+
+
+def test_what_is_damaged_or_changed_is_dropped_and_the_rest_kept(tmp_path):
+    images, folder = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
+
+    def source():
+        return load_source(str(images), caption_columns=("short.txt", "long.txt"))
+
+    def checked() -> list[ShardCheck]:
+        checks = ShardChecks(shard_files(folder), source(), square())
+        return [checks[place] for place in range(len(checks))]
+
+    make_folder(images)
+    make_cache(folder, source(), square(), shard_samples=2)  # samples 0 and 1, 2 and 4, 5 and 7, 8
+    assert all(not check.damaged and not check.changed for check in checked())
+    (images / "1.long.txt").write_text("another caption")
+    PIL.Image.new("RGB", SIZES[2]).save(images / f"{BROKEN}.png")  # can be read now
+    (images / "4.png").write_bytes(b"broken since")
+    path = shard_files(folder)[2]
+    content = bytearray(path.read_bytes())
+    content[content.index(Shard(path).value("pixels_uint8", 1).numpy().tobytes()) + 9] ^= 1  # of sample 7
+    path.write_bytes(content)
+    checks = checked()
+    assert [check.rows for check in checks] == [[0], [0], [0], [0]]
+    assert [check.skipped for check in checks] == [[], [], [6], []]
+    assert [len(check.damaged) for check in checks] == [0, 0, 1, 0]
+    changed = [message.split(":")[0] for check in checks for message in check.changed]
+    assert [place.split(",")[0] for place in changed] == ["sample 1", "sample 4", "sample 3"]
+    for check in checks:
+        check.drop_rest()
+    assert done_samples(folder, len(SIZES)).nonzero()[0].tolist() == [0, 2, 5, 6, 8]
+    assert all(not check.damaged and not check.changed for check in checked())
 
 
 def test_nothing_that_can_be_used(tmp_path, source, images):

@@ -156,6 +156,21 @@ def test_a_second_look_draws_nothing_and_reads_the_cache(model, encoder, alone):
     assert broken.stat().st_size > 1000
 
 
+@pytest.mark.parametrize("position", [-40, 60])
+def test_a_damaged_picture_is_missing(tmp_path, position, caplog):
+    """Pillow itself reads a PNG with a wrong checksum without a word."""
+    pictures = PictureFolder(tmp_path)
+    pictures.write((3, "a cat"), np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    assert pictures.has((3, "a cat"))
+    assert not pictures.has((4, "a cat"))
+    path = pictures.path((3, "a cat"))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+    assert not pictures.has((3, "a cat"))
+    assert "is drawn again" in caplog.text
+
+
 def test_other_settings_and_weights_are_other_pictures(model, encoder, alone, tmp_path):
     evaluation, folder = alone
     known = pictures_of(folder)

@@ -472,7 +472,7 @@ def test_cache_hits_only_what_is_the_same(tmp_path):
     assert cache.hits == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not a safetensors file", "cut", "other shape"])
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file", "cut", "flipped bit", "other shape"])
 def test_cache_repairs_and_counts_what_cannot_be_read(tmp_path, content):
     net, pixels, cache = teacher(), pictures(2), FeatureCache(tmp_path)
     features = teacher_features(net, pixels, GRID, cache)
@@ -480,6 +480,8 @@ def test_cache_repairs_and_counts_what_cannot_be_read(tmp_path, content):
     whole = file.read_bytes()
     if content == "other shape":
         cache.write(file, torch.zeros(2, 2, dtype=torch.bfloat16))
+    elif content == "flipped bit":
+        file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
     else:
         file.write_bytes(whole[:-7] if content == "cut" else content)
     assert torch.equal(teacher_features(net, pixels, GRID, cache), features)

@@ -334,13 +334,71 @@ def test_a_disk_that_fills_up(cached, parts, tmp_path, capfd):
     flags.write_text(json.dumps(values))
     forget_processes()
     message = r"shard-00000-000001.safetensors cannot be written .*start the same command"
-    with full_disk(40_000), pytest.raises(OSError, match=message):
+    with full_disk(45_000), pytest.raises(OSError, match=message):
         precompute(TrainingConfig(**values), 4)
     assert [path.name for path in shard_files(folder)] == ["shard-00000-000000.safetensors"]
     assert not list(folder.glob("*.unfinished"))
     before = shard_files(folder)[0].stat().st_mtime_ns
     make_cache(values, tmp_path / "cache", 4)
     assert shard_files(folder)[0].stat().st_mtime_ns == before
+    opened(values)
+
+
+# Mending
+
+
+def test_what_changed_and_what_is_damaged_is_computed_anew_and_nothing_else(parts, tmp_path, capsys):
+    images, folder = make_images(tmp_path / "images"), tmp_path / "cache" / "32"
+    changes = {"train_data_dir": str(images), "aspect_ratio_buckets": "computed", "train_batch_size": 2}
+    values = make_cache(settings(parts, tmp_path / "run", **changes), tmp_path / "cache")
+    before = contents(folder)
+
+    (images / "00.txt").write_text("another caption")
+    PIL.Image.new("RGB", SIZES[3]).save(images / "03.png")
+    PIL.Image.new("RGB", (64, 33)).save(images / "04.png")  # another shape: another bucket
+    path, row = next(
+        (path, Shard(path).indices().index(7)) for path in shard_files(folder) if 7 in Shard(path).indices()
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(Shard(path).value("latent_mean", row).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    (folder / "empty_text.safetensors").write_bytes(b"")
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="empty_text"):
+        opened(values)
+    capsys.readouterr()
+    make_cache(values, tmp_path / "cache")
+    shown = capsys.readouterr().out
+    assert "1 are damaged" in shown
+    assert "3 are changed" in shown
+    for words in (f"{path} ", "sample 0: its captions", "sample 3: its image", "sample 4: its image"):
+        assert words in shown
+
+    after = contents(folder)
+    assert after.keys() == before.keys()
+    for index in after.keys() - {0, 3, 4, 7}:
+        assert all(torch.equal(after[index][name], before[index][name]) for name in before[index]), index
+    fresh = values | {"output_dir": str(tmp_path / "fresh")}
+    make_cache(fresh, tmp_path / "fresh_cache")
+    assert_same_contents(folder, tmp_path / "fresh_cache" / "32")
+    opened(values)
+
+    times = {path: path.stat().st_mtime_ns for path in shard_files(folder)}
+    make_cache(values, tmp_path / "cache")
+    assert {path: path.stat().st_mtime_ns for path in shard_files(folder)} == times
+    assert "anew" not in capsys.readouterr().out
+
+
+def test_two_processes_mend_a_cache(cached, parts, tmp_path):
+    images, folder = make_images(tmp_path / "images"), tmp_path / "cache" / "32"
+    values = make_cache(
+        cached | {"train_data_dir": str(images), "output_dir": str(tmp_path / "run")}, tmp_path / "cache", 2
+    )
+    for place in (0, 4, 8):
+        (images / f"{place:02}.txt").write_text(f"caption number {place} is another one")
+    debug_launcher(_precompute, (values,), num_processes=2)
+    make_cache(values, tmp_path / "fresh")
+    assert_same_contents(folder, tmp_path / "fresh" / "32")
     opened(values)
 
 

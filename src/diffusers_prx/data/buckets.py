@@ -228,8 +228,9 @@ def image_sizes(source: ListedImages, num_workers: int = 0, cache_file: Path | s
     Args:
         source: its `size` is asked for every image.
         num_workers: processes that read; 0: this one.
-        cache_file: an .npy file to keep the sizes in. One that is there is used if its length is right and some images
-            spread over the source have the sizes that it states; else it is written anew.
+        cache_file: an .npz file, which has checksums, to keep the sizes in. One that is there is used if it is
+            undamaged, its length is right and some images spread over the source have the sizes that it states; else
+            it is written anew.
 
     Returns:
         (N, 2) int32, width and height in pixels as shown; 0 for an image that cannot be read.
@@ -253,8 +254,9 @@ def image_sizes(source: ListedImages, num_workers: int = 0, cache_file: Path | s
 
 def _cached_sizes(source: ListedImages, cache_file: Path) -> np.ndarray | None:
     try:
-        sizes = np.load(cache_file)
-    except (ValueError, EOFError):  # cut off or something else
+        with np.load(cache_file) as file:
+            sizes = file["sizes"]
+    except Exception:  # damaged: numpy and zipfile raise many kinds
         return None
     if sizes.shape != (len(source), 2):
         return None
@@ -265,4 +267,4 @@ def _cached_sizes(source: ListedImages, cache_file: Path) -> np.ndarray | None:
 
 def _save_sizes(sizes: np.ndarray, cache_file: Path) -> None:
     with written_whole(cache_file) as path, path.open("wb") as file:
-        np.save(file, sizes)
+        np.savez(file, sizes=sizes)

@@ -1,14 +1,20 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Files that are whole or not there (written under another name, then renamed), and hashes that detect damage."""
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 UNFINISHED = ".unfinished"
+HASH_KEY = "hash"  # of a JSON file, and of the metadata of a safetensors file
 
 
 @contextmanager
@@ -41,3 +47,71 @@ def write_json(path: Path, values: Any, sync: bool = False) -> None:
     """Write a JSON file whole or not at all; raises OSError. `sync`: see `written_whole`."""
     with written_whole(path, sync) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def write_hashed_json(path: Path, values: Mapping[str, Any], sync: bool = False) -> None:
+    """Write a JSON file with a hash of its values, for `read_hashed_json`; raises OSError."""
+    write_json(path, {**values, HASH_KEY: _json_hash(values)}, sync)
+
+
+def read_hashed_json(path: Path) -> dict[str, Any]:
+    """Read a file of `write_hashed_json`, without the hash.
+
+    Raises:
+        ValueError: if the file is damaged or has no hash.
+        OSError: if it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(values, dict) or values.pop(HASH_KEY, None) != _json_hash(values):
+        raise ValueError(f"{path} is damaged: its content does not match its hash.")
+    return values
+
+
+def _json_hash(values: Mapping[str, Any]) -> str:
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)  # keys and tuples as they are read back
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Feed names, types, shapes and every byte of some tensors to a hash of hashlib, in the order of their names."""
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_hashed_tensors(path: Path, tensors: Mapping[str, torch.Tensor], sync: bool = False) -> None:
+    """Write a safetensors file with a hash of its tensors, for `read_hashed_tensors`; whole or not at all.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be written.
+    """
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written_whole(path, sync) as file:
+        save_file(kept, file, {HASH_KEY: _tensors_hash(kept)})
+
+
+def read_hashed_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of `write_hashed_tensors` into memory.
+
+    Raises:
+        ValueError: if the file is damaged or has no hash.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            stated = (file.metadata() or {}).get(HASH_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if stated != _tensors_hash(tensors):
+        raise ValueError(f"{path} is damaged: its content does not match its hash.")
+    return tensors
+
+
+def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    hash_tensors(digest, tensors)
+    return digest.hexdigest()

@@ -9,8 +9,10 @@ A folder holds one data set at one resolution:
 | shard-<rank>-<number>.safetensors | samples; each process writes its own, under another name until it is whole |
 | index.json | the shards; written last, when every sample of the data set is in one |
 
-A shard has two tensors per column: `name`, the values of all its samples, flattened, one sample after the other, and
-`name.shape` (n, dimensions), their shapes. So nothing is padded, and one sample is read without the others.
+A shard has three tensors per column: `name`, the values of all its samples, flattened, one sample after the other;
+`name.shape` (n, dimensions), their shapes; and `name.hash` (n, 16), their hashes. So nothing is padded, and one sample
+is read, and verified, without the others. The metadata of a shard hold a hash of its tables (the shapes, the hashes,
+what was skipped), and index.json holds those of all shards: damage is found wherever it is, when it is read.
 The columns of a sample (k captions, T tokens of all of them together):
 
 | column | shape | type |
@@ -27,26 +29,36 @@ The columns of a sample (k captions, T tokens of all of them together):
 | caption_hash | (k, 16) | uint8, of each caption |
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..latents import EncodedImages
 from .buckets import Buckets, cover
 from .captioned import ListedImages
-from .files import write_json, written_whole
+from .files import (
+    HASH_KEY,
+    hash_tensors,
+    read_hashed_json,
+    read_hashed_tensors,
+    write_hashed_json,
+    write_hashed_tensors,
+    written_whole,
+)
 from .images import UnfitSample, UnreadableSample
 from .samples import TrainingSamples, collate_record, fit_image
 from .stream import Position
@@ -56,8 +68,11 @@ SETTINGS_FILE, EMPTY_TEXT_FILE, INDEX_FILE = "settings.json", "empty_text.safete
 OPTIONAL_SETTINGS = ("teacher_features", "pixels")
 # So many images of the data set are compared with the cache when a run starts.
 IMAGES_COMPARED = 16
-# Shards that a process keeps mapped into memory; another one is opened in well under a millisecond.
+# Shards that a process keeps mapped into memory; another one is opened in about a millisecond.
 OPEN_SHARDS = 256
+RECOMPUTE = (
+    "Start training/precompute_prx.py with the settings of this run: it computes what is damaged, changed or missing."
+)
 
 
 def as_tensor(digest: bytes) -> torch.Tensor:
@@ -68,6 +83,23 @@ def as_tensor(digest: bytes) -> torch.Tensor:
 def caption_hash(caption: str) -> torch.Tensor:
     """A hash (16,) of a caption, before it is cleaned: uint8."""
     return as_tensor(hashlib.blake2b(caption.encode(), digest_size=16).digest())
+
+
+def caption_hashes(captions: Mapping[str, str]) -> torch.Tensor:
+    """The hashes (k, 16) of the different captions of a sample, by column: uint8."""
+    return torch.stack([caption_hash(caption) for caption in different(captions)])
+
+
+def different(captions: Mapping[str, str]) -> list[str]:
+    """The captions of a sample, each once."""
+    return list(dict.fromkeys(captions.values()))
+
+
+def value_hash(value: torch.Tensor) -> torch.Tensor:
+    """A hash (16,) of the type, the shape and the bytes of a value: uint8."""
+    digest = hashlib.blake2b(digest_size=16)
+    hash_tensors(digest, {"": value})
+    return as_tensor(digest.digest())
 
 
 # --- writing
@@ -89,37 +121,65 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Keep what is computed, and with what; raises OSError."""
     path = folder / SETTINGS_FILE
     with _writing(path):
-        write_json(path, settings, sync=True)
+        write_hashed_json(path, settings, sync=True)
 
 
 def write_empty_text(folder: Path, text: torch.Tensor) -> None:
     """Keep the embedding (T, E) of the empty caption; raises OSError."""
     path = folder / EMPTY_TEXT_FILE
-    with _writing(path), written_whole(path, sync=True) as file:
-        save_file({"text": text.contiguous()}, file)
+    with _writing(path):
+        write_hashed_tensors(path, {"text": text}, sync=True)
+
+
+def read_empty_text(folder: Path) -> torch.Tensor:
+    """The embedding (T, E) of the empty caption.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    try:
+        return read_hashed_tensors(folder / EMPTY_TEXT_FILE)["text"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder / EMPTY_TEXT_FILE} is missing. {RECOMPUTE}") from error
+    except ValueError as error:
+        raise ValueError(f"{error} {RECOMPUTE}") from error
 
 
 def write_shard(
-    path: Path, samples: Sequence[Mapping[str, torch.Tensor]], skipped: Mapping[int, tuple[str, str]]
+    path: Path, samples: Sequence[Mapping[str, torch.Tensor]], skipped: Mapping[int, tuple[str, str, str]]
 ) -> None:
     """Write a shard whole or not at all.
 
     Args:
         path: where.
         samples: by column, all with the same columns; on the CPU.
-        skipped: samples of the data set that cannot be used: "unreadable" or "unfit", and why.
+        skipped: samples of the data set that cannot be used: "unreadable" or "unfit", why, and `stored_identity`.
 
     Raises:
         OSError: if there is no room.
     """
     tensors = {}
     for name in samples[0] if samples else ():
-        tensors[name] = torch.cat([sample[name].reshape(-1) for sample in samples])
-        tensors[f"{name}.shape"] = torch.tensor([list(sample[name].shape) for sample in samples], dtype=torch.int64)
+        values = [sample[name] for sample in samples]
+        tensors[name] = torch.cat([value.reshape(-1) for value in values])
+        tensors[f"{name}.shape"] = torch.tensor([list(value.shape) for value in values], dtype=torch.int64)
+        tensors[f"{name}.hash"] = torch.stack([value_hash(value) for value in values])
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     metadata = {"skipped": json.dumps(skipped), "bytes": json.dumps(sizes)}
+    metadata[HASH_KEY] = _tables_hash(metadata, {name: tensors[name] for name in tensors if _is_table(name)})
     with _writing(path), written_whole(path, sync=True) as file:
         save_file(tensors, file, metadata)
+
+
+def _is_table(name: str) -> bool:
+    """True if a tensor of a shard is read whole: it says where the samples are, and what their values must be."""
+    return name in ("index", "size") or name.endswith((".shape", ".hash"))
+
+
+def _tables_hash(metadata: Mapping[str, str], tables: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(json.dumps([metadata["skipped"], metadata["bytes"]]).encode(), digest_size=16)
+    hash_tensors(digest, tables)
+    return digest.hexdigest()
 
 
 class ShardWriter:
@@ -135,7 +195,7 @@ class ShardWriter:
     def __init__(self, folder: Path, rank: int, number: int, shard_samples: int):
         self.folder, self.rank, self.number, self.shard_samples = folder, rank, number, shard_samples
         self.samples: list[dict[str, torch.Tensor]] = []
-        self.skipped: dict[int, tuple[str, str]] = {}
+        self.skipped: dict[int, tuple[str, str, str]] = {}
 
     def add(self, sample: dict[str, torch.Tensor]) -> None:
         """Add a sample; raises OSError if a shard is full and there is no room for it."""
@@ -143,9 +203,9 @@ class ShardWriter:
         if len(self.samples) == self.shard_samples:
             self.write()
 
-    def skip(self, index: int, kind: str, reason: str) -> None:
-        """Note a sample that cannot be used."""
-        self.skipped[index] = (kind, reason)
+    def skip(self, index: int, kind: str, reason: str, identity: str) -> None:
+        """Note a sample that cannot be used; `identity`: see `stored_identity`."""
+        self.skipped[index] = (kind, reason, identity)
 
     def write(self) -> None:
         """Write what there is; raises OSError if there is no room for it."""
@@ -181,7 +241,7 @@ def skipped_samples(folder: Path) -> dict[int, tuple[str, str]]:
     """The samples noted as not usable, by place in the data set: "unreadable" or "unfit", and why."""
     found: dict[int, tuple[str, str]] = {}
     for path in shard_files(folder):
-        found |= Shard(path).skipped
+        found |= {index: (kind, reason) for index, (kind, reason, _) in Shard(path).skipped.items()}
     return found
 
 
@@ -196,15 +256,15 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
     Returns:
         What was written: also "shards", "samples", "skipped" (how many of each kind) and "bytes" by column.
     """
-    names: list[str] = []
+    hashes: dict[str, str] = {}
     sizes: dict[str, int] = {}
     skipped = {"unreadable": 0, "unfit": 0}
     samples = 0
     for path in shard_files(folder):
         shard = Shard(path)
-        names.append(path.name)
+        hashes[path.name] = shard.hash
         samples += len(shard.indices())
-        for kind, _ in shard.skipped.values():
+        for kind, *_ in shard.skipped.values():
             skipped[kind] += 1
         for name, size in shard.bytes.items():
             sizes[name] = sizes.get(name, 0) + size
@@ -214,12 +274,133 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
         "samples": samples,
         "skipped": skipped,
         "bytes": sizes,
-        "shards": names,
+        "shards": hashes,
     }
     path = folder / INDEX_FILE
     with _writing(path):
-        write_json(path, index, sync=True)
+        write_hashed_json(path, index, sync=True)
     return index
+
+
+def read_begun(folder: Path) -> dict[str, Any]:
+    """The "settings" and "made_from" of a cache that was begun, from settings.json or, if that is damaged, index.json.
+
+    Raises:
+        ValueError: if both are damaged.
+    """
+    try:
+        return read_hashed_json(folder / SETTINGS_FILE)
+    except (ValueError, OSError) as error:
+        try:
+            index = read_hashed_json(folder / INDEX_FILE)
+        except (ValueError, OSError):
+            raise ValueError(
+                f"{error} Without it nothing tells what the shards of {folder} were computed with: remove that folder "
+                "and start the same command again, which computes everything anew."
+            ) from error
+        begun = {name: index[name] for name in ("settings", "made_from")}
+        write_settings(folder, begun)
+        return begun
+
+
+# --- what is not to be kept
+
+
+def stored_identity(source: ListedImages, index: int) -> str:
+    """A hash of a sample's image and captions as they are stored; of those of them that can be read."""
+    parts = []
+    with contextlib.suppress(UnreadableSample):
+        parts.append(source.image_hash(index).hex())
+    with contextlib.suppress(UnreadableSample):
+        parts += [f"{column} {text}" for column, text in source.captions(index).items()]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass
+class ShardCheck:
+    """What of a shard can be kept.
+
+    Args:
+        path: of the shard.
+        rows: rows that are neither damaged nor changed in the data set since.
+        skipped: samples noted as not usable that have not changed since.
+        damaged: what is damaged, one message each.
+        changed: what has changed in the data set, one message each.
+    """
+
+    path: Path
+    rows: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def drop_rest(self) -> None:
+        """Remove what cannot be kept from the shard, and the shard if nothing can; raises OSError."""
+        if not self.rows and not self.skipped:
+            self.path.unlink()
+            return
+        shard = Shard(self.path)
+        names = [name for name in shard.bytes if not name.endswith((".shape", ".hash"))]
+        samples = [{name: shard.value(name, row) for name in names} for row in self.rows]
+        write_shard(self.path, samples, {index: shard.skipped[index] for index in self.skipped})
+
+
+class ShardChecks(Dataset):
+    """Compares every value of some shards with its hash, and every sample with the data set; nothing is decoded.
+
+    Args:
+        paths: of the shards.
+        source: the data set.
+        buckets: its images, sorted.
+    """
+
+    def __init__(self, paths: Sequence[Path], source: ListedImages, buckets: Buckets):
+        self.paths, self.source = list(paths), source
+        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # (N, 2), of the bucket; 0 for those in none
+        for size, members in zip(buckets.sizes, buckets.members):
+            self.sizes[np.asarray(members)] = size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> ShardCheck:
+        check = ShardCheck(self.paths[place])
+        try:
+            shard = Shard(check.path)
+        except ValueError as error:
+            check.damaged.append(str(error))
+            return check
+        names = [name for name in shard.bytes if not name.endswith((".shape", ".hash"))]
+        for row, index in enumerate(shard.indices()):
+            try:
+                values = {name: shard.value(name, row) for name in names}
+            except ValueError as error:
+                check.damaged.append(str(error))
+                continue
+            if change := self._change(index, values):
+                check.changed.append(f"sample {index}: {change}")
+            else:
+                check.rows.append(row)
+        for index, (_, _, identity) in shard.skipped.items():
+            if stored_identity(self.source, index) != identity:
+                check.changed.append(f"sample {index}, which could not be used: its image or caption")
+            else:
+                check.skipped.append(index)
+        return check
+
+    def _change(self, index: int, values: Mapping[str, torch.Tensor]) -> str:
+        """What has changed of a sample; empty if nothing has."""
+        try:
+            digest, captions = self.source.image_hash(index), self.source.captions(index)
+        except UnreadableSample as error:
+            return str(error)
+        if not torch.equal(as_tensor(digest), values["image_hash"]):
+            return "its image"
+        if not torch.equal(caption_hashes(captions), values["caption_hash"]):
+            return "its captions"
+        if self.sizes[index].any() and values["size"].tolist() != self.sizes[index].tolist():
+            return f"its bucket, which was {values['size'].tolist()} and is {self.sizes[index].tolist()}"
+        return ""
 
 
 # --- what is to be computed
@@ -230,7 +411,7 @@ class ImagesToEncode(Dataset):
 
     An item is asked for as (index in the source, bucket). It has "index", "size", "image_hash", "upscaled" and
     "caption_hash" as in the table above, "pixels_uint8" (3, H, W) and "captions", the different ones of the sample; or
-    "index" and "skipped", ("unreadable" or "unfit", the reason).
+    "index" and "skipped", ("unreadable" or "unfit", the reason, `stored_identity`).
     """
 
     def __init__(self, source: ListedImages, buckets: Buckets):
@@ -241,21 +422,20 @@ class ImagesToEncode(Dataset):
         try:
             sample = self.source[index]
         except UnreadableSample as error:
-            return {"index": index, "skipped": ("unreadable", str(error))}
+            return {"index": index, "skipped": ("unreadable", str(error), stored_identity(self.source, index))}
         image, size = sample["image"], self.buckets.sizes[bucket]
         misfit = self.buckets.misfit(image.width, image.height, bucket)
         if misfit is not None:
-            return {"index": index, "skipped": ("unfit", misfit)}
+            return {"index": index, "skipped": ("unfit", misfit, stored_identity(self.source, index))}
         pixels_uint8 = centre(image, size)  # (3, H, W)
-        captions = list(dict.fromkeys(sample["captions"].values()))
         return {
             "index": torch.tensor(index),
             "size": torch.tensor(size),
             "image_hash": as_tensor(self.source.image_hash(index)),
             "upscaled": torch.tensor(bool(cover(image.width, image.height, size)[0] > 1)),
-            "caption_hash": torch.stack([caption_hash(caption) for caption in captions]),
+            "caption_hash": caption_hashes(sample["captions"]),
             "pixels_uint8": pixels_uint8,
-            "captions": captions,
+            "captions": different(sample["captions"]),
         }
 
 
@@ -269,51 +449,81 @@ def centre(image: Any, size: tuple[int, int]) -> torch.Tensor:
 
 
 class Shard:
-    """A shard, mapped into memory.
+    """A shard, mapped into memory; its tables are verified when it is opened, its values when they are read.
 
     Attributes:
-        skipped: by place in the data set, ("unreadable" or "unfit", the reason).
+        skipped: by place in the data set, ("unreadable" or "unfit", the reason, `stored_identity`).
         bytes: stored, by tensor.
+        hash: of its tables.
 
     Raises:
         ValueError: if the file is damaged.
     """
 
     def __init__(self, path: Path):
+        self.path = path
         try:
             self.file: Any = safe_open(path, "pt")
-        except (SafetensorError, FileNotFoundError) as error:
+            metadata = self.file.metadata() or {}
+            self.hash: str = metadata.get(HASH_KEY, "")
+            names = self.file.keys()
+            tables = {name: self.file.get_tensor(name) for name in names if _is_table(name)}
+            if not {"skipped", "bytes"} <= metadata.keys() or self.hash != _tables_hash(metadata, tables):
+                raise ValueError("its tables do not match their hash")
+            self.bytes: dict[str, int] = json.loads(metadata["bytes"])
+            if self.bytes.keys() != set(names):
+                raise ValueError(f"it has the tensors {sorted(names)}, not {sorted(self.bytes)}")
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
-                f"The shard {path} of the precomputed data cannot be read ({error}): delete it and start "
-                "training/precompute_prx.py again, which computes what is missing."
+                f"The shard {path} of the precomputed data is damaged or cannot be read ({error}). {RECOMPUTE}"
             ) from error
-        metadata = self.file.metadata()
-        self.skipped: dict[int, tuple[str, str]] = {
+        self.skipped: dict[int, tuple[str, str, str]] = {
             int(index): tuple(why) for index, why in json.loads(metadata["skipped"]).items()
         }
-        self.bytes: dict[str, int] = json.loads(metadata["bytes"])
-        self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # column: shapes, and where each value begins
+        self._indices: list[int] = tables["index"].tolist() if "index" in tables else []
+        self._tables: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}  # see `_table`
 
     def has(self, name: str) -> bool:
-        """Whether there is such a column."""
+        """True if there is such a column."""
         return name in self.bytes
 
     def indices(self) -> list[int]:
         """The places in the data set of its samples."""
-        return self.file.get_tensor("index").tolist() if self.has("index") else []
+        return self._indices
+
+    def _table(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The shapes (n, dimensions) of a column's values, where each begins (n + 1,), and their hashes (n, 16)."""
+        if name not in self._tables:
+            shapes, hashes = self.file.get_tensor(f"{name}.shape"), self.file.get_tensor(f"{name}.hash")
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), shapes.prod(1).cumsum(0)])
+            self._tables[name] = shapes, starts, hashes
+        return self._tables[name]
 
     def value(self, name: str, row: int) -> torch.Tensor:
-        """The value of one sample, copied."""
-        if name not in self._tables:
-            shapes = self.file.get_tensor(f"{name}.shape")  # (n, dimensions)
-            self._tables[name] = shapes, torch.cat([torch.zeros(1, dtype=torch.int64), shapes.prod(1).cumsum(0)])
-        shapes, starts = self._tables[name]
+        """The value of one sample, copied.
+
+        Raises:
+            ValueError: if it is not what was written.
+        """
+        shapes, starts, hashes = self._table(name)
         flat = self.file.get_slice(name)[int(starts[row]) : int(starts[row + 1])]
-        return flat.reshape(shapes[row].tolist()).clone()
+        value = flat.reshape(shapes[row].tolist()).clone()
+        if not torch.equal(value_hash(value), hashes[row]):
+            raise ValueError(
+                f"The shard {self.path} of the precomputed data is damaged: `{name}` of sample {self._indices[row]} "
+                f"does not match its hash. {RECOMPUTE}"
+            )
+        return value
 
 
 # outside of the data set, so that this can be sent to the workers of a loader
-_open_shard = functools.lru_cache(maxsize=OPEN_SHARDS)(Shard)
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open_shard(path: Path, stated: str) -> Shard:
+    """A shard whose hash is the stated one; raises ValueError."""
+    shard = Shard(path)
+    if shard.hash != stated:
+        raise ValueError(f"The shard {path} is not the one that {INDEX_FILE} lists. {RECOMPUTE}")
+    return shard
 
 
 def check_settings(
@@ -384,26 +594,29 @@ class PrecomputedImages:
     def __init__(self, folder: Path | str, settings: dict[str, Any], columns: Sequence[str]):
         self.folder = Path(folder)
         require_complete(self.folder)
-        index = json.loads((self.folder / INDEX_FILE).read_text())
+        try:
+            index = read_hashed_json(self.folder / INDEX_FILE)
+        except ValueError as error:
+            raise ValueError(f"{error} {RECOMPUTE}") from error
         check_settings(index["settings"], settings, self.folder, index["made_from"], OPTIONAL_SETTINGS)
         self.columns = tuple(name for name in columns if name in index["bytes"])
-        self.empty_text = load_file(self.folder / EMPTY_TEXT_FILE)["text"]
+        self.empty_text = read_empty_text(self.folder)
         count = settings["samples"]
-        self.shards = [self.folder / name for name in index["shards"]]
+        self.shards = [(self.folder / name, stated) for name, stated in index["shards"].items()]
         self.skipped: dict[int, tuple[str, str]] = {}
         self.sizes = np.zeros((count, 2), dtype=np.int32)
         self._shard, self._row = np.full(count, -1, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        for number, path in enumerate(self.shards):
-            shard = Shard(path)
+        for number, listed in enumerate(self.shards):
+            shard = _open_shard(*listed)
             indices = shard.indices()
             self._shard[indices], self._row[indices] = number, np.arange(len(indices))
             if indices:
                 self.sizes[indices] = shard.file.get_tensor("size").view(-1, 2).numpy()
-            self.skipped |= shard.skipped
+            self.skipped |= {index: (kind, reason) for index, (kind, reason, _) in shard.skipped.items()}
 
     def value(self, index: int, name: str) -> torch.Tensor:
         """What is stored of one sample, by its place in the data set."""
-        return _open_shard(self.shards[self._shard[index]]).value(name, int(self._row[index]))
+        return _open_shard(*self.shards[self._shard[index]]).value(name, int(self._row[index]))
 
     def caption(self, index: int, caption: str) -> tuple[torch.Tensor, bool]:
         """The embedding (T, E) of a caption of a sample, and whether the limit of tokens has cut it.
@@ -415,7 +628,8 @@ class PrecomputedImages:
         if not len(known):
             raise ValueError(
                 f"The caption of sample {index} is not the one that was embedded in {self.folder}: it was changed, or "
-                f"the data are in another order or have other `caption_column`s. It is now {caption[:80]!r}."
+                f"the data are in another order or have other `caption_column`s. It is now {caption[:80]!r}. "
+                f"{RECOMPUTE}"
             )
         place, lengths = int(known[0]), self.value(index, "text_lengths").tolist()
         start = sum(lengths[:place])
@@ -435,7 +649,7 @@ class PrecomputedImages:
         if not torch.equal(as_tensor(digest), self.value(index, "image_hash")):
             raise ValueError(
                 f"The image of sample {index} is not the one that {self.folder} was made from: the data have "
-                "changed, or are in another order. Precompute them into another `precomputed_dir`."
+                f"changed, or are in another order. {RECOMPUTE}"
             )
         return captions
 
@@ -468,6 +682,8 @@ class PrecomputedImages:
             index = int(readable[place])
             for caption in self.check_sample(source, index).values():
                 self.caption(index, caption)
+            for name in self.columns:
+                self.value(index, name)
 
 
 class PrecomputedSamples(TrainingSamples):

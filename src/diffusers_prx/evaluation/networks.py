@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
+from ..data.files import hash_tensors
+
 NORMALISATION_FILE = "preprocessor_config.json"
 
 # Keys of a model's configuration that say where it was saved, not what it computes.
 NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "transformers_version")
-
-
-def hash_tensors(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Feed names, types, shapes and every byte of some tensors to a hash of hashlib, in the order of their names."""
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(module: Any) -> str:

@@ -136,6 +136,19 @@ class PictureFolder:
         with written_whole(self.path(prompt)) as file:
             PIL.Image.fromarray(image).save(file, format="PNG")
 
+    def has(self, prompt: Prompt) -> bool:
+        """True if there is a picture and all its checksums are right; one that is damaged is drawn again."""
+        path = self.path(prompt)
+        try:
+            with PIL.Image.open(path) as image:
+                image.verify()
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # Pillow raises many kinds
+            logger.warning(f"{path} is damaged ({error}) and is drawn again.")
+            return False
+        return True
+
     def read(self, prompt: Prompt) -> np.ndarray:
         """A picture (H, W, 3), uint8."""
         with PIL.Image.open(self.path(prompt)) as image:
@@ -162,7 +175,7 @@ def draw_missing(
     """
     state = PartialState()
     mine = share_batches(prompts, batch_size, state)
-    missing = [batch for batch in mine if not all(pictures.path(prompt).is_file() for prompt in batch)]
+    missing = [batch for batch in mine if not all(map(pictures.has, batch))]
     title = label if len(missing) == len(mine) else f"{label} ({len(mine) - len(missing)} of {len(mine)} were there)"
     for batch in tqdm(missing, desc=title, unit="batch", disable=not missing):
         indices, texts = zip(*batch)

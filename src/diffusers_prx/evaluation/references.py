@@ -11,12 +11,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
 from diffusers.utils import logging
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.captioned import ListedImages
-from ..data.files import written_whole
+from ..data.files import read_hashed_tensors, write_hashed_tensors
 from ..data.images import UnreadableSample
 from ..data.samples import fit_image
 from .metrics import FeatureDistance
@@ -149,9 +147,9 @@ class ReferenceCache:
         found: list[dict[str, torch.Tensor] | None] = [None]
         if state.is_main_process and path.is_file():
             try:
-                found = [load_file(path)]
-            except SafetensorError as error:
-                logger.warning(f"{path} cannot be read ({error}) and is made anew.")
+                found = [read_hashed_tensors(path)]
+            except ValueError as error:
+                logger.warning(f"{error} The statistics of the reference are computed anew.")
         if found[0] is not None:
             metric.load_reference_state(found[0])
         # every process has to take the same way, whatever its own view of the disk is
@@ -161,5 +159,4 @@ class ReferenceCache:
         """Write what all processes know of the reference, once."""
         state = metric.reference_state()
         if PartialState().is_main_process:
-            with written_whole(self.path(metric, content)) as file:
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+            write_hashed_tensors(self.path(metric, content), state)

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data.files import written_whole
+from ..data.files import read_hashed_tensors, write_hashed_tensors
 from ..models.transformer_prx import rotary_table, rotate
 from .teachers import VisionTeacher
 
@@ -279,7 +278,7 @@ class FeatureCache:
     removed. A sample of 256 patches of width 1024 takes 0.5 MB in bfloat16. The type that the teacher computed in is
     not part of the key.
 
-    A file that cannot be read is computed again, replaced, and counted. Files are written aside and renamed, so any
+    A file that is damaged is computed again, replaced, and counted. Files are written aside and renamed, so any
     number of processes may share the folder.
 
     Args:
@@ -287,7 +286,7 @@ class FeatureCache:
         dtype: torch.bfloat16 or torch.float32, the type that is stored.
 
     Attributes:
-        hits, misses, corrupt: samples read, samples computed, and files that could not be read (they are misses too).
+        hits, misses, corrupt: samples read, samples computed, and damaged files (they are misses too).
 
     Raises:
         ValueError: for another type.
@@ -310,10 +309,10 @@ class FeatureCache:
     def read(self, path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
         """The features (N, E) = `shape` in the stored type, or None if they have to be computed."""
         try:
-            features = load_file(path).get("features")
+            features = read_hashed_tensors(path).get("features")
         except FileNotFoundError:
             return None
-        except SafetensorError:
+        except ValueError:
             features = None
         if features is None or features.shape != shape or features.dtype != self.dtype:
             self.corrupt += 1
@@ -327,8 +326,7 @@ class FeatureCache:
             OSError: if there is no room, or another reason not to.
         """
         try:
-            with written_whole(path) as file:
-                save_file({"features": features.contiguous()}, file)
+            write_hashed_tensors(path, {"features": features})
         except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
             raise OSError(
                 f"Teacher features cannot be kept in {self.folder} (`repa_cache_dir`): {error}. What is there is "

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from ..evaluation.networks import hash_tensors
+from ..data.files import hash_tensors
 from ..pipelines.lora import PRXLoraLoaderMixin
 from .config import TrainingConfig
 

@@ -1,12 +1,12 @@
 """Computing once what frozen networks make of the data: latents, text embeddings, features of a teacher.
 
 `data/precomputed.py` says what a cache looks like. A run from a cache checks, before its first step: that the cache is
-complete and every shard can be read; that all settings below are the same, those of the networks by a hash of their
-weights; the number of samples, and the size in pixels of each; images and captions of `IMAGES_COMPARED` samples. Of
-every sample that it reads it compares the hashes of the stored image and of the caption.
+complete, and the index and the tables of every shard are undamaged; that all settings below are the same, those of the
+networks by a hash of their weights; the number of samples, and the size in pixels of each; images and captions of
+`IMAGES_COMPARED` samples. Of every sample that it reads it compares the hashes of the stored image, of the caption,
+and of every value that comes from the cache. `precompute` compares all of them, and computes anew what differs.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.buckets import Buckets
 from ..data.files import UNFINISHED
 from ..data.precomputed import (
-    EMPTY_TEXT_FILE,
+    INDEX_FILE,
     SETTINGS_FILE,
     ImagesToEncode,
     PrecomputedImages,
+    ShardCheck,
+    ShardChecks,
     ShardWriter,
     check_settings,
     done_samples,
     next_number,
+    read_begun,
+    read_empty_text,
+    shard_files,
     skipped_samples,
     write_empty_text,
     write_index,
@@ -46,6 +52,8 @@ from .stages import Stage, build_stages
 
 SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304
 
+# Messages of each kind that are printed of what is damaged or has changed.
+SHOWN = 5
 # What makes a sample of an image.
 IMAGE_SETTINGS = ("resolution", "aspect_ratio_buckets", "max_aspect_ratio", "max_upscale", "max_crop")
 # Names, which are kept for people and messages: networks are told apart by their weights, data by their content.
@@ -151,6 +159,8 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
     pixels_per_token = outline(cfg).pixels_per_token
     for folder, stages in shared.items():
         _check_shared(folder, stages)
+        if accelerator.is_main_process and shard_files(folder):  # an image may have changed since its size was read
+            stages[0].forget_sizes()
         with accelerator.main_process_first():  # reads the sizes of all images, the others find them
             stages[0].sort(pixels_per_token, accelerator.num_processes)
         assert stages[0].buckets is not None
@@ -199,12 +209,13 @@ def _precompute_folder(
     if accelerator.is_main_process:
         _begin(folder, {"settings": settings, "made_from": {name: getattr(cfg, name) for name in MADE_FROM}})
     accelerator.wait_for_everyone()
-    begun = json.loads((folder / SETTINGS_FILE).read_text())
+    begun = read_begun(folder)
     check_settings(begun["settings"], settings, folder, begun["made_from"])
+    _drop_damaged_and_changed(folder, source, buckets, accelerator, cfg.dataloader_num_workers)
     done, number = done_samples(folder, len(source)), next_number(folder)
     accelerator.wait_for_everyone()  # all have seen the same shards before another is written
 
-    if accelerator.is_main_process and not (folder / EMPTY_TEXT_FILE).is_file():
+    if accelerator.is_main_process and not _has_empty_text(folder):
         with torch.no_grad(), accelerator.autocast():
             write_empty_text(folder, embed_captions([""], nets, cfg)[0][0])
     batches = _batches(buckets, done, cfg.train_batch_size)
@@ -239,6 +250,44 @@ def _precompute_folder(
     if accelerator.is_main_process:
         _check_readable(folder, len(source), cfg)
         print(summary(folder, write_index(folder, begun["settings"], begun["made_from"])))
+
+
+def _drop_damaged_and_changed(
+    folder: Path, source: Any, buckets: Buckets, accelerator: Accelerator, num_workers: int
+) -> None:
+    """Remove from the shards what is damaged, and what has another image, caption or bucket now.
+
+    Every process verifies a share of the shards; the index goes before any of them is changed.
+    """
+    mine = shard_files(folder)[accelerator.process_index :: accelerator.num_processes]
+    checks: list[ShardCheck] = []
+    loader = DataLoader(ShardChecks(mine, source, buckets), batch_size=None, num_workers=num_workers)
+    for check in tqdm(loader, desc=f"verifying {folder}", disable=not mine or not accelerator.is_local_main_process):
+        checks.append(check)
+    checks = [check for check in checks if check.damaged or check.changed]
+    found = gather_object([(check.damaged, check.changed) for check in checks])
+    for title, messages in (
+        ("damaged", [message for damaged, _ in found for message in damaged]),
+        ("changed in the data set since they were computed", [message for _, changed in found for message in changed]),
+    ):
+        if messages:
+            accelerator.print(f"{folder}: {len(messages)} are {title} and are computed anew:")
+            for message in messages[:SHOWN]:
+                accelerator.print(f"  {message}")
+    if found and accelerator.is_main_process:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    for check in checks:
+        check.drop_rest()
+    accelerator.wait_for_everyone()
+
+
+def _has_empty_text(folder: Path) -> bool:
+    try:
+        read_empty_text(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_readable(folder: Path, samples: int, cfg: TrainingConfig) -> None:

@@ -113,9 +113,16 @@ class Stage:
                     raise ValueError(f"Held-out images (`num_validation_samples`): {error}") from error
 
     def _sort(self, source: Any, name: str, sizes: Any, minimum: int, limits: dict[str, float]) -> Buckets:
-        cache = Path(self.cfg.output_dir) / "image_sizes" / f"{name}-{self.first_step}.npy"
+        cache = self._sizes_file(name)
         cache.parent.mkdir(parents=True, exist_ok=True)
         return sort_into_buckets(image_sizes(source, self.cfg.dataloader_num_workers, cache), sizes, minimum, **limits)
+
+    def _sizes_file(self, name: str) -> Path:
+        return Path(self.cfg.output_dir) / "image_sizes" / f"{name}-{self.first_step}.npz"
+
+    def forget_sizes(self) -> None:
+        """Remove the kept sizes of the training images, so that `sort` reads them again."""
+        self._sizes_file("train").unlink(missing_ok=True)
 
     def step_size(self, processes: int) -> int:
         """Samples of an optimizer step, of all processes and micro-batches."""

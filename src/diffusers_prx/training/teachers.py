@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
-from ..evaluation.networks import NOT_COMPUTED, hash_tensors, read_normalisation
+from ..data.files import hash_tensors
+from ..evaluation.networks import NOT_COMPUTED, read_normalisation
 
 # Parts of transformers' models that come after the patch features; checkpoints often lack them.
 AFTER_FEATURES = ("pooler.", "head.")
