@@ -22,7 +22,7 @@ import torch
 import page_parts as parts
 from diffusers_prx.pipelines.check_inputs import DEFAULT_GUIDANCE_SCALE
 from drawing import CONCURRENCY, Update, draw
-from model_cache import CAPACITY, Model, ModelCache, find_loras, find_models
+from model_cache import CAPACITY, Model, ModelCache, find_loras, find_models, print_left_out
 from serving import Page, launch
 from settings import (
     MAX_GUIDANCE,
@@ -319,8 +319,11 @@ def main() -> None:
         # Here ZeroGPU has a CUDA for the main thread alone, and `launch` packs what is on it for the workers. They are
         # forks that are used again: a LoRA is made in each that needs it, and stays there while the worker lives.
         cache = ModelCache(found, find_loras(), capacity=max(CAPACITY, len(found) + 1))
-        for name in found:
-            cache.get(name)
+        for name in list(found):
+            try:
+                cache.get(name)
+            except Exception as error:  # one model that cannot be loaded must not keep the others from being served
+                print_left_out(found.pop(name).source, error)
     launch(build(found, cache))
 
 

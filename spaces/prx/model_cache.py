@@ -32,6 +32,7 @@ HUB_MODELS = ("Photoroom/prx-512-t2i-sft", "Photoroom/prxpixel-t2i")
 # What the page opens on, the first that is there.
 OPENED_FIRST = ("quickstart", "prx-scenes-small")
 CAPACITY = 3  # two models side by side, and one with a LoRA
+MAX_SIDE = 4096  # pixels
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "lora"
 
@@ -59,13 +60,13 @@ def find_models() -> dict[str, Model]:
     `PRX_HUB_MODELS` (with commas), or `HUB_MODELS` where there is a GPU.
     """
     named = os.environ.get("PRX_MODELS")
-    roots = [Path(root) for root in named.split(os.pathsep) if root] if named is not None else []
+    roots = [_path(root) for root in named.split(os.pathsep) if root] if named is not None else []
     if named is None and (REPOSITORY / "pyproject.toml").is_file():  # a Space is this folder alone
         roots = [REPOSITORY / "outputs", REPOSITORY / "model_cards"]
     sources: dict[str, str] = {}
     for root in roots:
-        for folder in [root, *sorted(root.glob("*/"))]:
-            if (folder / "model_index.json").is_file():
+        for folder in [root, *_folders_in(root)]:
+            if os.path.isfile(folder / "model_index.json"):  # False, not an error, in a folder that cannot be read
                 name = folder.name if folder.name not in sources else f"{root.name}/{folder.name}"
                 sources[name] = str(folder)
     hub = os.environ.get("PRX_HUB_MODELS")
@@ -76,9 +77,30 @@ def find_models() -> dict[str, Model]:
     for name in sorted(sources, key=lambda name: OPENED_FIRST.index(name) if name in OPENED_FIRST else 99):
         try:
             models[name] = describe(name, sources[name])
-        except (OSError, ValueError) as error:
-            print(f"Left out {sources[name]}: {error}")
+        except Exception as error:  # one folder that cannot be read must not keep the others from being served
+            print_left_out(sources[name], error)
     return models
+
+
+def _path(text: str) -> Path:
+    """A path with ~ and $NAME in it expanded."""
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def _folders_in(root: Path) -> list[Path]:
+    try:
+        return sorted(folder for folder in root.iterdir() if folder.is_dir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        print_left_out(str(root), error)
+        return []
+
+
+def print_left_out(source: str, error: Exception) -> None:
+    """Name a model that is not offered, and why."""
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    print(f"Left out {source}: {kind}{error}")
 
 
 def describe(name: str, source: str) -> Model:
@@ -89,20 +111,28 @@ def describe(name: str, source: str) -> Model:
 
     Raises:
         OSError: there is none, or the Hub does not answer.
-        ValueError: it is no PRX pipeline.
+        ValueError: it is no PRX pipeline, or what it says of itself makes no sense.
     """
-    config = DiffusionPipeline.load_config(source)
+    try:
+        config = DiffusionPipeline.load_config(source)
+    except (TypeError, AttributeError, RecursionError) as error:  # JSON, but not an object
+        raise ValueError(f"model_index.json is not a JSON object ({error}).") from error
     class_name = config.get("_class_name")
     if class_name not in CLASSES:
-        raise ValueError(f"it holds a {class_name}; accepted are {list(CLASSES)}.")
+        raise ValueError(f"model_index.json states `_class_name` {class_name!r}; accepted: {', '.join(CLASSES)}.")
     side = config.get("default_sample_size") or getattr(diffusers_prx, class_name).default_resolution
+    if type(side) is not int or not 1 <= side <= MAX_SIDE:
+        raise ValueError(
+            f"model_index.json states `default_sample_size` {side!r}; accepted: a whole number of pixels, "
+            f"1 to {MAX_SIDE}."
+        )
     sizes = [size_name(*size) for size in RESOLUTION_BINS.get(side, {"1.0": (side, side)}).values()]
     return Model(name, source, class_name, tuple(sizes), size_name(side, side))
 
 
 def find_loras() -> dict[str, Path]:
     """LoRA files by name, in `PRX_LORAS` or loras/ beside this file: *.safetensors, or folders with `LORA_FILE`."""
-    root = Path(os.environ.get("PRX_LORAS") or HERE / "loras")
+    root = _path(os.environ.get("PRX_LORAS") or str(HERE / "loras"))
     files = {file.stem: file for file in sorted(root.glob("*.safetensors"))}
     return files | {file.parent.name: file for file in sorted(root.glob(f"*/{LORA_FILE}"))}
 

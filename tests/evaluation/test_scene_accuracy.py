@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import runs
-from diffusers_prx.data.scenes import LEVELS, SPLITS, ScenesDataset, render_scene
+from diffusers_prx.data.scenes import LEVELS, SPLITS, ScenesDataset
 from diffusers_prx.evaluation.pictures import pipeline_draw
 from diffusers_prx.evaluation.scene_accuracy import grade_scenes, scene_report
-from diffusers_prx.evaluation.sheets import scene_sheet
+from diffusers_prx.evaluation.sheets import pair_sheet, scene_sheet
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 
 RESOLUTION = {name: level.min_resolution for name, level in LEVELS.items()}
@@ -100,9 +102,42 @@ def test_the_pipeline_as_a_drawer():
     assert torch.is_grad_enabled()
 
 
-def test_the_sheet_of_pictures(tmp_path):
-    scenes = ScenesDataset("easy", 32, 0)
-    graded = grade(perfect("easy"), "easy", "heldout", 5)
-    graded[0] = dataclasses.replace(graded[0], right=False, image=np.asarray(render_scene(scenes[0]["scene"], 64)))
-    scene_sheet(graded, "title", tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").stat().st_size > 5000
+def titles_and_labels(monkeypatch):
+    """What is written on the sheets that are drawn from here on: titles and labels below."""
+    written: list[tuple[str, str]] = []
+    savefig = matplotlib.figure.Figure.savefig
+
+    def seen(figure, path, **options):
+        written.extend((axes.get_title(), axes.get_xlabel()) for axes in figure.axes)
+        savefig(figure, path, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
+    return written
+
+
+def test_the_sheet_says_what_was_read_instead(tmp_path, monkeypatch):
+    written = titles_and_labels(monkeypatch)
+    draw = perfect("easy")
+    scenes = ScenesDataset("easy", 32, 1, "heldout", "long", 5)
+    images = draw([scenes[index]["caption"] for index in range(5)])
+    images[0] = images[1]
+    scene_sheet(grade_scenes(images, "easy", "heldout", 1, 5, "long"), "title", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 500
+    thing = scenes[1]["scene"].objects[0]
+    assert written[0][0].endswith("[wrong]")
+    read = " ".join(written[0][1].split())
+    assert read.startswith("read: ")
+    assert f"{thing.size} {thing.colour} {thing.shape} at the " in read
+    assert [label for _, label in written[1:]] == [""] * 4
+
+
+def test_a_caption_is_drawn_as_text(tmp_path, monkeypatch):
+    """matplotlib takes what stands between two dollars for a formula, and fails on one that is wrong."""
+    written = titles_and_labels(monkeypatch)
+    text = r"price $\frac{1$ and $x$"
+    (graded,) = grade(perfect("easy"), "easy", "heldout", 1)
+    graded = dataclasses.replace(graded, prompt=text, right=False, read_instead=text)
+    scene_sheet([graded], text, tmp_path / "sheet.png")
+    pair_sheet([(text, graded.image, graded.image)], text, tmp_path / "pairs.png")
+    assert [title.split("\n")[0] for title, _ in written] == [text, text, ""]

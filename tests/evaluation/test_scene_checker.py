@@ -16,7 +16,7 @@ from diffusers_prx.data.scenes import (
     render_scene,
     sample_scene,
 )
-from diffusers_prx.evaluation.scene_checker import UNKNOWN, attributes_right, read_scene, scene_matches
+from diffusers_prx.evaluation.scene_checker import UNKNOWN, attributes_right, read_instead, read_scene, scene_matches
 
 
 def as_jpeg(image):
@@ -210,6 +210,32 @@ def test_shuffled_prompts_are_at_chance(level):
         assert sum(scene_matches(a, b, caption) for a, b in zip(found, shuffled)) <= 2
     shares = [attributes_right(a, b)["colour"] for a, b in zip(found, shuffled)]
     assert np.mean(shares) < 0.4
+
+
+def test_what_was_read_instead_is_said():
+    red = SceneObject("circle", "red", "small", "plain", (0, 0))
+    pink = SceneObject("square", "pink", "large", "plain", (1, 1))
+    wanted = Scene("easy", "black", (red, pink))
+
+    def said(background, *objects, caption="long"):
+        return read_instead(Scene("easy", background, objects), wanted, caption)
+
+    assert said("black", pink, red) == ""
+    assert said("white", red, pink) == "white background"
+    assert said("black", red) == "nothing at the bottom right"
+    moved = replace(pink, place=(0, 1))
+    assert said("black", red, moved) == "large pink square at the top right, nothing at the bottom right"
+    assert said("black", red, replace(pink, size="small")) == "small pink square at the bottom right"
+    blob = SceneObject(UNKNOWN, "red", UNKNOWN, UNKNOWN, (0, 0))
+    assert said("black", blob, pink) == "red unknown shape at the top left"
+    assert said("black", replace(red, colour=UNKNOWN), pink) == "small unknown-color circle at the top left"
+    assert said(UNKNOWN).startswith("no scene")
+    assert said("white", red, caption="short") == ""
+    assert said("white", pink, caption="short") == "nothing at the top left"
+    assert said("white", blob, pink, caption="short") == "red unknown shape at the top left"
+    striped = Scene("medium", "grey", (SceneObject("star", "cyan", "large", "striped", (1, 1)),))
+    plain = replace(striped, objects=(replace(striped.objects[0], texture="plain"),))
+    assert read_instead(striped, plain) == "large striped cyan star in the centre"
 
 
 def test_arrays_and_pictures_are_read_alike():

@@ -406,6 +406,25 @@ def test_the_html_needs_nothing_else(reported):
         assert sheet.convert("RGB").getpixel((sheet.width - 10, 30)) == (255, 0, 0)
 
 
+def test_names_of_a_study_are_drawn_as_text(tmp_path):
+    """matplotlib takes what stands between two dollars for a formula, and fails on one that is wrong."""
+    name = r"price $\frac{1$"
+    finding = {"text": "It helps.", "arm": name, "expected": "better"}
+    values = study_values()
+    study = save_study(
+        tmp_path,
+        metrics={"score": {"better": "higher", "label": name}},
+        arms={"baseline": values["arms"]["baseline"], name: values["arms"]["good"]},
+        findings={name: finding},
+    )
+    register(study, tmp_path / "report", "2026-01-01", "abc")
+    for seed in (1, 2, 3):
+        save_run(tmp_path / "report", "baseline", seed, 0.5 + 0.01 * seed, 8.0)
+        save_run(tmp_path / "report", name, seed, 0.6 + 0.012 * seed, 6.0)
+    write_report(study, tmp_path / "report")
+    assert len(list((tmp_path / "report" / "pictures").iterdir())) == 3
+
+
 def test_a_plan_that_changed_and_settings_that_differ_are_told(tmp_path):
     study, report_dir = save_study(tmp_path), tmp_path / "report"
     with pytest.raises(ValueError, match=r"has no plan\.json"):

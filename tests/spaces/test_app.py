@@ -1,23 +1,29 @@
 """The served page, asked by programs: pictures, sentences for errors, no way to other files, an end to the work."""
 
+import asyncio
 import http.client
 import io
 import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import threading
 import time
+import tracemalloc
 import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -182,10 +188,172 @@ def test_no_file_outside_can_be_read(port, model_folder, path):
             assert b"_class_name" not in body
 
 
-def test_nothing_can_be_uploaded(port):
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
-    status, _ = get(port, "/gradio_api/upload", "POST", body, {"Content-Type": "multipart/form-data; boundary=x"})
-    assert status >= 400
+def sentence(answer: tuple[int, bytes]) -> tuple[int, str]:
+    """Status and sentence of a refusal, as JSON has it."""
+    status, body = answer
+    values = json.loads(body)
+    said = values.get("detail") or values.get("error")
+    assert isinstance(said, str), body
+    assert re.fullmatch("[A-Z0-9`].{15,}", said), body
+    return status, said
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+FILE = b'--x\r\nContent-Disposition: form-data; name="files"; filename="%d.txt"\r\n\r\nx\r\n'
+
+
+@pytest.mark.parametrize("path", ["upload", "upload?upload_id=1", "component_server", "process_recording"])
+def test_nothing_can_be_uploaded(port, path):
+    for count in (1, 900):
+        body = b"".join(FILE % number for number in range(count)) + b"--x--\r\n"
+        assert sentence(get(port, f"/gradio_api/{path}", "POST", body, FORM))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/monitoring", "/monitoring/", "/monitoring/summary", "/monitoring/key", "/gradio_api/dev/reload",
+        "/gradio_api/deep_link?session_hash=s", "/gradio_api/%64eep_link?session_hash=s", "/gradio_api/proxy=http://x",
+        "/gradio_api/upload_progress?upload_id=x", "/gradio_api/stream/a/b/1/playlist-file",
+    ],
+)  # fmt: skip
+def test_what_only_gradio_needs_is_off(port, path):
+    assert sentence(get(port, path))[0] == 404
+
+
+def limits(page=None):
+    """The middleware around an application that answers with the body it was given."""
+    received: list[bytes] = []
+
+    async def echo(scope, receive, send):
+        received.append((await receive())["body"])
+        await JSONResponse({})(scope, receive, send)
+
+    return serving.RequestLimits(echo, page or SimpleNamespace(fns={})), received
+
+
+def post_parts(app, path: str, parts) -> tuple[int, bytes]:
+    """Status and body of the answer to a body that arrives in parts, whatever its headers state."""
+    rest, sent = iter(parts), []
+
+    async def receive():
+        part = next(rest, None)
+        return {"type": "http.request", "body": part or b"", "more_body": part is not None}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_a_body_is_counted_while_it_is_read():
+    """A sender may state no length, or a wrong one."""
+    limited, received = limits()
+    largest = b'{"data": ["%s"]}' % (b"x" * (serving.MAX_BODY - 14))
+    assert len(largest) == serving.MAX_BODY
+    for sent in ([largest], [largest[:1000], b"", largest[1000:]]):
+        assert post_parts(limited, "/gradio_api/call/draw", sent)[0] == 200
+        assert received.pop() == largest
+    for sent in ([largest + b" "], [largest, b" "], [largest, b"", *[b"x" * 2**16] * 100]):
+        assert sentence(post_parts(limited, "/gradio_api/call/draw", sent))[0] == 413
+    assert received == []
+
+
+def test_a_long_body_is_not_kept():
+    limited, _ = limits()
+    tracemalloc.start()
+    try:
+        status, _ = post_parts(limited, "/gradio_api/queue/join", (b"x" * 2**20 for _ in range(40)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert status == 413
+    assert peak < 5 * 2**20
+
+
+def test_what_is_too_long_is_not_kept_by_the_page(served):
+    port, _, page = served
+    text = "x" * 3_000_000 + "\N{GRINNING FACE}"
+    body = {"data": [text, text, *slow()[2:]], "fn_index": 2, "session_hash": "long"}
+    for ascii_only in (True, False):
+        sent = json.dumps(body, ensure_ascii=ascii_only).encode()
+        assert sentence(get(port, "/gradio_api/queue/join", "POST", sent, JSON))[0] == 413
+    assert "long" not in page.state_holder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fn_index": -1}, {"fn_index": 999}, {"fn_index": 10**30}, {"fn_index": True}, {"fn_index": None},
+        {"fn_index": "2"}, {"fn_index": 2.5}, {"fn_index": [2]}, {"session_hash": 3}, {"session_hash": ""},
+        {"session_hash": "x" * 65}, {"session_hash": "\ud800"}, {"session_hash": None}, {"data": None},
+        {"data": "abc"},
+    ],
+)  # fmt: skip
+def test_a_join_that_does_not_fit_is_a_sentence(served, change):
+    port, _, _ = served
+    body = {"data": slow(), "fn_index": 2, "session_hash": "abc"} | change
+    status, _ = sentence(get(port, "/gradio_api/queue/join", "POST", json.dumps(body).encode(), JSON))
+    assert status in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("queue/join", b"[" * 60_000), ("queue/join", b"\xff"), ("queue/join", b"[]"), ("queue/join", b""),
+        ("cancel", b"{}"), ("reset", b"{}"), ("call/draw", b"{}"), ("call/nothing", b'{"data": []}'),
+        ("call/draw", b'{"data": [], "session_hash": "abc"}'), ("call/v2/draw", b"{}"),
+        ("call/v2/draw", b'{"colour": 3}'), ("call/v2/nothing", b"{}"), ("run/draw", b'{"data": []}'),
+        ("run/nothing", b'{"data": []}'), ("vibe-edit", b"{}"), ("nothing", b"{}"), ("stream/x", b"{}"),
+    ],
+)  # fmt: skip
+def test_a_request_that_does_not_fit_is_a_sentence(port, path, body):
+    assert 400 <= sentence(get(port, f"/gradio_api/{path}", "POST", body, JSON))[0] < 500
+
+
+def test_every_function_of_the_page_answers_nonsense_in_a_sentence(served):
+    port, _, page = served
+    for index, function in page.fns.items():
+        for value in ("zzz", 99, None, [], {}, {"path": "/etc/passwd"}):
+            for count in {0, len(function.inputs)}:
+                body = {"data": [value] * count, "fn_index": index, "session_hash": "odd", "event_data": value}
+                answer = get(port, "/gradio_api/run/predict", "POST", json.dumps(body).encode(), JSON)
+                assert answer[0] == 200 or sentence(answer)[0] in (400, 404), (function.name, value)
+
+
+def test_results_that_nobody_reads_are_bounded(served):
+    """gradio keeps what a session asked for until somebody reads it."""
+    _, _, page = served
+    limited, received = limits(page)
+    client = TestClient(limited)
+    index = next(index for index, fn in page.fns.items() if fn.api_name == "draw")
+    body = {"data": [], "fn_index": index, "session_hash": "unread"}
+    joins = [client.post("/gradio_api/queue/join", json=body).status_code for _ in range(serving.MAX_UNREAD + 2)]
+    assert joins == [200] * serving.MAX_UNREAD + [429] * 2
+    assert len(received) == serving.MAX_UNREAD
+    assert client.post("/gradio_api/queue/join", json=body | {"session_hash": "another"}).status_code == 200
+
+
+def test_who_reads_may_ask_again(served):
+    _, _, page = served
+    index = next(index for index, fn in page.fns.items() if fn.api_name == "draw")
+    body = {"data": [], "fn_index": index, "session_hash": "read"}
+    answers: list[int] = []
+
+    async def joins_while_it_is_read(scope, receive, send):
+        if scope["path"] == "/gradio_api/queue/data":
+            inner = httpx.AsyncClient(transport=httpx.ASGITransport(limited), base_url="http://test")
+            async with inner:
+                for _ in range(serving.MAX_UNREAD + 2):
+                    answers.append((await inner.post("/gradio_api/queue/join", json=body)).status_code)
+        await JSONResponse({})(scope, receive, send)
+
+    limited = serving.RequestLimits(joins_while_it_is_read, page)
+    TestClient(limited).get("/gradio_api/queue/data", params={"session_hash": "read"})
+    assert answers == [200] * (serving.MAX_UNREAD + 2)
+    assert not limited._readers
 
 
 def test_the_page_asks_no_other_host_and_keeps_no_history(served):
@@ -369,6 +537,21 @@ def test_on_zero_gpu_models_are_loaded_before_the_page_is_served(model_folder, m
         assert answer.kind == "answered", answer.said
     page.close()
     assert sorted(loaded) == [("latents", zero), ("pixels", zero)]
+
+
+def test_on_zero_gpu_a_model_that_cannot_be_loaded_is_left_out(model_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model_folder, tmp_path / "models")
+    for file in (tmp_path / "models" / "latents" / "transformer").glob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    served: list = []
+    monkeypatch.setenv("PRX_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.setattr(app, "GPU", zero_gpu)
+    monkeypatch.setattr(app, "launch", served.append)
+    app.main()
+    assert f"Left out {tmp_path / 'models' / 'latents'}: " in capsys.readouterr().out
+    (choice,) = (block for block in served[0].blocks.values() if getattr(block, "label", "") == "Model")
+    assert [name for name, _ in choice.choices] == ["pixels"]
 
 
 class Failing(PRXTransformer2DModel):

@@ -37,6 +37,50 @@ def test_models_are_the_folders_with_a_pipeline(tmp_path, monkeypatch, capsys):
     assert len(models["quickstart"].sizes) == len(RESOLUTION_BINS[512])
 
 
+BROKEN = {
+    "null": "null",
+    "list": "[]",
+    "text": '"PRXPipeline"',
+    "number": "3",
+    "empty": "",
+    "cut": '{"_class_name": "PRXPipeline"',
+    "nested": "[" * 100_000,
+    "class": '{"_class_name": ["PRXPipeline"]}',
+    "side_list": '{"_class_name": "PRXPipeline", "default_sample_size": [32]}',
+    "side_text": '{"_class_name": "PRXPipeline", "default_sample_size": "32"}',
+    "side_true": '{"_class_name": "PRXPipeline", "default_sample_size": true}',
+    "side_large": '{"_class_name": "PRXPipeline", "default_sample_size": 1000000}',
+    "side_negative": '{"_class_name": "PRXPipeline", "default_sample_size": -32}',
+}
+
+
+def test_broken_folders_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    for name, text in BROKEN.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(text)
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "model_index.json").write_bytes(bytes(range(256)))
+    write_index(tmp_path / "good", default_sample_size=32)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PRX_MODELS", f"{tmp_path}:{tmp_path / 'file'}:{tmp_path / 'loop'}")
+    assert list(find_models()) == ["good"]
+    told = capsys.readouterr().out.splitlines()
+    for name in [*BROKEN, "binary", "loop", "file"]:
+        (line,) = (line for line in told if line.startswith(f"Left out {tmp_path / name}: "))
+        assert len(line) < 500
+    assert "default_sample_size" in next(line for line in told if "side_list" in line)
+
+
+def test_home_and_variables_are_expanded(tmp_path, monkeypatch):
+    write_index(tmp_path / "models" / "good", default_sample_size=32)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PRX_HUB_MODELS", "")
+    for named in ("~/models", "$HOME/models"):
+        monkeypatch.setenv("PRX_MODELS", named)
+        assert list(find_models()) == ["good"]
+
+
 def test_without_a_setting_the_repositorys_own_folders_are_searched(tmp_path, monkeypatch):
     monkeypatch.delenv("PRX_MODELS", raising=False)
     monkeypatch.delenv("PRX_HUB_MODELS", raising=False)

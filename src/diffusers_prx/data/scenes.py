@@ -349,6 +349,11 @@ def _place_phrases(place: tuple[int, int], grid: tuple[int, int]) -> tuple[str, 
     )
 
 
+def place_name(place: tuple[int, int], level: str) -> str:
+    """Name a place of a level's grid in words: "at the top left"."""
+    return _place_phrases(place, get_level(level).grid)[0]
+
+
 def _capital(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 

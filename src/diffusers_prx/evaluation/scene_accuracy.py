@@ -6,17 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.scenes import BACKGROUNDS, Scene, ScenesDataset, get_level
-from .scene_checker import attributes_right, read_scene, scene_matches
+from .scene_checker import attributes_right, read_instead, read_scene, scene_matches
 
 
 @dataclass
 class GradedScene:
-    """One prompt, the picture drawn for it, and whether everything that the prompt states is in it."""
+    """One prompt, the picture drawn for it, and what was read from the picture.
+
+    `right` is true if everything that the prompt states was read; `read_instead` says what was read where it was not.
+    """
 
     prompt: str
     wanted: Scene
     image: np.ndarray
     right: bool
+    read_instead: str = ""
 
 
 def grade_scenes(
@@ -33,10 +37,12 @@ def grade_scenes(
     scenes = ScenesDataset(level, resolution, seed, split=split, caption=caption, size=num_prompts)
     prompts = [scenes[index]["caption"] for index in range(num_prompts)]
     wanted = [scenes[index]["scene"] for index in range(num_prompts)]
-    return [
-        GradedScene(prompt, scene, image, scene_matches(read_scene(image, level), scene, caption))
-        for prompt, scene, image in zip(prompts, wanted, images, strict=True)
-    ]
+    graded = []
+    for prompt, scene, image in zip(prompts, wanted, images, strict=True):
+        found = read_scene(image, level)
+        right = scene_matches(found, scene, caption)
+        graded.append(GradedScene(prompt, scene, image, right, read_instead(found, scene, caption)))
+    return graded
 
 
 def scene_report(

@@ -21,6 +21,7 @@ from ..data.scenes import (
     get_level,
     object_mask,
     one_of,
+    place_name,
     relation_between,
 )
 
@@ -177,6 +178,49 @@ def scene_matches(found: Scene, wanted: Scene, caption: str = "long") -> bool:
     if one_of("caption", caption, CAPTIONS) == "short":
         return wanted.objects[0] in found.objects
     return found.background == wanted.background and set(found.objects) == set(wanted.objects)
+
+
+def _described(thing: SceneObject, level: str) -> str:
+    """An object in words, "small pink square at the top left"; what is unknown is called so."""
+    size = "" if thing.size == UNKNOWN else thing.size
+    texture = "" if thing.texture in ("plain", UNKNOWN) else thing.texture
+    colour = "unknown-color" if thing.colour == UNKNOWN else thing.colour
+    shape = "unknown shape" if thing.shape == UNKNOWN else thing.shape
+    return " ".join(filter(None, (size, texture, colour, shape, place_name(thing.place, level))))
+
+
+def read_instead(found: Scene, wanted: Scene, caption: str = "long") -> str:
+    """Say what was read in place of what was asked: "small pink square at the top left, black background".
+
+    Args:
+        found: scene that was read from a picture.
+        wanted: scene that was asked for.
+        caption: kind of the caption that asked for it, "long" or "short" (which states the first object only).
+
+    Returns:
+        The objects that were not asked for, the places where an object is missing, and the background if it is
+        another one; an empty string if `scene_matches`.
+
+    Raises:
+        ValueError: unknown caption kind, or scenes of different levels.
+    """
+    if scene_matches(found, wanted, caption):
+        return ""
+    if found.background == UNKNOWN:
+        return "no scene (no background of the level, or noise)"
+    if caption == "short":
+        missing = wanted.objects[0]
+        extra = [thing for thing in found.objects if thing.place == missing.place]
+        missing_places = [missing.place]
+    else:
+        extra = [thing for thing in found.objects if thing not in wanted.objects]
+        missing_places = [thing.place for thing in wanted.objects if thing not in found.objects]
+    filled = {thing.place for thing in extra}
+    parts = [_described(thing, found.level) for thing in extra]
+    parts += [f"nothing {place_name(place, found.level)}" for place in missing_places if place not in filled]
+    if caption == "long" and found.background != wanted.background:
+        parts.append(f"{found.background} background")
+    return ", ".join(parts)
 
 
 def attributes_right(found: Scene, wanted: Scene) -> dict[str, float]:

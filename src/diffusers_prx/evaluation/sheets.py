@@ -33,15 +33,23 @@ def pictures_of_grid(grid: PIL.Image.Image, count: int) -> list[PIL.Image.Image]
 
 
 def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int = 4) -> None:
-    """A sheet of graded pictures, each under its prompt; a green frame is right, a red one is not."""
+    """Draw a sheet of graded pictures, each under its prompt.
+
+    A green frame is right, a red one is wrong; under a wrong picture stands what was read in place of what was asked.
+    """
     rows = -(-len(graded) // columns)
     figure = matplotlib.figure.Figure(figsize=(2.6 * columns, 3.0 * rows + 0.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for place, scene in enumerate(graded):
         axes = figure.add_subplot(rows, columns, place + 1, xticks=[], yticks=[])
         axes.imshow(scene.image, interpolation="nearest")
         verdict, colour = ("right", RIGHT) if scene.right else ("wrong", WRONG)
-        axes.set_title(f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]", fontsize=6.5, color=colour)
+        text = f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]"
+        axes.set_title(text, fontsize=6.5, color=colour, parse_math=False)
+        if not scene.right:
+            axes.set_xlabel(
+                textwrap.fill(f"read: {scene.read_instead}", 44), fontsize=6.5, color=colour, parse_math=False
+            )
         for spine in axes.spines.values():
             spine.set(color=colour, linewidth=3)
     figure.savefig(path, dpi=130)
@@ -57,14 +65,14 @@ def pair_sheet(pairs: Sequence[tuple[str, np.ndarray | None, np.ndarray]], title
     """
     columns = len(pairs)
     figure = matplotlib.figure.Figure(figsize=(2.1 * columns, 5.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for place, (prompt, *images) in enumerate(pairs):
         for row, (label, image) in enumerate(zip(("reference", "generated"), images)):
             axes = figure.add_subplot(2, columns, row * columns + place + 1, xticks=[], yticks=[])
             if image is not None:
                 axes.imshow(image, interpolation="nearest")
             if row == 0:
-                axes.set_title(textwrap.fill(textwrap.shorten(prompt, 150), 34), fontsize=6.5)
+                axes.set_title(textwrap.fill(textwrap.shorten(prompt, 150), 34), fontsize=6.5, parse_math=False)
             if place == 0:
                 axes.set_ylabel(label, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -330,7 +330,7 @@ def curves_picture(results: Results, path: Path) -> bool:
     figure = matplotlib.figure.Figure(figsize=(3.4 * columns, 2.5 * height), layout="constrained")
     for place, row in enumerate(rows):
         axes = figure.add_subplot(height, columns, place + 1, yscale="log")
-        axes.set_title(row.name, fontsize=9)
+        axes.set_title(row.name, fontsize=9, parse_math=False)
         axes.tick_params(labelsize=7, which="both")
         axes.grid(alpha=0.3)
         for arm, colour in ((row.finding.reference, REFERENCE_COLOUR), (row.finding.arm, ARM_COLOUR)):
@@ -342,7 +342,8 @@ def curves_picture(results: Results, path: Path) -> bool:
                 axes.plot(
                     [s for s, _ in same[0]], np.mean([[v for _, v in c] for c in same], 0), color=colour, label=arm
                 )
-        axes.legend(fontsize=7, frameon=False)
+        for text in axes.legend(fontsize=7, frameon=False).get_texts():
+            text.set_parse_math(False)
     figure.supxlabel("optimizer step", fontsize=9)
     figure.supylabel("loss on held-out images (logarithmic)", fontsize=9)
     figure.savefig(path, dpi=90)
@@ -372,10 +373,10 @@ def differences_picture(results: Results, path: Path) -> bool:
                 axes.plot([difference.low, difference.high], [y, y], color=colour, lw=2)
             axes.plot(difference.mean, y, "o", color=colour, ms=5)
             axes.plot(list(difference.per_seed.values()), [y] * difference.n, "|", color=colour, ms=7, alpha=0.6)
-        axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8)
+        axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8, parse_math=False)
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.tick_params(axis="x", labelsize=8)
-        axes.set_title(f"difference of {label}; {rows[0].better} is better", fontsize=9)
+        axes.set_title(f"difference of {label}; {rows[0].better} is better", fontsize=9, parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=90)
     return True
