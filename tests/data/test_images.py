@@ -1,15 +1,18 @@
 """From all kinds of picture files to RGB, and what becomes of the broken ones."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
+import PIL.PngImagePlugin
 import pytest
 
-from diffusers_prx.data.images import UnreadableSample, image_endings, image_size, image_value, read_image
+from diffusers_prx.data.images import UnreadableSample, image_endings, image_hash, image_size, image_value, read_image
 
 RED = (250, 10, 20)
 
@@ -76,6 +79,87 @@ def test_the_orientation_that_a_camera_wrote(orientation, kind):
     data = encode(stored, kind, exif=exif, **({"quality": 100, "subsampling": 0} if kind == "jpeg" else {}))
     assert np.abs(np.asarray(read_image(data)).astype(int) - np.asarray(upright)).max() <= 3
     assert image_size(data) == (24, 16)
+
+
+def number(value: float) -> bytes:
+    return struct.pack(">i", round(value * 65536))
+
+
+def icc_profile(red: tuple, green: tuple, blue: tuple) -> bytes:
+    """An ICC profile with the primaries in XYZ (D50) and the curve of sRGB, written by its specification."""
+    curve = b"para\0\0\0\0\0\3\0\0" + b"".join(map(number, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 78, b"cprt": b"text\0\0\0\0x\0\0\0"}
+    for name, value in ((b"wtpt", (0.9642, 1, 0.8249)), (b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue)):
+        tags[name] = b"XYZ \0\0\0\0" + b"".join(map(number, value))
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(value))
+        body += value
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s28x", 128 + len(table + body), 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp"
+    )
+    return (header + b"".join(map(number, (0.9642, 1, 0.8249)))).ljust(128, b"\0") + table + body
+
+
+DISPLAY_P3 = icc_profile((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "avif"])
+def test_colors_of_an_icc_profile_are_converted(kind):
+    options = {"lossless": True} if kind == "webp" else {"quality": 100, "subsampling": 0} if kind == "jpeg" else {}
+    stored = PIL.Image.new("RGB", (16, 16), (230, 60, 40))
+    found = read_image(encode(stored, kind, icc_profile=DISPLAY_P3, **options))
+    assert np.abs(np.subtract(found.getpixel((3, 3)), (250, 31, 14))).max() <= (1 if kind in ("png", "tiff") else 4)
+
+
+def test_colors_of_transparent_palette_and_gray_pictures_are_converted():
+    palette = PIL.Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 255, 0, 230, 60, 40])
+    palette.paste(0, (0, 0, 4, 8))
+    rgba = two_halves((230, 60, 40, 0), (230, 60, 40, 255), "RGBA")
+    half = two_halves((230, 60, 40, 255), (230, 60, 40, 128), "RGBA")
+    for image, options in ((palette, {"transparency": 0}), (rgba, {}), (half, {})):
+        found = read_image(encode(image, "png", icc_profile=DISPLAY_P3, **options))
+        left, right = found.getpixel((1, 1)), found.getpixel((6, 6))
+        assert left == ((250, 31, 14) if image is half else (255, 255, 255))
+        assert right == ((252, 143, 134) if image is half else (250, 31, 14))
+    gray = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("XYZ")).tobytes()
+    image = PIL.Image.new("L", (8, 8), 77)
+    for profile in (DISPLAY_P3, gray):  # of another color model
+        assert read_image(encode(image, "png", icc_profile=profile)).getpixel((1, 1)) == (77, 77, 77)
+
+
+def test_srgb_and_broken_profiles_change_no_pixel():
+    image = PIL.Image.fromarray(NOISE)
+    srgb = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    own = icc_profile((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+    for profile in (srgb, own, b"", b"no profile" * 30, DISPLAY_P3[:200], DISPLAY_P3[:-60]):
+        assert read_image(encode(image, "png", icc_profile=profile)).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("kind", ["zip", "text", "itxt"])
+def test_a_png_with_much_text_is_read(kind, behind):
+    texts = PIL.PngImagePlugin.PngInfo()
+    for place in range(1 if kind == "zip" else 70):
+        if kind == "itxt":
+            texts.add_itxt(f"workflow {place}", "x" * 1_000_000, zip=True)
+        else:
+            texts.add_text(f"workflow {place}", "x" * 1_500_000, zip=kind == "zip")
+    image = PIL.Image.fromarray(NOISE).resize((24, 16))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    data = encode(image, "png", pnginfo=texts, exif=exif)
+    if behind:
+        chunks, place = [], 8
+        while place < len(data):
+            chunks.append(data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")])
+            place += len(chunks[-1])
+        text = [chunk for chunk in chunks if chunk[4:8] in (b"tEXt", b"zTXt", b"iTXt")]
+        data = data[:8] + b"".join([chunk for chunk in chunks[:-1] if chunk not in text] + text + chunks[-1:])
+    assert read_image(data).tobytes() == image.transpose(PIL.Image.Transpose.ROTATE_270).tobytes()
+    assert image_size(data) == (16, 24)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
@@ -146,6 +230,27 @@ def test_a_size_needs_the_header_only():
             image_size(BROKEN[kind])
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_formats_that_start_other_programs_are_refused():
+    with PIL.Image.open(io.BytesIO(EPS)) as opened:  # Pillow by itself takes it
+        assert opened.format == "EPS"
+    for read in (read_image, image_size):
+        with pytest.raises(UnreadableSample, match="none of the formats that are read"):
+            read(EPS)
+
+
+def test_fifos_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path in (str(tmp_path / "a.png"), f"file://{tmp_path}/a.png", "/dev/zero", str(tmp_path)):
+        for read in (read_image, image_size):
+            with pytest.raises(UnreadableSample, match="is not a regular file"):
+                read(path)
+        with pytest.raises(OSError, match="is not a regular file"):
+            image_hash(path)
+
+
 def test_a_file_that_is_gone_is_unreadable():
     with pytest.raises(UnreadableSample, match="FileNotFoundError"):
         read_image(str(Path("nowhere.png")))
@@ -160,4 +265,4 @@ def test_cells_of_an_image_column():
 
 def test_endings_are_those_of_pictures():
     assert {"jpg", "jpeg", "png", "webp", "gif", "tiff"} <= image_endings()
-    assert not image_endings() & {"txt", "json", "pdf", "npy"}
+    assert not image_endings() & {"txt", "json", "pdf", "npy", "eps", "ps", "psd"}

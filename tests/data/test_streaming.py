@@ -288,9 +288,9 @@ def test_a_checkpoint_of_another_layout_is_refused(shards):
 def test_columns_and_weights_that_do_not_fit_are_refused(tmp_path):
     paths = write_parquets(tmp_path / "p", [2])
     rows = datasets.load_dataset("parquet", data_files=paths, split="train", streaming=True)
-    with pytest.raises(ValueError, match=r"`image_column` is 'image', but photos has \['photo', 'text'\]"):
+    with pytest.raises(ValueError, match=r"`image_column` is 'image'; .* has 'photo', 'text'"):
         HubShards(rows, "image", ["text"], "photos")
-    with pytest.raises(ValueError, match=r"`caption_column` is 'long', but photos has \['photo', 'text'\]"):
+    with pytest.raises(ValueError, match=r"`caption_column` is 'long'; .* has 'photo', 'text'"):
         HubShards(rows, "photo", ["text", "long"], "photos")
     shards = HubShards(rows, "photo", ["text"], "photos")
     with pytest.raises(ValueError, match="`weights` has 2 numbers for 1 sources"):

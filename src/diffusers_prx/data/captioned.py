@@ -30,13 +30,15 @@ class ListedImages(CaptionedImages, Protocol):
     def image_hash(self, index: int) -> bytes: ...
 
 
-def read_sample(image: bytes | str | None, captions: dict[str, Any]) -> dict[str, Any]:
-    """A sample of what a source stores: its image (bytes or path) and its captions by column, as they come.
+def read_sample(image: bytes | str | UnreadableSample | None, captions: dict[str, Any]) -> dict[str, Any]:
+    """A sample of what a source stores: its image (bytes, path, or why there is none) and its captions by column.
 
     Raises:
         UnreadableSample: if the image or every caption cannot be read.
     """
     texts = read_captions(captions)
+    if isinstance(image, UnreadableSample):
+        raise image
     return {"image": read_image(image), "captions": texts, "caption": next(iter(texts.values()))}
 
 

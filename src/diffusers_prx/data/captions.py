@@ -1,5 +1,6 @@
 """Captions: what counts as one, which of several is used, and what the captions of a data set look like."""
 
+import difflib
 import json
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,6 +15,31 @@ SHORT_TOKENS = 30  # median; one plain sentence
 TRUNCATED_SHARE = 0.05
 EMPTY_SHARE = 0.01
 DUPLICATED_SHARE = 0.2
+
+# Names that columns often have, to propose one where another was asked for.
+USUAL_COLUMNS = {
+    "image_column": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
+    "caption_column": ("text", "caption", "captions", "prompt", "description", "txt", "title"),
+}
+
+
+def require_column(option: str, column: str, there: Collection[str], where: str = "the data set") -> None:
+    """Refuse a column that is not there.
+
+    Args:
+        option: the setting that names it, `image_column` or `caption_column`.
+        column: its name.
+        there: the columns of the data set.
+        where: which data set, for the message.
+
+    Raises:
+        ValueError: with the columns that are there, and the flag to pass.
+    """
+    if column in there:
+        return
+    likely = [*difflib.get_close_matches(column, there, 1, 0.75), *(n for n in USUAL_COLUMNS[option] if n in there)]
+    remedy = f"pass `--{option} {likely[0]}`" if likely else f"pass one of them as `--{option}`"
+    raise ValueError(f"`{option}` is {column!r}; {where} has {', '.join(map(repr, there)) or 'no column'}: {remedy}.")
 
 
 def read_caption(value: Any) -> str:

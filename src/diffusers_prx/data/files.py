@@ -1,13 +1,15 @@
-"""Files that are whole or not there (written under another name, then renamed), and hashes that detect damage."""
+"""Paths as a user types them, regular files, atomic writes (under another name, then renamed), and hashes of files."""
 
 import hashlib
 import json
 import os
+import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,39 @@ from safetensors.torch import save_file
 
 UNFINISHED = ".unfinished"
 HASH_KEY = "hash"  # of a JSON file, and of the metadata of a safetensors file
+NAMES_SHOWN = 5
+
+
+def is_remote(path: str) -> bool:
+    """True if a name is an address (`hf://...`), not a path. File names such as `memory::x.png` are paths."""
+    return "://" in path
+
+
+def expand_path(path: str) -> str:
+    """Replace a leading `~` and variables such as `$HOME`, as a shell does; addresses stay as they are."""
+    return path if is_remote(path) else os.path.expandvars(os.path.expanduser(path))
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file for reading.
+
+    Raises:
+        OSError: if there is none, or it is a FIFO, a device or a socket: reading one could block for ever.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{printable(path)} is not a regular file")
+    return open(path, "rb")
+
+
+def printable(path: str | Path) -> str:
+    """A path for a message, also where its name is not valid text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def shown(names: Iterable[str | Path], count: int) -> str:
+    """The first of `count` names for a message, and how many more there are."""
+    text = ", ".join(map(printable, islice(names, NAMES_SHOWN)))
+    return text if count <= NAMES_SHOWN else f"{text} and {count - NAMES_SHOWN} more"
 
 
 @contextmanager

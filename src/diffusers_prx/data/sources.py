@@ -3,40 +3,47 @@
 | name | what it is | read by index | streamed |
 |---|---|---|---|
 | `scenes` | the built-in scenes | yes | no need |
-| folder with a metadata.jsonl | images, captions in the jsonl | yes | yes |
-| folder of images | a .txt (or .json) beside each | yes | no |
+| folder of pictures with a metadata.jsonl | or metadata.csv, .parquet, which have the captions | yes | yes |
+| folder of pictures | a .txt (or .json) beside each | yes | no |
 | parquet file, pattern, or folder of them | images as bytes | yes | yes |
 | tar, pattern, or folder of them | WebDataset, on this machine | yes | yes |
 | tar, pattern behind http(s)://, hf:// and the like | WebDataset, elsewhere | no | yes |
 | folder that `save_to_disk` wrote | | yes | no |
 | any other name or folder | what `datasets.load_dataset` opens | yes | yes |
 
-Patterns have `*`, `?`, `{a,b}` and `{000..123}`; http cannot list files and takes braces only.
+Patterns have `*`, `?`, `{a,b}` and `{000..123}`; http cannot list files and takes braces only. What a folder is, is
+decided in `folders.folder_kind`; `~` and `$HOME` are replaced.
 """
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import fsspec
+import huggingface_hub
 import pyarrow as pa
-from diffusers.utils import logging
 
 from .captioned import CaptionedImages, ListedImages, OneCaption, Slice, StoredImages
-from .captions import find_caption
-from .images import UnreadableSample, image_endings, image_value, to_rgb
+from .captions import require_column
+from .files import expand_path, is_remote
+from .folders import Contents, FolderImages, folder_kind, list_folder, split_folder
+from .images import NOWHERE, Scope, UnreadableSample, image_value, to_rgb
 from .scenes import CAPTIONS, Scene, ScenesDataset, long_caption, one_of, sample_scene, short_caption
-from .streaming import HubShards, Shards
-from .tars import TarImages, TarShards, is_remote
+from .streaming import HubShards, ListedShards, Shards
+from .tars import TarImages, TarShards
 
 __all__ = [
     "CaptionedImages",
+    "FolderImages",
     "ListedImages",
     "Slice",
     "UnreadableSample",
@@ -45,100 +52,54 @@ __all__ = [
     "to_rgb",
 ]
 
-logger = logging.get_logger(__name__)
+# one of these is in a folder that `save_to_disk` wrote
+SAVED = ("state.json", "dataset_dict.json")
 
 
 class HubImages(StoredImages):
-    """Captioned images of a `datasets` data set: from the Hub, from disk, or a folder with a metadata.jsonl.
+    """Captioned images of a `datasets` data set: from the Hub, or from tables on disk.
 
     Args:
         dataset: the data set.
         image_column, caption_columns: its columns. Images are decoded here, one by one, so that a corrupt file is an
             `UnreadableSample` and not the end of the run. Of several captions (a list) the first is taken.
         label: its name, for messages.
+        scope: the files that its cells may name; by default none, they must hold bytes.
 
     Raises:
         ValueError: if a column is missing, with the columns that are there.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, caption_columns: Sequence[str], label: str):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        caption_columns: Sequence[str],
+        label: str,
+        scope: Scope = NOWHERE,
+    ):
         for option, column in (("image_column", image_column), *(("caption_column", c) for c in caption_columns)):
-            if column not in dataset.column_names:
-                raise ValueError(f"`{option}` is {column!r}, but the data set has {dataset.column_names}.")
+            require_column(option, column, dataset.column_names)
         self.images = dataset.select_columns([image_column])
         if isinstance(dataset.features[image_column], datasets.Image):  # plain bytes would be copied by a cast
             self.images = self.images.cast_column(image_column, datasets.Image(decode=False))
         self.texts = dataset.select_columns(list(dict.fromkeys(caption_columns)))
         self.image_column = image_column
         self.label = label
+        self.scope = scope
 
     def __len__(self) -> int:
         return len(self.images)
 
     def stored_image(self, index: int) -> bytes | str | None:
-        return image_value(self.images[index][self.image_column])
+        return self.scope.locate(image_value(self.images[index][self.image_column]))
 
     def stored_captions(self, index: int) -> dict[str, Any]:
         return self.texts[index]
 
     def place(self, index: int) -> str:
-        image = self.stored_image(index)
+        image = image_value(self.images[index][self.image_column])
         return image if isinstance(image, str) else self.label
-
-
-class FolderImages(StoredImages):
-    """The images of a folder and its subfolders, with captions in files beside them: a.jpg and a.txt.
-
-    Args:
-        folder: the folder.
-        caption_columns: endings of files (`txt`, `long.txt`; `text` is also .txt) or keys of a .json beside the image;
-            none: captions are not asked for.
-
-    Raises:
-        ValueError: if it has no image, or none with such a caption.
-    """
-
-    def __init__(self, folder: Path, caption_columns: Sequence[str]):
-        kinds = image_endings()
-        files = {str(file) for file in folder.rglob("*") if not file.name.startswith(".")}
-        self.paths = sorted(file for file in files if file.rpartition(".")[2].lower() in kinds)
-        self.caption_columns = tuple(caption_columns)
-        if not self.caption_columns:
-            if not self.paths:
-                raise ValueError(f"The folder {folder} has no images.")
-            return
-        endings = {*self.caption_columns, "json"} | ({"txt"} if "text" in caption_columns else set())
-        captioned = sum(any(f"{_stem(path)}.{ending}" in files for ending in endings) for path in self.paths)
-        if not captioned:
-            raise ValueError(
-                f"The folder {folder} has {len(self.paths)} images and neither a metadata.jsonl nor captions beside "
-                f"them: files like a.txt for a.jpg, for the columns {list(caption_columns)}."
-            )
-        if captioned < len(self.paths):
-            logger.warning(f"{len(self.paths) - captioned} of {len(self.paths)} images in {folder} have no caption.")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def stored_image(self, index: int) -> str:
-        return self.paths[index]
-
-    def stored_captions(self, index: int) -> dict[str, Any]:
-        beside = {
-            ending: Path(f"{_stem(self.paths[index])}.{ending}") for ending in (*self.caption_columns, "txt", "json")
-        }
-        there = [ending for ending, file in beside.items() if file.is_file()]
-        return {
-            column: find_caption(column, there, lambda ending: beside[ending].read_bytes())
-            for column in self.caption_columns
-        }
-
-    def place(self, index: int) -> str:
-        return self.paths[index]
-
-
-def _stem(path: str) -> str:
-    return path.rpartition(".")[0]
 
 
 class SceneImages:
@@ -182,15 +143,19 @@ def expand(pattern: str) -> list[str]:
         ValueError: if a file is not there, or a pattern matches none.
     """
     files: list[str] = []
-    for path in _expand_braces(pattern):
+    for path in _expand_braces(expand_path(pattern)):
         if path.startswith(("http://", "https://")):
-            files.append(path)
-            continue
-        system, inside = fsspec.core.url_to_fs(path)
-        found = [inside] if system.exists(inside) else sorted(system.glob(inside))
+            found = [path]
+            files += found
+        elif is_remote(path):
+            system, inside = fsspec.core.url_to_fs(path)
+            found = [inside] if system.exists(inside) else sorted(system.glob(inside))
+            files += [system.unstrip_protocol(name) for name in found]
+        else:
+            found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+            files += found
         if not found:
             raise ValueError(f"There is no file {path}.")
-        files += [system.unstrip_protocol(name) if is_remote(path) else name for name in found]
     return files
 
 
@@ -205,15 +170,6 @@ def _expand_braces(pattern: str) -> list[str]:
     heads = [pattern[: brace.start()] + choice for choice in choices]
     tails = _expand_braces(pattern[brace.end() :])
     return [head + tail for head, tail in itertools.product(heads, tails)]
-
-
-def _files(name: str, ending: str) -> list[str]:
-    """The files with an ending that a name stands for: itself, a pattern, or a folder of tars; none if it is of
-    another kind. A folder of parquet files is left to `datasets`, which finds splits in it."""
-    if name.endswith(ending):
-        return expand(name)
-    folder = Path(name)
-    return [str(file) for file in sorted(folder.glob(f"*{ending}"))] if ending == ".tar" and folder.is_dir() else []
 
 
 def _check_no_splits(name: str, split: str) -> None:
@@ -279,6 +235,42 @@ def load_source(
     return images if instance_prompt is None else OneCaption(images, instance_prompt)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the data are that a name stands for.
+
+    Args:
+        kind: how they are read; `hub` is any data set that `datasets` opens by its name.
+        name: the name, with `~` replaced.
+        files: the tars or parquet files.
+        contents: the files of a folder.
+    """
+
+    kind: Literal["tars", "parquet", "pictures", "saved", "tables", "hub"]
+    name: str
+    files: Sequence[str] = ()
+    contents: Contents | None = None
+
+
+def _find(name: str, caption_columns: Sequence[str]) -> _Place:
+    name = expand_path(name)
+    folder = Path(name)
+    if folder.is_dir():
+        if any((folder / file).is_file() for file in SAVED):
+            return _Place("saved", name)
+        contents = list_folder(folder)
+        kind = folder_kind(folder, contents, caption_columns)
+        return _Place(kind, name, contents.tars if kind == "tars" else (), contents)
+    for kind, ending in (("tars", ".tar"), ("parquet", ".parquet")):
+        if name.endswith(ending):
+            return _Place(kind, name, [name] if is_remote(name) and kind == "tars" else expand(name))
+    if folder.is_file():
+        raise ValueError(f"{name} is a file: give a folder, tars (.tar), parquet files, or the name of a data set.")
+    if name.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"There is no folder {name}.")
+    return _Place("hub", name)
+
+
 def _load_stored(
     name: str,
     config_name: str | None,
@@ -289,45 +281,55 @@ def _load_stored(
 ) -> StoredImages:
     if name.endswith(".tar") and is_remote(name):
         raise ValueError(f"{name} is not on this machine: stream it (`streaming`), or download it first.")
-    if tars := _files(name, ".tar"):
+    place = _find(name, caption_columns)
+    if place.kind == "tars":
         _check_no_splits(name, split)
-        return TarImages(tars, image_column, caption_columns, cache_dir)
-    folder = Path(name)
-    if folder.is_dir() and _is_plain_folder(folder):
-        _check_no_splits(name, split)
-        return FolderImages(folder, caption_columns)
+        return TarImages(place.files, image_column, caption_columns, cache_dir)
+    if place.kind == "pictures":
+        return _folder_images(place, split, image_column, caption_columns)
     with _explain_errors(name):
-        rows = _load_rows(name, folder, config_name, split)
-    return HubImages(rows, image_column, caption_columns, name)
+        rows = _load_rows(place, config_name, split)
+    return HubImages(rows, image_column, caption_columns, name, _scope(place))
 
 
-def _is_plain_folder(folder: Path) -> bool:
-    """Whether a folder has images and nothing that `datasets` opens otherwise."""
-    names = {file.name for file in folder.rglob("*")}
-    endings = {name.rpartition(".")[2].lower() for name in names}
-    tables = {"parquet", "arrow", "csv", "jsonl", "tar", "zip"}
-    return not endings & tables and bool(endings & image_endings())
+def _folder_images(place: _Place, split: str, image_column: str, caption_columns: Sequence[str]) -> FolderImages:
+    assert place.contents is not None
+    folder = split_folder(Path(place.name), place.contents, split)
+    contents = place.contents if folder == Path(place.name) else list_folder(folder)
+    return FolderImages(folder, caption_columns, image_column, contents)
 
 
-def _load_rows(name: str, folder: Path, config_name: str | None, split: str) -> datasets.Dataset:
-    if files := _files(name, ".parquet"):
+def _load_rows(place: _Place, config_name: str | None, split: str) -> datasets.Dataset:
+    name = place.name
+    if place.kind == "parquet":
         _check_no_splits(name, split)
-        return datasets.load_dataset("parquet", data_files=files, split="train")
-    if (folder / "state.json").is_file():
+        return datasets.load_dataset("parquet", data_files=list(place.files), split="train")
+    if place.kind == "saved" and (Path(name) / "state.json").is_file():
         _check_no_splits(name, split)
         return datasets.load_from_disk(name)
-    if (folder / "dataset_dict.json").is_file():
+    if place.kind == "saved":
         splits = datasets.load_from_disk(name)
         if split not in splits:
             raise ValueError(f"`dataset_split` is {split!r}, but {name} has {sorted(splits)}.")
         return splits[split]
-    if folder.is_dir() and any(folder.rglob("metadata.jsonl")):
-        listed = sum(len(part) for part in datasets.load_dataset("imagefolder", data_dir=name).values())
-        found = sum(path.suffix[1:].lower() in image_endings() for path in folder.rglob("*"))
-        if found > listed:
-            logger.warning(f"{found - listed} images in {folder} are in no metadata.jsonl and are not used.")
-        return datasets.load_dataset("imagefolder", data_dir=name, split=split)
     return datasets.load_dataset(name, config_name, split=split)
+
+
+def _scope(place: _Place) -> Scope:
+    """The files that the cells of a data set may name: its own, and those that `datasets` has downloaded for it."""
+    kept = tuple(str(path) for path in (datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH))
+    if place.kind == "hub":
+        repository = place.name if "/" in place.name else ""
+        hub_cache = os.path.join(huggingface_hub.constants.HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
+        own = (f"hf://datasets/{repository}@", f"hf://datasets/{repository}/") if repository else ("hf://datasets/",)
+        return Scope((*kept, hub_cache) if repository else kept, own)
+    if place.kind == "parquet":
+        folders = list(dict.fromkeys(file.rpartition("/")[0] for file in place.files))
+        return Scope(
+            tuple(folder or "." for folder in folders if not is_remote(folder)),
+            tuple(f"{folder}/" for folder in folders if is_remote(folder)),
+        )
+    return Scope((place.name, *(kept if place.kind == "tables" else ())))
 
 
 def load_stream(
@@ -343,18 +345,20 @@ def load_stream(
     Raises:
         ValueError: for a name that is nothing or that there is no need to stream, or a missing split or column.
     """
-    folder = Path(name)
-    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    if name == "scenes" or saved or (folder.is_dir() and _is_plain_folder(folder)):
+    place = None if name == "scenes" else _find(name, caption_columns)
+    beside = place is not None and place.kind == "pictures" and not (place.contents and place.contents.metadata)
+    if place is None or place.kind == "saved" or beside:
         raise ValueError(f"{name} is read by index: leave `streaming` out.")
-    if tars := _files(name, ".tar"):
+    if place.kind == "pictures":
+        return ListedShards(_folder_images(place, split, image_column, caption_columns), name)
+    if place.kind == "tars":
         _check_no_splits(name, split)
-        return TarShards(tars, image_column, caption_columns)
-    if files := _files(name, ".parquet"):
-        _check_no_splits(name, split)
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    elif folder.is_dir() and any(folder.rglob("metadata.jsonl")):
-        rows = datasets.load_dataset("imagefolder", data_dir=name, split=split, streaming=True)
-    else:
-        rows = datasets.load_dataset(name, config_name, split=split, streaming=True)
-    return HubShards(rows, image_column, caption_columns, name)
+        files = expand(place.name) if is_remote(place.name) else place.files
+        return TarShards(files, image_column, caption_columns)
+    with _explain_errors(name):
+        if place.kind == "parquet":
+            _check_no_splits(name, split)
+            rows = datasets.load_dataset("parquet", data_files=list(place.files), split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(place.name, config_name, split=split, streaming=True)
+    return HubShards(rows, image_column, caption_columns, name, _scope(place))

@@ -17,15 +17,16 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .captioned import read_sample
-from .captions import read_captions
-from .images import UnfitSample, UnreadableSample, image_value
+from .captioned import StoredImages, read_sample
+from .captions import read_captions, require_column
+from .images import NOWHERE, Scope, UnfitSample, UnreadableSample, image_value
 from .mixing import Mix, permutation
 from .stream import Position
 from .tars import Stored
 
 UNREADABLE_IN_A_ROW = 1000  # then the stream is taken for unreadable altogether
 ROWS_AT_ONCE = 16
+SHARDS_OF_A_FOLDER = 64
 
 
 class Shards(Protocol):
@@ -45,18 +46,23 @@ class HubShards:
         dataset: the data set.
         image_column, caption_columns: its columns.
         label: its name, for messages.
+        scope: the files that its cells may name; by default none, they must hold bytes.
 
     Raises:
         ValueError: if a column is missing, with the columns that are there.
     """
 
     def __init__(
-        self, dataset: datasets.IterableDataset, image_column: str, caption_columns: Sequence[str], label: str
+        self,
+        dataset: datasets.IterableDataset,
+        image_column: str,
+        caption_columns: Sequence[str],
+        label: str,
+        scope: Scope = NOWHERE,
     ):
         columns = dataset.column_names or list(next(iter(dataset), {}))
         for option, column in (("image_column", image_column), *(("caption_column", c) for c in caption_columns)):
-            if column not in columns:
-                raise ValueError(f"`{option}` is {column!r}, but {label} has {columns}.")
+            require_column(option, column, columns)
         if dataset.features is not None and isinstance(dataset.features[image_column], datasets.Image):
             dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         for column in caption_columns:
@@ -67,6 +73,7 @@ class HubShards:
         self.image_column = image_column
         self.caption_columns = tuple(caption_columns)
         self.label = label
+        self.scope = scope
 
     def __len__(self) -> int:
         return self.dataset.num_shards
@@ -79,7 +86,38 @@ class HubShards:
         # `iter(part)` inside a worker would share the one shard out over all workers once more; `iter(n)` does not
         for batch in (part.skip(start) if start else part).iter(ROWS_AT_ONCE):
             for place, image in enumerate(batch[self.image_column]):
-                yield image_value(image), {column: batch[column][place] for column in self.caption_columns}
+                captions = {column: batch[column][place] for column in self.caption_columns}
+                try:
+                    yield self.scope.locate(image_value(image)), captions
+                except UnreadableSample as error:
+                    yield error, captions
+
+
+class ListedShards:
+    """A source that is read by index, cut into shards of neighboring samples.
+
+    Args:
+        source: the source.
+        label: its name, for messages.
+    """
+
+    def __init__(self, source: StoredImages, label: str):
+        self.source = source
+        self.label = label
+
+    def __len__(self) -> int:
+        return min(len(self.source), SHARDS_OF_A_FOLDER)
+
+    def name(self, shard: int) -> str:
+        return f"{self.label}, shard {shard}"
+
+    def rows(self, shard: int, start: int) -> Iterator[Stored]:
+        first, stop = (len(self.source) * number // len(self) for number in (shard, shard + 1))
+        for index in range(first + start, stop):
+            try:
+                yield self.source.stored_image(index), self.source.stored_captions(index)
+            except (UnreadableSample, OSError, UnicodeDecodeError) as error:
+                yield UnreadableSample(str(error)), {"caption": "unreadable"}
 
 
 Place = dict[str, Any]  # how far a lane is: {"drawn": samples so far, "sources": [[epoch, shard, row], ...]}

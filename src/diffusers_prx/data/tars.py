@@ -24,9 +24,9 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from .captioned import StoredImages
-from .captions import find_caption
-from .files import written_whole
-from .images import image_endings
+from .captions import find_caption, require_column
+from .files import is_remote, written_whole
+from .images import UnreadableSample, image_endings, unreadable_endings
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +35,8 @@ ATTEMPTS = 4  # to go on with a remote tar whose connection broke
 FIRST_WAIT = 1.0  # seconds before the second attempt, twice as long before each further one
 TIMEOUT = 60.0  # seconds without an answer
 
-Stored = tuple[bytes | str | None, dict[str, Any]]  # image (bytes or path) and captions by column, as they are stored
+# image (bytes, path, or why there is none) and captions by column, as they are stored
+Stored = tuple[bytes | str | UnreadableSample | None, dict[str, Any]]
 
 
 class _Header(tarfile.TarInfo):
@@ -78,15 +79,19 @@ def check_columns(
         ValueError: with what is there.
     """
     if image_ending(image_column, endings) is None:
-        raise ValueError(f"`image_column` is {image_column!r}, but {where} has {sorted(endings)}.")
+        if image_column == "image" and (foreign := sorted(unreadable_endings().keys() & set(endings))):
+            raise ValueError(
+                f"{where} has pictures in a format that cannot be read here (.{foreign[0]}): "
+                f"{unreadable_endings()[foreign[0]]}."
+            )
+        require_column("image_column", image_column, sorted(endings), where)
     there = {*endings} | ({"text"} if "txt" in endings else set())
     for text in jsons:
         with contextlib.suppress(ValueError):  # a broken one is counted when its sample is read
             values = json.loads(text)
             there.update(values if isinstance(values, dict) else {})
     for column in caption_columns:
-        if column not in there:
-            raise ValueError(f"`caption_column` is {column!r}, but {where} has {sorted(there)}.")
+        require_column("caption_column", column, sorted(there), where)
 
 
 # By index
@@ -241,10 +246,6 @@ class TarImages(StoredImages):
 
 # what reading a broken tar or a broken connection raises
 BREAKS = (OSError, http.client.HTTPException, tarfile.ReadError, EOFError)
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
 
 
 def _open(path: str) -> IO[bytes]:

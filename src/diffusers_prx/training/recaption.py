@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import PIL.Image
 import pyarrow.parquet as pq
 import torch
@@ -28,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data.captioned import StoredImages
 from ..data.files import UNFINISHED, write_json, written_whole
-from ..data.images import UnreadableSample, read_image
+from ..data.images import UnreadableSample, open_stored, read_image
 from ..data.sources import load_source
 
 logger = logging.get_logger(__name__)
@@ -185,7 +184,7 @@ def stored_bytes(source: StoredImages, index: int) -> bytes:
     try:
         stored = source.stored_image(index)
         if isinstance(stored, str):
-            with fsspec.open(stored, "rb") as file:
+            with open_stored(stored) as file:
                 return file.read()
     except OSError as error:
         raise UnreadableSample(f"no image ({error})") from error

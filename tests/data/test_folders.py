@@ -1,0 +1,362 @@
+"""What a folder of pictures is: which files are data, which caption belongs to which picture, and what is reported."""
+
+import csv
+import json
+import os
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from diffusers_prx.data import images
+from diffusers_prx.data.captioned import read_sample
+from diffusers_prx.data.folders import LARGEST_CAPTION
+from diffusers_prx.data.images import UnreadableSample
+from diffusers_prx.data.sources import FolderImages, load_source, load_stream
+from diffusers_prx.data.tars import TarImages
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def pair(stem: Path, ending: str = "png", text_ending: str = "txt", text: str | None = None) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (24, 16), (250, 10, 20)).save(f"{stem}.{ending}")
+    Path(f"{stem}.{text_ending}").write_text(stem.name if text is None else text)
+
+
+def captions(folder: Path | str, **options) -> list[str]:
+    source = load_source(str(folder), **options)
+    assert isinstance(source, FolderImages)
+    return [source[index]["caption"] for index in range(len(source))]
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+def write_tar(file: Path, folder: Path) -> None:
+    pair(folder / "a")
+    with tarfile.open(file, "w") as archive:
+        for name in ("a.png", "a.txt"):
+            archive.add(folder / name, name)
+
+
+# Which files are data
+
+
+@pytest.mark.parametrize("name", ["test", "train", "validation", "val-00", "dev"])
+def test_names_of_files_and_folders_are_no_splits(tmp_path, name):
+    files = ["0.png", "1.png", f"{name}/a.png", f"{name}.png"]
+    for file in files:
+        pair((tmp_path / file).with_suffix(""))
+    assert captions(tmp_path) == ["0", "1", name, "a"]
+    write_lines(tmp_path / "metadata.jsonl", [{"file_name": file, "text": f"of {file}"} for file in files])
+    assert captions(tmp_path) == [f"of {file}" for file in files]
+    with pytest.raises(ValueError, match="`dataset_split` is 'other'"):
+        load_source(str(tmp_path), split="other")
+
+
+def test_folders_that_are_all_splits_are_splits(tmp_path, caplog):
+    for split in ("train", "test"):
+        pair(tmp_path / split / f"of {split}")
+    assert captions(tmp_path) == ["of train"]
+    assert "not those in test" in caplog.text
+    assert captions(tmp_path, split="test") == ["of test"]
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".Trash-0", ".thumbnails", "@eaDir", "__MACOSX", "#recycle"])
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_system_folders_are_not_data(tmp_path, name, with_metadata):
+    for folder in (tmp_path, tmp_path / name, tmp_path / "below" / name):
+        pair(folder / "a")
+    pair(tmp_path / "._a")  # of a Mac
+    if with_metadata:
+        for folder in (tmp_path, tmp_path / name):
+            write_lines(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "a"}])
+    assert captions(tmp_path) == ["a"]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    pair(tmp_path / "photos" / "own")
+    for name in ("x", "y"):
+        pair(tmp_path / "elsewhere" / name)
+    for link in ("link", "second"):
+        (tmp_path / "photos" / link).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "a").symlink_to(tmp_path / "photos" / "real")  # is also there by itself
+    pair(tmp_path / "photos" / "real" / "z")
+    assert captions(tmp_path / "photos") == ["x", "y", "own", "z"]
+    (tmp_path / "whole").symlink_to(tmp_path / "photos")
+    assert len(captions(tmp_path / "whole")) == 4
+
+
+@pytest.mark.parametrize("target", [".", "..", "below", "/"])
+def test_links_that_lead_back_are_refused(tmp_path, target):
+    pair(tmp_path / "photos" / "below" / "a")
+    (tmp_path / "photos" / "below" / "loop").symlink_to(target if target != "below" else tmp_path / "photos" / "below")
+    with pytest.raises(ValueError, match="below/loop is a link to a folder that contains it"):
+        load_source(str(tmp_path / "photos"))
+
+
+def test_links_that_lead_to_each_other_are_refused(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        pair(tmp_path / name / name)
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    with pytest.raises(ValueError, match="link is a link to a folder that contains it"):
+        load_source(str(tmp_path / "a"))
+
+
+def test_links_to_nothing_and_fifos_are_reported(tmp_path, caplog):
+    pair(tmp_path / "a")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ("gone", "self", "fifo"):
+        (tmp_path / f"{name}.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    assert captions(tmp_path) == ["a"]
+    assert "4 entries are no regular files" in caplog.text
+    assert "b.txt, fifo.png, gone.png, self.png" in caplog.text
+
+
+STRAY = {
+    "labels.csv": b"file,text\na.png,other\n",
+    "notes.jsonl": b'{"text": "other"}\n',
+    "backup.zip": b"no zip",
+    "old.tar": b"no tar",
+    "x.parquet": b"no parquet",
+    "state.txt": b"note",
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_other_files_change_nothing_and_are_named(tmp_path, name, with_metadata, caplog):
+    for stem in ("a", "b"):
+        pair(tmp_path / stem)
+    if with_metadata:
+        write_lines(tmp_path / "metadata.jsonl", [{"file_name": f"{n}.png", "text": n} for n in "ab"])
+    (tmp_path / name).write_bytes(STRAY[name])
+    assert captions(tmp_path) == ["a", "b"]
+    assert (name in caplog.text) == (name != "state.txt" or not with_metadata)
+
+
+def test_an_illustration_beside_tars_changes_nothing(tmp_path):
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", tmp_path / "pictures")
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "tars" / "preview.png")
+    assert isinstance(load_source(str(tmp_path / "tars")), TarImages)
+
+
+def test_folders_without_data_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no data"):
+        load_source(str(tmp_path))
+    (tmp_path / "labels.csv").write_text("file_name,text\na.png,a\n")
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"1 images and neither .*`--instance_prompt`.*labels\.csv.*metadata\.csv"):
+        load_source(str(tmp_path))
+    assert len(load_source(str(tmp_path), instance_prompt="a thing")) == 1
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere"):
+        load_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"a\.png is a file"):
+        load_source(str(tmp_path / "a.png"))
+
+
+def test_paths_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pair(tmp_path / "pics" / "a")
+    write_tar(tmp_path / "0.tar", tmp_path / "tar")
+    assert captions("~/pics") == captions("$HOME/pics") == ["a"]
+    assert len(load_source("~/{0,0}.tar")) == 2
+    assert len(load_stream("$HOME/*.tar")) == 1
+
+
+# Pairs
+
+
+def test_letters_of_endings_do_not_matter(tmp_path):
+    pair(tmp_path / "A", "PNG", "TXT")
+    pair(tmp_path / "b", "Jpg", "Long.Txt")
+    source = load_source(str(tmp_path), caption_columns=("text", "long.txt"))
+    assert [source.captions(index) for index in range(2)] == [{"text": "A"}, {"long.txt": "b"}]
+    (tmp_path / "A.txt").write_text("the usual one")
+    assert captions(tmp_path) == ["the usual one"]
+
+
+def test_names_with_accents_in_two_forms_are_one(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "K\u00e4uzchen") for form in ("NFC", "NFD"))
+    pair(tmp_path / composed)
+    os.rename(tmp_path / f"{composed}.png", tmp_path / f"{decomposed}.png")
+    assert captions(tmp_path) == [composed]
+    write_lines(tmp_path / "metadata.jsonl", [{"file_name": f"{composed}.png", "text": "an owl"}])
+    assert captions(tmp_path) == ["an owl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["memory::x", "file:z", "zip::a", "a b", "100%", "[x]", "{1,2}", "~", "$HOME", "a#b?"]
+)
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_any_name_is_read(tmp_path, name, with_metadata):
+    for folder in ("", "memory::y", "file:w"):
+        pair(tmp_path / folder / name)
+    if with_metadata:
+        rows = [{"file_name": f"{folder}{name}.png", "text": name} for folder in ("", "memory::y/", "file:w/")]
+        write_lines(tmp_path / "metadata.jsonl", rows)
+    assert captions(tmp_path) == [name] * 3
+
+
+def test_names_that_are_no_text_are_read_and_can_be_printed(tmp_path, caplog):
+    pair(tmp_path / "a")
+    for ending in ("png", "txt"):
+        os.rename(tmp_path / f"a.{ending}", os.fsencode(tmp_path) + b"/K\xe4uz." + ending.encode())
+    os.mkfifo(os.fsencode(tmp_path) + b"/\xe4.png")
+    source = load_source(str(tmp_path))
+    assert source[0]["caption"] == "a"
+    assert source.place(0).encode().endswith(b"K\\xe4uz.png")
+    assert r"\xe4.png" in caplog.text
+
+
+def test_captions_with_a_mark_of_bytes_and_other_line_ends(tmp_path):
+    pair(tmp_path / "a")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfan owl\r\n")
+    assert captions(tmp_path) == ["an owl"]
+    (tmp_path / "a.txt").write_bytes(b"x" * (LARGEST_CAPTION + 1))
+    with pytest.raises(UnreadableSample, match="a caption of more than"):
+        load_source(str(tmp_path))[0]
+
+
+def test_what_has_no_partner_is_named(tmp_path, caplog):
+    pair(tmp_path / "a")
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "alone.png")
+    (tmp_path / "README.txt").write_text("about")
+    (tmp_path / "LICENSE").write_text("free")
+    assert captions(tmp_path) == ["a"]
+    assert "1 of 2 pictures have no caption" in caplog.text
+    assert "alone.png" in caplog.text
+    assert "1 captions have no picture" in caplog.text
+    assert "README.txt" in caplog.text
+    assert "LICENSE" not in caplog.text
+
+
+@pytest.mark.parametrize(("ending", "remedy"), [("heic", "pillow-heif"), ("JXL", "pillow-jxl-plugin"), ("eps", "PNG")])
+def test_formats_that_cannot_be_read_are_named(tmp_path, ending, remedy, caplog, monkeypatch):
+    monkeypatch.setattr(images, "image_endings", lambda: frozenset({"png"}))
+    images.unreadable_endings.cache_clear()
+    for name in (f"b.{ending}", "b.txt"):
+        (tmp_path / name).write_text("b")
+    with pytest.raises(ValueError, match=rf"no images that can be read.*b\.{ending}\. .*{remedy}"):
+        load_source(str(tmp_path))
+    pair(tmp_path / "a")
+    assert captions(tmp_path) == ["a"]
+    assert f"b.{ending}" in caplog.text
+    assert remedy in caplog.text
+    assert "no picture" not in caplog.text
+    write_lines(tmp_path / "metadata.jsonl", [{"file_name": n, "text": n} for n in ("a.png", f"b.{ending}")])
+    assert captions(tmp_path) == ["a.png"]
+    images.unreadable_endings.cache_clear()
+
+
+# Metadata
+
+
+def write_csv(file: Path, rows: list[dict]) -> None:
+    with file.open("w", newline="", encoding="utf-8-sig") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(file: Path, rows: list[dict]) -> None:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+
+
+WRITERS = {"metadata.jsonl": write_lines, "METADATA.JSONL": write_lines, "metadata.csv": write_csv}
+WRITERS["metadata.parquet"] = write_parquet
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_with_metadata(tmp_path, name, caplog):
+    for folder in ("", "sub"):
+        pair(tmp_path / folder / "a", text="not this one")
+    rows = [{"file_name": "a.png", "text": "NA"}, {"file_name": "sub\\a.png", "text": '2024-01-01, "b"\nc'}]
+    WRITERS[name](tmp_path / name, [*rows, {"file_name": "gone.png", "text": "gone"}])
+    assert captions(tmp_path) == ["NA", '2024-01-01, "b"\nc']
+    assert "1 of 3 pictures that the metadata list are not there" in caplog.text
+    assert "gone.png" in caplog.text
+    shards = load_stream(str(tmp_path))
+    rows = [read_sample(*row) for shard in range(len(shards)) for row in shards.rows(shard, 0)]
+    assert [row["caption"] for row in rows] == ["NA", '2024-01-01, "b"\nc']
+    (tmp_path / "metadata.CSV").write_text("file_name\n")
+    with pytest.raises(ValueError, match="several metadata files"):
+        load_source(str(tmp_path))
+
+
+def test_each_folder_may_have_metadata_of_its_own(tmp_path, caplog):
+    for file in ("one/a", "one/below/b", "one/unlisted", "two/c", "three/d"):
+        pair(tmp_path / file)
+    write_lines(tmp_path / "one" / "metadata.jsonl", [{"file_name": n, "text": "1"} for n in ("a.png", "below/b.png")])
+    write_csv(tmp_path / "two" / "metadata.csv", [{"file_name": "c.png", "text": "2", "more": "x"}])
+    assert captions(tmp_path) == ["1", "1", "2", "d"]
+    assert "1 of 5 images are in no metadata file" in caplog.text
+    assert "one/unlisted.png" in caplog.text
+
+
+def test_metadata_may_name_the_column_of_the_images(tmp_path):
+    pair(tmp_path / "a")
+    for column in ("photo_file_name", "photo"):
+        write_lines(tmp_path / "metadata.jsonl", [{column: "a.png", "text": "1"}])
+        assert captions(tmp_path, image_column="photo") == ["1"]
+        with pytest.raises(ValueError, match="`image_column` is 'image'"):
+            load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "sub/../../secret.png", "..\\secret.png"])
+def test_metadata_name_only_files_of_their_folder(tmp_path, name):
+    pair(tmp_path / "secret")
+    pair(tmp_path / "photos" / "a")
+    write_lines(tmp_path / "photos" / "metadata.jsonl", [{"file_name": name, "text": "1"}])
+    with pytest.raises(ValueError, match=r"Row 1 of .*metadata.jsonl names .* not inside of"):
+        load_source(str(tmp_path / "photos"))
+    write_lines(
+        tmp_path / "photos" / "metadata.jsonl", [{"file_name": str(tmp_path / "photos" / "a.png"), "text": "1"}]
+    )
+    assert captions(tmp_path / "photos") == ["1"]
+
+
+# Cells of tables
+
+OUTSIDE = ["/etc/hostname", "../secret.png", "simplecache::file:///etc/hostname", "github://a:b@main/x.png",
+           "https://example.com/x.png", "hf://datasets/me/other/x.png", "file:///etc/hostname",
+           "zip://x.png::https://example.com/x.zip"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("kind", ["parquet", "folder", "saved", "text"])
+def test_cells_name_only_files_of_the_data_set(tmp_path, name, kind):
+    pair(tmp_path / "secret")
+    cell = name if kind == "text" else {"bytes": None, "path": name}
+    pair(tmp_path / "data" / "a")
+    (tmp_path / "data" / "a.txt").unlink()
+    own = "a.png" if kind == "text" else {"bytes": None, "path": "a.png"}
+    table = pa.table({"image": [cell, own], "text": ["1", "2"]})
+    if kind == "saved":
+        datasets.Dataset(table).save_to_disk(tmp_path / "data")
+        source = load_source(str(tmp_path / "data"))
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "data" / "0.parquet")
+        source = load_source(str(tmp_path / "data") + ("" if kind == "folder" else "/0.parquet"))
+        rows = list(load_stream(str(tmp_path / "data") + ("" if kind == "folder" else "/*.parquet")).rows(0, 0))
+        assert read_sample(*rows[1])["image"].size == (24, 16)
+        with pytest.raises(UnreadableSample, match="not inside of its data set"):
+            read_sample(*rows[0])
+    with pytest.raises(UnreadableSample, match=r"sample 0 has .*not inside of its data set"):
+        source[0]
+    assert source[1]["image"].size == (24, 16)
