@@ -470,7 +470,7 @@ def test_a_dry_run_tells_everything_and_reads_no_weights(text_encoder, tmp_path,
     } - lines == set()
     assert sum("11 captions: " in line for line in lines) == 1  # the same of stages 0 and 1
     assert any(line.startswith("warning     Captions are short") for line in lines)
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".npy"]
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".npz"]
 
 
 @pytest.mark.parametrize(

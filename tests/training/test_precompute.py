@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import runs
 import tiny
-from diffusers_prx.data.precomputed import Shard, shard_files
+from diffusers_prx.data.precomputed import ImagesToEncode, Shard, shard_files
 from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.nets import Nets, build_nets
 from diffusers_prx.training.precompute import (
@@ -276,17 +276,26 @@ def _precompute(values: dict) -> None:
     precompute(TrainingConfig(**values), 2)
 
 
+def _precompute_and_wait(values: dict) -> None:
+    """Waits for ever for the last image."""
+    read = ImagesToEncode.__getitem__
+
+    def wait(self: ImagesToEncode, place: tuple[int, int]) -> dict:
+        if place[0] == LAST:
+            signal.pause()
+        return read(self, place)
+
+    ImagesToEncode.__getitem__ = wait  # type: ignore[method-assign] # in this process, which is killed
+    _precompute(values)
+
+
 def test_a_kill_loses_no_finished_shard(cached, parts, tmp_path):
     """Killed while it waits for an image; then finished by two processes instead of one."""
     images = make_images(tmp_path / "images")
-    pipe = images / f"{LAST:02}.png"
-    whole = pipe.read_bytes()
-    pipe.unlink()
-    os.mkfifo(pipe)  # who opens it waits for ever
     folder = tmp_path / "cache" / "32"
     values = settings(parts, tmp_path / "run", **aligned(parts), train_data_dir=str(images), train_batch_size=2)
     values["precomputed_dir"] = str(tmp_path / "cache")
-    child = multiprocessing.get_context("fork").Process(target=_precompute, args=(values,))
+    child = multiprocessing.get_context("fork").Process(target=_precompute_and_wait, args=(values,))
     child.start()
     deadline = time.monotonic() + 60
     while len(shard_files(folder)) < 4 and child.is_alive():
@@ -298,8 +307,6 @@ def test_a_kill_loses_no_finished_shard(cached, parts, tmp_path):
     with pytest.raises(ValueError, match="only the 4 shards of a cache that is not finished"):
         opened(values)
 
-    pipe.unlink()
-    pipe.write_bytes(whole)
     half = folder / "shard-00000-000004.safetensors.0123.unfinished"  # as of a kill while a shard is written
     half.write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in shard_files(folder)}
