@@ -711,10 +711,10 @@ def test_a_pipeline_in_latents_that_stock_diffusers_loads(parts, tmp_path, capsy
         "--max_sequence_length", 9,
     )  # fmt: skip
     printed = capsys.readouterr().out
-    assert "velocity, shift 1.5, noise_scale 1.0, 9 text tokens" in printed
+    assert "velocity, shift 1.5, noise_scale 1.0, 9 text tokens, caption_cleaning full" in printed
     ours = PRXPipeline.from_pretrained(tmp_path / "out")
     assert (ours.scheduler.shift, ours.max_tokens, ours.config["default_sample_size"]) == (1.5, 9, 32)
-    assert ours.config["prediction_type"] == "velocity"
+    assert (ours.config["prediction_type"], ours.caption_cleaning) == ("velocity", "full")
     assert difference(converted_prediction(ours.transformer), run.predict(run.denoiser)) < TOLERANCE
     for name, tensor in tiny.t5gemma_model().encoder.state_dict().items():
         assert torch.equal(ours.text_encoder.encoder.state_dict()[name], tensor)
@@ -734,7 +734,7 @@ def test_a_pipeline_in_pixels_with_the_text_tower_of_qwen(parts, tmp_path):
     )  # fmt: skip
     pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out")
     assert (pipeline.config["prediction_type"], pipeline.config["noise_scale"]) == ("x_prediction", 2)
-    assert (pipeline.max_tokens, pipeline.scheduler.shift) == (256, 3.0)
+    assert (pipeline.max_tokens, pipeline.scheduler.shift, pipeline.caption_cleaning) == (256, 3.0, "light")
     whole = Qwen3VLForConditionalGeneration.from_pretrained(parts / "qwen")
     for name, tensor in whole.model.language_model.state_dict().items():
         assert torch.equal(pipeline.text_encoder.state_dict()[name], tensor)
@@ -761,8 +761,10 @@ def test_parts_of_a_saved_pipeline(parts, tmp_path):
         assert torch.equal(stored.text_encoder.state_dict()[name], tensor.to(torch.bfloat16))
 
     run = Run(channels=3, patch=4)
-    convert(saved(run, tmp_path, "flat.safetensors"), tmp_path / "out2", "--components_from", parts / "pixel_pipeline")
-    assert PRXPixelPipeline.from_pretrained(tmp_path / "out2").transformer.config["patch_size"] == 4
+    convert(saved(run, tmp_path, "flat.safetensors"), tmp_path / "out2", "--components_from", parts / "pixel_pipeline",
+            "--caption_cleaning", "full_v1")  # fmt: skip
+    pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out2")
+    assert (pipeline.transformer.config["patch_size"], pipeline.caption_cleaning) == (4, "full_v1")
 
 
 def test_the_network_alone(tmp_path):

@@ -34,6 +34,7 @@ from .latents import latent_channels, load_vae
 from .models.transformer_prx import PRXTransformer2DModel
 from .pipelines.pipeline_prx import PRXPipeline
 from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
+from .pipelines.prompt_cleaning import CAPTION_CLEANINGS, CaptionCleaning
 from .schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from .schedulers.stock import PREDICTION_TYPES
 from .text import load_text_encoder
@@ -62,7 +63,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Options that no network alone has a use for.
 OF_THE_PIPELINE = (
     "vae_name_or_path", "text_encoder_name_or_path", "components_from", "prediction_type", "shift", "noise_scale",
-    "resolution", "max_sequence_length", "token_route",
+    "resolution", "max_sequence_length", "token_route", "caption_cleaning",
 )  # fmt: skip
 
 # What the index of a checkpoint folder is made of: none of it does anything but hold what it is given.
@@ -493,6 +494,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resolution", type=int, help="Side in pixels of what is drawn by default; default: the pipeline's.")
     add("--max_sequence_length", type=int, help="Text tokens; default: 256.")
     add(
+        "--caption_cleaning",
+        choices=CAPTION_CLEANINGS,
+        help="How captions were cleaned (light: the original's `skip_text_cleaning`); default: light for Qwen3-VL,"
+        " full for other text encoders.",
+    )
+    add(
         "--token_route",
         nargs=3,
         type=float,
@@ -536,7 +543,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_components(args: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's parts beside transformer and scheduler: text encoder, tokenizer, and the VAE or None."""
+    """Load the pipeline's parts other than transformer and scheduler: text encoder, tokenizer, and the VAE or None."""
     if args.components_from:
         name = DiffusionPipeline.load_config(args.components_from).get("_class_name")
         if name not in ("PRXPipeline", "PRXPixelPipeline"):
@@ -550,6 +557,11 @@ def load_components(args: argparse.Namespace) -> dict[str, Any]:
     text_encoder, tokenizer = load_text_encoder(args.text_encoder_name_or_path)
     vae = load_vae(args.vae_name_or_path) if args.vae_name_or_path else None
     return {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
+
+
+def cleaning_of(text_encoder: Any) -> CaptionCleaning:
+    """How the original cleans captions for a text encoder: lightly for Qwen3-VL, fully for T5Gemma."""
+    return "light" if text_encoder.config.model_type.startswith("qwen") else "full"
 
 
 def channels_of(vae: Any) -> int:
@@ -599,13 +611,15 @@ def build_pipeline(
             raise ValueError(f"`token_route` goes from block {start} to {stop}; both have to be whole numbers.")
         parts["token_route"] = (int(start), int(stop), ratio)
     pipeline = pipeline_class(
-        transformer=transformer, scheduler=scheduler_class(shift=shift), noise_scale=noise_scale, **parts
+        transformer=transformer,
+        scheduler=scheduler_class(shift=shift),
+        noise_scale=noise_scale,
+        caption_cleaning=args.caption_cleaning or cleaning_of(text_encoder),
+        **parts,
     )
-    cleaning = "light (Unicode and HTML only)" if pipeline.light_cleaning else "full"
     print(
         f"not in the checkpoint, check: {prediction_type}, shift {shift}, noise_scale {noise_scale}, {tokens} text"
-        f" tokens; prompts get the {cleaning} cleaning unless a"
-        f" call says `skip_text_cleaning={not pipeline.light_cleaning}`"
+        f" tokens, caption_cleaning {pipeline.caption_cleaning}"
     )
     return pipeline
 

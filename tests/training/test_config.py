@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusers_prx.training.config import DataSource, TrainingConfig, sources_of
+import runs
+from diffusers_prx.training.checkpoints import RunState
+from diffusers_prx.training.config import DataSource, TrainingConfig, settings_of_run, sources_of
 from diffusers_prx.training.recipes import parse_config
 from diffusers_prx.training.settings import (
     AT_LEAST_ONE,
@@ -457,3 +459,26 @@ def test_a_recipe_that_is_its_own_base_is_refused(tmp_path):
     (tmp_path / "two.yaml").write_text("base: one.yaml\noutput_dir: b\n")
     with pytest.raises(ValueError, match="is its own `base`"):
         parse_config(["--config", str(tmp_path / "one.yaml")])
+
+
+@pytest.mark.parametrize(("in_pixels", "cleaning"), [(True, "light"), (False, "full_v1")])
+def test_settings_of_a_run_from_before_they_were_settings(in_pixels, cleaning):
+    """Runs cleaned by their space then, and averages had the ramp."""
+    now = TrainingConfig(**NEEDED, caption_cleaning="full", ema_warmup=False).to_dict()
+    then = {name: value for name, value in now.items() if name not in ("caption_cleaning", "ema_warmup")}
+    read = TrainingConfig(**settings_of_run(then, in_pixels))
+    assert (read.caption_cleaning, read.ema_warmup) == (cleaning, True)
+    assert TrainingConfig(**settings_of_run(now, in_pixels)).to_dict() == now
+
+
+@pytest.mark.parametrize(("frozen", "cleaning"), [({"vae": "a"}, "full_v1"), ({}, "light")])
+def test_an_older_checkpoint_is_resumed_with_what_it_did(frozen, cleaning):
+    saved = runs.config(caption_cleaning=cleaning).to_dict()
+    stages = [{"first_step": 0, "stop_step": 9}]
+    then = {name: value for name, value in saved.items() if name not in ("caption_cleaning", "ema_warmup")}
+    old = RunState(then, stages, {"frozen_networks": frozen}, step=3).state_dict()
+    state = RunState(saved, stages, {"frozen_networks": frozen})
+    state.load_state_dict(old)
+    assert state.step == 3
+    with pytest.raises(ValueError, match=f"`caption_cleaning` {cleaning}"):
+        RunState(saved | {"caption_cleaning": "full"}, stages, {"frozen_networks": frozen}).load_state_dict(old)

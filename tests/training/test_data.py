@@ -527,7 +527,7 @@ def test_the_outline_is_that_of_the_networks(text_encoder, tmp_path, vae):
     made = outline(cfg)
     nets = build_nets(cfg, iter(()))
     assert made.pixels_per_token == nets.pixels_per_token
-    assert made.in_pixels == (nets.vae is None)
+    assert (made.vae is None) == (nets.vae is None)
     assert all(weight.is_meta for weight in made.transformer.parameters())
     assert {key: w.shape for key, w in made.transformer.state_dict().items()} == {
         key: w.shape for key, w in nets.transformer.state_dict().items()
@@ -543,7 +543,7 @@ def test_the_outline_of_a_saved_pipeline(reference, tmp_path):
         for transformer in ({}, runs.TRANSFORMER):
             cfg = TrainingConfig(**values | {"transformer_config": transformer, "prediction_type": kind})
             made, nets = outline(cfg), build_nets(cfg, iter(()))
-            assert (made.pixels_per_token, made.in_pixels) == (nets.pixels_per_token, name == "pixels")
+            assert (made.pixels_per_token, made.vae is None) == (nets.pixels_per_token, name == "pixels")
             assert sum(w.numel() for w in made.transformer.parameters()) == sum(
                 w.numel() for w in nets.transformer.parameters()
             )

@@ -338,7 +338,7 @@ def test_an_instance_prompt_needs_no_captions(base, tmp_path):
 def test_the_script_reads_from_the_pipeline_how_it_was_trained(base, tmp_path):
     assert saved_settings(str(base)) == {
         "prediction_type": "x_prediction", "noise_scale": 1.0, "resolution": 32, "max_sequence_length": 40,
-        "shift": 2.0,
+        "shift": 2.0, "caption_cleaning": "full",
     }  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
+from diffusers_prx.training.averages import Averages
 from diffusers_prx.training.checkpoints import find_checkpoint
+from diffusers_prx.training.distributed import Trained
 from diffusers_prx.training.export import export_checkpoint
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state, saved_weights
@@ -195,6 +197,27 @@ def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
             average = decay * average + (1 - decay) * later[key]
         torch.testing.assert_close(saved[key], average.float(), rtol=1e-5, atol=1e-7)
     assert any(not torch.allclose(saved[key], weights[-1][key], rtol=1e-4) for key in saved)
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.5])
+def test_without_the_ramp_the_decay_is_constant(decay):
+    """From the first update on, starting with the weights before the run; also when it is resumed in between."""
+    trained = Trained({"transformer": torch.nn.Linear(3, 2)})
+    weight = trained.transformer.weight
+    cfg = runs.config(use_ema=True, ema_decay=decay, ema_warmup=False, ema_update_every=1)
+    averages, wanted = Averages(trained, cfg), weight.detach().double()
+    for update in range(6):
+        with torch.no_grad():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(update)))
+        if update == 3:
+            kept, state = averages.tensors(), averages.state_dict()
+            averages = Averages(trained, cfg)
+            averages.load_state_dict(state)
+            for name, value in averages.tensors().items():
+                value.copy_(kept[name])
+        averages.update()
+        wanted = decay * wanted + (1 - decay) * weight.detach()
+        torch.testing.assert_close(averages.tensors()["transformer.weight"], wanted.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_without_averages_the_last_weights_are_saved(smooth):

@@ -41,7 +41,7 @@ from .loading import resolve_components, stored_form
 from .lora import PRXLoraLoaderMixin
 from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
-from .prompt_cleaning import clean_prompt, repair_prompt
+from .prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
 from .resolution_bins import RESOLUTION_BINS
 
 logger = logging.get_logger(__name__)
@@ -71,7 +71,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
     default_prediction_type: ClassVar[str]
     default_resolution: ClassVar[int]
-    light_cleaning: ClassVar[bool]
+    default_caption_cleaning: ClassVar[CaptionCleaning]
 
     model_cpu_offload_seq: Any
     transformer: Any
@@ -85,6 +85,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         noise_scale: float,
         prediction_type: str | None,
         token_route: tuple[int, int, float] | None,
+        caption_cleaning: str | None,
     ) -> None:
         """Check and register what is no component. `register_modules` has to come first."""
         if prediction_type is None:
@@ -106,6 +107,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         )
         if token_route is not None:  # diffusers warns of an entry that it does not know
             self.register_to_config(token_route=check_token_route(token_route, self.transformer))
+        if caption_cleaning not in (None, *CAPTION_CLEANINGS):
+            raise ValueError(
+                f"`caption_cleaning` is {caption_cleaning!r}; accepted are {list(CAPTION_CLEANINGS)} and None."
+            )
+        if caption_cleaning not in (None, self.default_caption_cleaning):  # diffusers warns of this one too
+            self.register_to_config(caption_cleaning=caption_cleaning)
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call = _CallState()
 
@@ -125,6 +132,11 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     def max_tokens(self) -> int:
         """The number of tokens that the text encoder is given, unless the call says otherwise."""
         raise NotImplementedError
+
+    @property
+    def caption_cleaning(self) -> CaptionCleaning:
+        """How prompts are cleaned: as the captions were in training (see `prompt_cleaning`)."""
+        return self.config.get("caption_cleaning") or self.default_caption_cleaning
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:
@@ -239,8 +251,19 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     def _encode_texts(
         self, texts: list[str], device: torch.device, max_length: int | None, skip_text_cleaning: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        light = self.light_cleaning if skip_text_cleaning is None else skip_text_cleaning
-        clean: Callable[[str], str] = repair_prompt if light else clean_prompt
+        cleaning = self.caption_cleaning
+        if skip_text_cleaning:
+            cleaning = "light"
+        elif skip_text_cleaning is not None and cleaning == "light":
+            cleaning = "full_v1"  # as diffusers does then
+        clean = CLEANERS[cleaning]
+        for text in dict.fromkeys(texts):
+            if text.strip() and not clean(text):
+                remedy = "" if cleaning == "light" else " Pass `skip_text_cleaning=True` to keep it."
+                logger.warning(
+                    f"Nothing is left of the prompt {_shortened(text)} after cleaning (`caption_cleaning` is"
+                    f" {cleaning!r}): it is drawn as an empty prompt.{remedy}"
+                )
         max_length = self.max_tokens if max_length is None else max_length
         input_ids, mask = tokenize_prompts(self.tokenizer, texts, max_length, clean)
         if cut := sum(find_cut(self.tokenizer, texts, mask, clean)):
@@ -368,8 +391,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" the
                 callback is given; the latents when None.
             tokenizer_max_length: number of text tokens, in place of the pipeline's own.
-            skip_text_cleaning: only repair Unicode and HTML in the prompts; None for what this pipeline was trained
-                with.
+            skip_text_cleaning: True: only repair Unicode and HTML in the prompts; False: clean them fully; None: clean
+                them as the captions were in training (`caption_cleaning` of the pipeline).
             sigmas: custom noise levels, strictly decreasing, in (0, 1]. Used as they are by our schedulers; diffusers'
                 own apply their shift to them.
             self_guidance_scale: weight s of TREAD's self-guidance (arXiv 2501.04765), routed + s (full - routed), both
@@ -641,6 +664,10 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         # the order of normal draws is as random as that of uniform ones; one call serves single and listed generators
         scores = randn_tensor((len(latents), tokens), generator, latents.device, torch.float32)  # (B, N)
         return sample_route(scores, ratio, start, stop)
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    return repr(text) if len(text) <= length else f"{text[:length]!r}..."
 
 
 def _takes_contexts(transformer: Any) -> bool:

@@ -44,6 +44,8 @@ class PRXPipeline(PRXPipelineBase):
             velocity with one of diffusers' own.
         token_route: (start, stop, ratio) if the network was trained with tokens led around blocks (TREAD, SPRINT): the
             half-open range of blocks and the share of tokens. What the call's `self_guidance_scale` needs.
+        caption_cleaning: how captions were cleaned in training, and so how prompts are: "full", "full_v1" or "light"
+            (see `prompt_cleaning`). None: "full_v1", as in diffusers' pipeline of this name.
 
     Raises:
         ValueError: an argument that is not as described, or a scheduler for another prediction.
@@ -53,7 +55,7 @@ class PRXPipeline(PRXPipelineBase):
     _optional_components = ["vae"]  # noqa: RUF012
     default_prediction_type = "velocity"
     default_resolution = 512
-    light_cleaning = False
+    default_caption_cleaning = "full_v1"
 
     vae: Any
 
@@ -68,12 +70,13 @@ class PRXPipeline(PRXPipelineBase):
         noise_scale: float = 1.0,
         prediction_type: str | None = None,
         token_route: tuple[int, int, float] | None = None,
+        caption_cleaning: str | None = None,
     ):
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
         )
-        self._setup(default_sample_size, noise_scale, prediction_type, token_route)
+        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
         if vae is not None and transformer is not None:
             channels = vae_latents.latent_channels(vae)
             if channels != transformer.config["in_channels"]:

@@ -31,6 +31,8 @@ class PRXPixelPipeline(PRXPipelineBase):
             x_prediction with one of diffusers' own.
         token_route: (start, stop, ratio) if the network was trained with tokens led around blocks (TREAD, SPRINT): the
             half-open range of blocks and the share of tokens. What the call's `self_guidance_scale` needs.
+        caption_cleaning: how captions were cleaned in training, and so how prompts are: "full", "full_v1" or "light"
+            (see `prompt_cleaning`). None: "light", as in diffusers' pipeline of this name.
 
     Raises:
         ValueError: an argument that is not as described, or a scheduler for another prediction.
@@ -39,7 +41,7 @@ class PRXPixelPipeline(PRXPipelineBase):
     model_cpu_offload_seq = "text_encoder->transformer"
     default_prediction_type = "x_prediction"
     default_resolution = 1024
-    light_cleaning = True
+    default_caption_cleaning = "light"
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class PRXPixelPipeline(PRXPipelineBase):
         noise_scale: float = 2.0,
         prediction_type: str | None = None,
         token_route: tuple[int, int, float] | None = None,
+        caption_cleaning: str | None = None,
     ):
         super().__init__()
         check_count("prompt_max_tokens", prompt_max_tokens)
@@ -59,7 +62,7 @@ class PRXPixelPipeline(PRXPipelineBase):
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(prompt_max_tokens=prompt_max_tokens)
-        self._setup(default_sample_size, noise_scale, prediction_type, token_route)
+        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
 
     @property
     def vae_scale_factor(self) -> int:

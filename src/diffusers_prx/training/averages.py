@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -15,7 +16,7 @@ class Averages:
 
     Args:
         trained: what is trained, already distributed.
-        cfg: of the run; without `use_ema` there are no averages, and nothing here does anything.
+        cfg: run configuration; without `use_ema` there are no averages, and nothing here does anything.
 
     Attributes:
         models: an EMAModel by the name of its module.
@@ -23,8 +24,10 @@ class Averages:
 
     def __init__(self, trained: Trained, cfg: TrainingConfig):
         self.trained = trained
+        # diffusers copies the weights at the first update and then ramps the decay up, unless both are switched off
+        constant: dict[str, Any] = {} if cfg.ema_warmup else {"min_decay": cfg.ema_decay, "update_after_step": -1}
         self.models = {
-            name: EMAModel(learning(module).values(), decay=cfg.ema_decay, foreach=True)
+            name: EMAModel(learning(module).values(), decay=cfg.ema_decay, foreach=True, **constant)
             for name, module in trained.named_children()
             if cfg.use_ema and name != "projector"
         }

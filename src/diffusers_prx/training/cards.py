@@ -22,7 +22,7 @@ from ..evaluation.networks import pipeline_fingerprint
 from ..evaluation.pictures import load_pipeline
 from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
 from ..evaluation.sheets import pictures_of_grid
-from .config import TrainingConfig, sources_of
+from .config import TrainingConfig, settings_of_run, sources_of
 from .publishing import ADAPTER_LOADED_FROM, CARD_FILE, CARD_MARKER, LOADED_FROM, hub_id, is_ours
 from .settings import SURROUNDINGS, marked
 
@@ -72,7 +72,7 @@ def write_card(
     card_file = folder / CARD_FILE
     _require_ours(card_file)
     record = json.loads((folder / REPORT_FILE).read_text())
-    cfg = TrainingConfig(**record["config"])
+    cfg = TrainingConfig(**settings_of_run(record["config"], record["pipeline_class"] == "PRXPixelPipeline"))
     stages = begun_stages(cfg, record["steps"])
     load_from = load_from or str(folder)
     name = Path(load_from).name

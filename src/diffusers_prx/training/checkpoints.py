@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from .config import TrainingConfig
+from .config import TrainingConfig, settings_of_run
 from .distributed import Exchange, learning
 from .settings import FIXED, marked
 
@@ -88,7 +88,9 @@ class RunState:
                 f"The checkpoint is at step {step}, beyond the {self.stages[-1]['stop_step']} of this run "
                 "(`max_train_steps`, of all stages together)."
             )
-        same = [(name, state["settings"].get(name), self.settings.get(name)) for name in marked(TrainingConfig, FIXED)]
+        in_pixels = "vae" not in state["networks"].get("frozen_networks", {})
+        saved = settings_of_run(state["settings"], in_pixels)
+        same = [(name, saved.get(name), self.settings.get(name)) for name in marked(TrainingConfig, FIXED)]
         same += [(name, state["networks"].get(name), network) for name, network in self.networks.items()]
         for number, (old, new) in enumerate(zip(state["stages"], self.stages)):
             if step > old["first_step"]:

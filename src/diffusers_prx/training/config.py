@@ -1,10 +1,12 @@
 """The configuration of a training run: one typed, frozen dataclass. `recipes` reads it from YAML and flags."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..pipelines.prompt_cleaning import CaptionCleaning
 from .publishing import check_name
 from .settings import (
     AT_LEAST_ONE,
@@ -52,7 +54,10 @@ class DataSource:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Every setting of `training/train_prx.py`. The defaults are those of the PRX study's baseline at 256 px.
+    """Every setting of `training/train_prx.py`.
+
+    The defaults are those of the PRX study's baseline at 256 px, but for `ema_warmup`: without it the average of a run
+    of some thousand steps is mostly the weights that the run began with.
 
     Raises:
         ValueError: for a value outside its range or settings that exclude each other, with what would be accepted.
@@ -91,6 +96,13 @@ class TrainingConfig:
     max_sequence_length: Annotated[
         int, "Captions are cut to this many tokens; how many were cut is printed.", AT_LEAST_ONE, FIXED
     ] = 256
+    caption_cleaning: Annotated[
+        CaptionCleaning,
+        "How captions are cleaned, and prompts by the saved pipeline. `full` (the study's, for T5Gemma): lower case, "
+        "without links, file names, article numbers, CJK and odd signs; `full_v1`: the same as diffusers' PRXPipeline "
+        "does it; `light` (the study's, for Qwen3-VL): only Unicode and HTML are repaired.",
+        FIXED,
+    ] = "full"
 
     # an adapter of the transformer, in place of its weights
     lora_rank: Annotated[
@@ -267,6 +279,13 @@ class TrainingConfig:
         bool, "Keep an exponential moving average of the weights; it becomes the saved model.", FIXED
     ] = False
     ema_decay: Annotated[float, "Decay of the moving average.", BELOW_ONE, FIXED] = 0.999
+    ema_warmup: Annotated[
+        bool,
+        "Let the decay of the moving average grow with the n-th update as (1 + n) / (10 + n) up to `ema_decay`; 0.999 "
+        "is reached after 8,990 updates. Off, as in the study: `ema_decay` from the first update on, after "
+        "1,000 of which at 0.999 a third of the average is still the weights that the run began with.",
+        FIXED,
+    ] = True
     ema_update_every: Annotated[int, "Steps between two updates of the moving average.", AT_LEAST_ONE] = 10
     mixed_precision: Annotated[
         Literal["no", "bf16"], "Type of the computation; for that of the weights see weights_dtype."
@@ -717,6 +736,16 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, as they are saved with the run."""
         return dataclasses.asdict(self)
+
+
+def settings_of_run(stored: Mapping[str, Any], in_pixels: bool) -> dict[str, Any]:
+    """The settings that a run has stored, and, where they come from before these were settings, what it did.
+
+    Args:
+        stored: as `TrainingConfig.to_dict` returned them then.
+        in_pixels: True if the run had no autoencoder.
+    """
+    return {"caption_cleaning": "light" if in_pixels else "full_v1", "ema_warmup": True} | dict(stored)
 
 
 def sources_of(cfg: TrainingConfig) -> list[DataSource]:

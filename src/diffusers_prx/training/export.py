@@ -13,7 +13,7 @@ import torch
 from ..data.files import write_json
 from .cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
 from .checkpoints import RunState, is_complete, read_run, read_tensors
-from .config import TrainingConfig
+from .config import TrainingConfig, settings_of_run
 from .distributed import learning
 from .lora import save_adapter
 from .nets import Nets, build_nets
@@ -158,7 +158,8 @@ def export_checkpoint(
         raise ValueError(f"`checkpoint` is {str(checkpoint)!r}, which is no complete checkpoint.")
     saved = read_run(checkpoint)
     state = RunState(**saved["state"])
-    cfg = TrainingConfig(**state.settings | {"output_dir": str(output_dir)})
+    in_pixels = "vae" not in state.networks.get("frozen_networks", {})
+    cfg = TrainingConfig(**settings_of_run(state.settings, in_pixels) | {"output_dir": str(output_dir)})
     if average and not cfg.use_ema:
         raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
     kind = "weights" if average is False or not cfg.use_ema else "average"

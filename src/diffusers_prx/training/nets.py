@@ -22,7 +22,7 @@ from ..latents import latent_channels, load_vae, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
-from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
+from ..pipelines.prompt_cleaning import CLEANERS, CaptionCleaning
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..text import encoder_only, load_text_encoder
 from .alignment import FeatureCache, build_projector
@@ -45,6 +45,7 @@ class Nets:
     Args:
         transformer, text_encoder, tokenizer, vae, scheduler: the parts of the pipeline.
         patch_size: of the transformer.
+        caption_cleaning: how captions are cleaned, and prompts by the pipeline of these networks.
         teacher, projector, teacher_cache: a VisionTeacher, a projector and features on disk, for the alignment (REPA);
             without a projector nothing is aligned.
         lpips, dino: an LPIPSLoss and a VisionTeacher, for the perceptual losses; None: off.
@@ -56,6 +57,7 @@ class Nets:
     vae: Any
     scheduler: PRXFlowMatchScheduler | PRXXPredictionScheduler
     patch_size: int
+    caption_cleaning: CaptionCleaning = "full"
     teacher: Any = None
     projector: Any = None
     teacher_cache: FeatureCache | None = None
@@ -69,8 +71,8 @@ class Nets:
 
     @property
     def clean_caption(self) -> Callable[[str], str]:
-        """How captions are cleaned: as the pipeline of these networks will clean its prompts."""
-        return repair_prompt if self.vae is None else clean_prompt
+        """The function of `caption_cleaning`."""
+        return CLEANERS[self.caption_cleaning]
 
     def trainable(self, cfg: TrainingConfig) -> dict[str, nn.Module]:
         """The modules that the optimizer changes, by their name here: of each what has `requires_grad`."""
@@ -114,6 +116,7 @@ class Nets:
             "default_sample_size": cfg.resolution,
             "noise_scale": cfg.noise_scale,
             "token_route": (*cfg.route_range, cfg.route_ratio) if cfg.route_ratio else None,
+            "caption_cleaning": self.caption_cleaning,
         }
         if self.vae is None:
             return PRXPixelPipeline(**shared, prompt_max_tokens=cfg.max_sequence_length)
@@ -312,7 +315,9 @@ def build_nets(
             logger.warning(
                 f"`shift` is {cfg.timestep_shift}; the pretrained pipeline's is {loaded['scheduler'].shift}."
             )
-    nets = Nets(transformer, text_encoder, tokenizer, vae, scheduler, transformer.config["patch_size"])
+    nets = Nets(
+        transformer, text_encoder, tokenizer, vae, scheduler, transformer.config["patch_size"], cfg.caption_cleaning
+    )
     if techniques:
         add_techniques(nets, cfg.stage_configs(), teacher_width)
     for module in (text_encoder, vae):
@@ -430,6 +435,7 @@ def saved_settings(name_or_path: str, revision: str | None = None) -> dict[str, 
         "resolution": cfg.get("default_sample_size") or pipeline_class.default_resolution,
         "max_sequence_length": tokens,
         "shift": float(scheduler.get("shift", 1.0)),
+        "caption_cleaning": cfg.get("caption_cleaning") or pipeline_class.default_caption_cleaning,
     }
 
 
@@ -441,6 +447,10 @@ def _check_continued(cfg: TrainingConfig, pipeline: PRXPipeline | PRXPixelPipeli
                 f"`{name}` is {getattr(cfg, name)}, but the pretrained pipeline was trained with "
                 f"{pipeline.config[name]}: set it to that."
             )
+    if cfg.caption_cleaning != pipeline.caption_cleaning:
+        logger.warning(
+            f"`caption_cleaning` is {cfg.caption_cleaning}; the pretrained pipeline's is {pipeline.caption_cleaning}."
+        )
 
 
 def text_width(text_encoder: Any) -> int:

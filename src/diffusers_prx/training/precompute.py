@@ -69,7 +69,7 @@ def network_settings(nets: Nets) -> dict[str, Any]:
         "vae": None if nets.vae is None else fingerprint(nets.vae),
         "text_encoder": fingerprint(nets.text_encoder),
         "tokenizer": tokenizer_fingerprint(nets.tokenizer),
-        "caption_cleaning": nets.clean_caption.__name__,
+        "caption_cleaning": nets.caption_cleaning,
     }
 
 

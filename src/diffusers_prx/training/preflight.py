@@ -16,7 +16,7 @@ from ..data.precomputed import require_complete
 from ..latents import latent_channels, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
-from ..pipelines.prompt_cleaning import clean_prompt, repair_prompt
+from ..pipelines.prompt_cleaning import CLEANERS
 from .config import TrainingConfig, cache_folder, sources_of
 from .known_networks import autoencoder_outline, teacher_outline, text_config
 from .lora import add_adapter
@@ -41,10 +41,6 @@ class Outline:
     transformer: Any
     vae: Any
     pixels_per_token: int
-
-    @property
-    def in_pixels(self) -> bool:
-        return self.vae is None
 
 
 def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> Outline:
@@ -143,7 +139,7 @@ def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
     return dict(kept)
 
 
-def caption_figures(cfg: TrainingConfig, stage: Stage, in_pixels: bool) -> CaptionStatistics | None:
+def caption_figures(cfg: TrainingConfig, stage: Stage) -> CaptionStatistics | None:
     """Statistics of a stage's captions; None where they are not asked for, where they are those of scenes or one and
     the same, and where the tokenizer does not exist yet."""
     given = all(source.name == "scenes" or source.instance_prompt is not None for source in sources_of(stage.cfg))
@@ -158,8 +154,9 @@ def caption_figures(cfg: TrainingConfig, stage: Stage, in_pixels: bool) -> Capti
     first = next(captions, None)
     if first is None:
         return None  # training will say which samples cannot be read
-    clean = repair_prompt if in_pixels else clean_prompt
-    return caption_statistics(chain([first], captions), tokenizer, cfg.max_sequence_length, clean)
+    return caption_statistics(
+        chain([first], captions), tokenizer, cfg.max_sequence_length, CLEANERS[cfg.caption_cleaning]
+    )
 
 
 def report(

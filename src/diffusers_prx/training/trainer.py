@@ -136,7 +136,7 @@ class Run:
                 self.teacher_width = self.saved["state"]["networks"]["teacher_width"]
         check_techniques(cfg, self.teacher_width is None)
         if accelerator.is_main_process:
-            figures = [caption_figures(cfg, stage, networks.in_pixels) for stage in self.stages]
+            figures = [caption_figures(cfg, stage) for stage in self.stages]
             print(report(cfg, self.stages, networks.transformer, figures, accelerator.num_processes))
             shards = self.machine["sharded_over"]
             if shards > 1:
