@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import signal
 import tarfile
 import threading
 from pathlib import Path
@@ -288,6 +289,74 @@ def test_a_broken_tar(pair, damage, caplog):
     with pytest.raises(ValueError, match=r"0\.tar cannot be read beyond its sample [23]: .*leave it out"):
         list(rows)
     assert "broke off" not in caplog.text  # a file on this machine is not tried again
+
+
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """A header of 512 bytes, which `tarfile` would not write for such sizes."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:108], block[136:148], block[257:265] = b"0000644\0", b"00000000000\0", b"ustar\x0000"
+    block[124:136] = b"%011o\0" % size if 0 <= size < 8**11 else (size + (128 << 88) * (size > 0)).to_bytes(
+        12, "big", signed=size < 0
+    )  # fmt: skip
+    block[156:157], block[148:156] = kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data: bytes) -> bytes:
+    return data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+HOSTILE = {
+    "negative": header(b"b.png", -512),
+    "terabytes": header(b"b.png", 2**40),
+    "no number of a file": header(b"README", 2**80),
+    "terabytes of names": header(b"b", 2**40, b"L"),
+    "gigabytes of records": header(b"b", 8**11 - 1, b"x"),
+    "negative records": header(b"b", -512, b"x"),
+    "negative in a record": header(b"b", 13, b"x") + padded(b"13 size=-512\n") + header(b"b.png", 0),
+    "huge in a record": header(b"b", 20, b"x") + padded(b"20 size=99999999999\n") + header(b"b.png", 0),
+    "sparse without end": header(b"b", 24, b"x") + padded(b"24 GNU.sparse.map=1,2,x\n") + header(b"b.png", 0),
+    "endless records": header(b"b", 0, b"x") * 3000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_headers_are_refused_at_once(tmp_path, kind, caplog):
+    """`tarfile` alone goes round for ever, or takes as much memory as the header says."""
+    good = b"".join(
+        header(name.encode(), len(data)) + padded(data) for name, data in members(0, 1) if not name.endswith("json")
+    )
+    path = tmp_path / "a.tar"
+    path.write_bytes(good + HOSTILE[kind] + b"\0" * 1024)
+    signal.alarm(10)  # ends the test run, were it to hang
+    try:
+        source = TarImages([str(path)], "image", ["text"])
+        assert len(source) == 1
+        assert_sample(source[0], 0)
+        assert "is broken: " in caplog.text
+        with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
+            list(TarShards([str(path)], "image", ["text"]).rows(0, 0))
+    finally:
+        signal.alarm(0)
+
+
+def test_tars_that_are_no_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    for kind in (TarImages, TarShards):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            kind([str(tmp_path / "a.tar")], "image", ["text"])
+
+
+def test_names_of_members_lead_nowhere(tmp_path):
+    """Nothing is written, so that absolute names and those with .. are names like others."""
+    files = [
+        (f"{stem}.{end}", data) for stem in ("/etc/0", "../../1") for end, data in (("png", png(0)), ("txt", b"a"))
+    ]
+    path = write_tar(tmp_path / "a.tar", files)
+    source = TarImages([path], "image", ["text"])
+    assert [source[index]["caption"] for index in range(len(source))] == ["a", "a"]
 
 
 def test_files_that_are_no_tars_are_refused(tmp_path):

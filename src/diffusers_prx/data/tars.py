@@ -25,13 +25,18 @@ from tqdm.auto import tqdm
 
 from .captioned import StoredImages
 from .captions import find_caption, require_column
-from .files import is_remote, written_whole
+from .files import is_remote, open_regular, written_whole
 from .images import UnreadableSample, image_endings, unreadable_endings
 
 logger = logging.get_logger(__name__)
 
 LOOKED_AT = 16  # samples in which columns are looked for at the start
 ATTEMPTS = 4  # to go on with a remote tar whose connection broke
+LARGEST_MEMBER = 1 << 30  # bytes
+LARGEST_EXTENSION = 1 << 14  # bytes of the extension of a header: long names, PAX records
+EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 FIRST_WAIT = 1.0  # seconds before the second attempt, twice as long before each further one
 TIMEOUT = 60.0  # seconds without an answer
 
@@ -40,16 +45,30 @@ Stored = tuple[bytes | str | UnreadableSample | None, dict[str, Any]]
 
 
 class _Header(tarfile.TarInfo):
-    """Tells a broken or missing header from the end of the tar: `tarfile` silently takes each for the end."""
+    """Tells a broken or missing header from the end of the tar: `tarfile` silently takes each for the end. Refuses
+    sizes that no data set has: `tarfile` reads a negative one for ever, and skips or allocates any other one."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        _check_size(header.size, LARGEST_EXTENSION if header.type in EXTENSIONS else LARGEST_MEMBER)
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
         try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            header = super().fromtarfile(archive)
+        except (tarfile.EOFHeaderError, tarfile.ReadError, OSError):  # type: ignore[attr-defined]
             raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+        except Exception as error:  # a malformed extension raises many kinds
+            raise tarfile.ReadError(f"{error!r} at byte {archive.offset}") from error
+        _check_size(header.size, LARGEST_MEMBER)  # as an extension may have changed it
+        return header
+
+
+def _check_size(size: int, largest: int) -> None:
+    if not 0 <= size <= largest:
+        raise tarfile.ReadError(f"a header states a size of {size} bytes, accepted: 0 to {largest}")
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -110,7 +129,7 @@ def index_tar(path: str) -> tuple[list[str], np.ndarray, str]:
     samples: list[dict[str, tuple[int, int]]] = []
     problem, last = "", None
     try:
-        with tarfile.open(path, "r:", tarinfo=_Header) as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
             total = os.path.getsize(path)
             for key, ending, member in _members(archive):
                 if member.offset_data + member.size > total:
@@ -251,7 +270,7 @@ BREAKS = (OSError, http.client.HTTPException, tarfile.ReadError, EOFError)
 def _open(path: str) -> IO[bytes]:
     if path.startswith(("http://", "https://")):
         return urllib.request.urlopen(path, timeout=TIMEOUT)  # fsspec would need aiohttp
-    return fsspec.open(path, "rb").open()
+    return fsspec.open(path, "rb").open() if is_remote(path) else open_regular(path)
 
 
 class TarShards:
