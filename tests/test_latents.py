@@ -1,5 +1,7 @@
 """The latents of each VAE against the VAE's own methods, and FLUX.2's against the arithmetic of its own pipeline."""
 
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -217,6 +219,29 @@ def test_flux2_loaded_as_the_plain_class_is_refused(tmp_path):
     """No patchify, no statistics, and a scale of 0.18215: it would train, towards nothing."""
     zoo.vae_flux2().save_pretrained(tmp_path)
     assert_refused(AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False), "scaling_factor")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("scaling_factor", 0.0), ("scaling_factor", math.nan), ("shift_factor", "0")]
+)
+def test_scales_that_are_no_scales_are_refused(name, value):
+    vae = tiny.vae_kl()
+    vae.register_to_config(**{name: value})
+    assert_refused(vae, name)
+
+
+@pytest.mark.parametrize("name", ["kl", "none"])
+def test_tensors_that_do_not_fit_are_refused(name):
+    vae = ALL[name]()
+    channels = latents.latent_channels(vae)
+    pixels = torch.zeros(1, 3, 16, 16)
+    for wrong in (pixels.to(torch.uint8), pixels.numpy(), pixels[0], pixels[:, :2]):
+        with pytest.raises(ValueError, match="`pixels_pm1`"):
+            latents.encode(vae, wrong)
+    codes = torch.zeros(1, channels, 8, 8)
+    for wrong in (codes.long(), codes[0], torch.zeros(1, channels + 1, 8, 8)):
+        with pytest.raises(ValueError, match="`latents`"):
+            latents.decode(vae, wrong)
 
 
 def test_statistics_that_we_do_not_apply_are_refused():

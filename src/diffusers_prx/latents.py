@@ -10,6 +10,7 @@ stands latents = (z - shift) * scale, and both come from the VAE itself:
 | None: no VAE | 1 and 0: latents are pixels in [-1, 1] |
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -72,7 +73,8 @@ def load_vae(name_or_path: str) -> VAE:
     vae, info = vae_class.from_pretrained(
         name_or_path, subfolder=subfolder, dtype=torch.float32, output_loading_info=True
     )
-    if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
+    unread = {name for name, weight in vae.state_dict().items() if weight.is_meta}  # named by an index, in no shard
+    if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"]), *unread}):
         raise ValueError(f"`vae_name_or_path` {name_or_path} lacks weights of its {vae_class.__name__}: {lacking}.")
     return vae.eval()
 
@@ -116,9 +118,10 @@ def encode(vae: VAE, pixels_pm1: torch.Tensor) -> EncodedImages:
     """Encode images (B, 3, H, W) in [-1, 1], in the VAE's dtype; the result is float32.
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, one that states no scale, or a size of images that is no
-            multiple of `vae_scale_factor`.
+        ValueError: a class of VAE that PRX does not know, one that states no scale, or images of another shape, of
+            whole numbers, or of a size that is not a multiple of `vae_scale_factor`.
     """
+    _check_tensor("pixels_pm1", pixels_pm1, 3)
     if vae is None:
         return EncodedImages(pixels_pm1.float(), None)
     factor, (height, width) = vae_scale_factor(vae), pixels_pm1.shape[-2:]
@@ -141,13 +144,23 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about in [-1, 1] (not clamped).
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, or one that states no scale.
+        ValueError: a class of VAE that PRX does not know, one that states no scale, or latents of another shape or of
+            whole numbers.
     """
+    _check_tensor("latents", latents, latent_channels(vae))
     if vae is None:
         return latents.float()
     shift, scale = _shift_and_scale(vae, latents.device)
     codes = F.pixel_shuffle(latents.float() / scale + shift, _patch_size(vae))
     return vae.decode(codes.to(vae.dtype), return_dict=False)[0].float()
+
+
+def _check_tensor(name: str, tensor: Any, channels: int) -> None:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        came = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+        raise ValueError(f"`{name}` is {came}; it has to be a floating-point tensor.")
+    if tensor.ndim != 4 or tensor.shape[1] != channels:
+        raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be (B, {channels}, height, width).")
 
 
 def _shift_and_scale(vae: VAE, device: torch.device) -> tuple[Any, Any]:
@@ -178,7 +191,15 @@ def _known(vae: VAE) -> Any:
     # A default is silently wrong: 0.18215 of AutoencoderKL is Stable Diffusion's and fits no other. AutoencoderTiny's
     # is right: it is trained to encode to scaled latents.
     defaults = () if isinstance(vae, AutoencoderTiny) else vae.config.get("_use_default_values", ())
-    if vae.config.get("scaling_factor") is None or "scaling_factor" in defaults:
+    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor") or 0.0
+    for key, value in {"scaling_factor": scale, "shift_factor": shift}.items():
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if value is not None and (not number or (key == "scaling_factor" and value == 0)):
+            raise ValueError(
+                f"The configuration of `vae` ({name}) has the `{key}` {value!r}; it has to be a finite number, and the"
+                " scale not 0."
+            )
+    if scale is None or "scaling_factor" in defaults:
         raise ValueError(
             f"The configuration of `vae` ({name}) has no `scaling_factor`; write it into the VAE's config.json, or"
             " pass it to the VAE's `from_pretrained`: 1 / (standard deviation of the VAE's codes)."

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
@@ -137,6 +138,101 @@ def test_plain_guider_is_the_guidance_scale_with_every_scheduler(kind):
         expected = draw(pipe, guidance_scale=SCALE)
         difference = (draw(pipe, guider=ClassifierFreeGuidance(SCALE)) - expected).abs().max()
         assert difference < 1e-4 * expected.abs().max()
+
+
+# Guidance that a step callback changes, as diffusers' own callbacks do.
+
+
+def set_after(step, scale, seen=None):
+    def callback(pipeline, done, timestep, tensors):
+        if seen is not None:
+            seen.append(pipeline.do_classifier_free_guidance)
+        if done == step:
+            pipeline._guidance_scale = scale
+
+    return {"callback_on_step_end": callback}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_callback_ends_guidance(kind):
+    """And the network runs on half the batch from then on, as with a guider that stops there."""
+    pipe = pipeline(kind)
+    expected = draw(pipe, guider=ClassifierFreeGuidance(SCALE, stop=0.4))
+    for off in (0.0, 1):
+        pipe.transformer.rows, seen = [], []
+        images = draw(pipe, guidance_scale=SCALE, **set_after(1, off, seen))
+        assert (images - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert pipe.transformer.rows == [4, 4, 2, 2, 2]
+        assert seen == [True, True, False, False, False]
+        assert pipe.guidance_scale == off
+    assert (draw(pipe, guidance_scale=SCALE) - expected).abs().max() > 1e-2
+
+
+def test_a_callback_changes_the_scale_and_turns_guidance_on_again():
+    pipe = pipeline("latent")
+    scales = [3.0, 0.0, 5.0, 2.0]
+
+    def combine(positive, negative, step, state):
+        scale = ([SCALE, *scales])[step]
+        return negative + scale * (positive - negative) if scale > 1 else positive
+
+    def callback(pipeline, step, timestep, tensors):
+        if step < len(scales):
+            pipeline._guidance_scale = scales[step]
+
+    expected = by_hand(pipe, combine)
+    images = draw(pipe, guidance_scale=SCALE, callback_on_step_end=callback)
+    assert (images - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert pipe.transformer.rows == [4, 4, 2, 4, 4]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_callback_of_diffusers_that_cuts_guidance(offload):
+    pipe = tiny.latent_pipeline()
+    if offload:  # no contexts of the text beforehand
+        pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    args = {"num_inference_steps": STEPS, "output_type": "latent"}
+    call = lambda **given: pipe(PROMPTS[0], generator=tiny.generators(1)[0], **args, **given).images  # noqa: E731
+    expected = call(guider=ClassifierFreeGuidance(4.0, stop=0.2))
+    images = call(callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.0))
+    assert (images - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"`prompt_embeds` of shape .*SDCFGCutoffCallback"):
+        draw(pipe, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.0))  # of two prompts it keeps the last
+
+
+def test_guidance_that_a_callback_raises_counts_up():
+    def callback(pipeline, step, timestep, tensors):
+        pipeline._guidance_scale += 1.0
+        return tensors
+
+    pipe = pipeline("latent")
+    names = pipe._callback_tensor_inputs
+    draw(pipe, guidance_scale=2.0, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "message"),
+    [
+        ({"guidance_scale": 1.0}, 3.0, "`guidance_scale`.*off when the call began"),
+        ({"guider": ClassifierFreeGuidance(3.0)}, 0.0, "`guidance_scale`.*`guider`"),
+        ({}, 0.5, "`guidance_scale` is 0.5"),
+        ({}, math.nan, "`guidance_scale` is nan"),
+        ({}, None, "`guidance_scale` is None"),
+    ],
+)
+def test_changes_that_are_refused(change, scale, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipeline("latent"), **change, **set_after(1, scale))
+
+
+def test_a_cache_takes_no_change_of_the_branches():
+    pipe = tiny.latent_pipeline()
+    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2))
+    with pytest.raises(ValueError, match=r"`guidance_scale`.*disable_cache"):
+        draw(pipe, **set_after(1, 0.0))
+    changed = draw(pipe, **set_after(1, 2.0))
+    assert (changed - draw(pipe)).abs().max() > 1e-3
 
 
 def test_the_transformer_that_takes_no_contexts():

@@ -76,6 +76,11 @@ def draw(pipe, seed=0, prompt=PROMPTS, **kwargs):
     return pipe(prompt, generator=generator, **settings | kwargs).images
 
 
+def end_guidance(pipe, step):
+    if step == 1:
+        pipe._guidance_scale = 0.0
+
+
 def mag_cache(pipe):
     ratios = [1.0, 1.1, 0.99, 0.98]
     pipe.transformer.enable_cache(
@@ -101,6 +106,7 @@ PICTURES = {
     "own negative prompts": (tiny.latent_pipeline, {"negative_prompt": ["circle", "", "one big green square"]}),
     "pixels": (tiny.pixel_pipeline, {"num_images_per_prompt": 2}),
     "one prompt": (tiny.latent_pipeline, {"prompt": PROMPTS[0], "height": 32, "width": 32}),
+    "a callback": (tiny.latent_pipeline, {"callback_on_step_end": lambda pipe, step, *_: end_guidance(pipe, step)}),
     "a guider": (tiny.pixel_pipeline, {"guider": ClassifierFreeGuidance(3.0, stop=0.6)}),
     "MagCache": (lambda: mag_cache(tiny.latent_pipeline()), {}),
     "TaylorSeer": (lambda: taylor_seer(tiny.latent_pipeline()), {}),

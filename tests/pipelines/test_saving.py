@@ -19,8 +19,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors.torch import load_file, save_file
 
 import tiny
+from diffusers_prx import latents
+from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.pipelines import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 
@@ -319,6 +322,58 @@ def test_options_of_from_pretrained(saved):
         PRXPipeline.from_pretrained(root / "kl", scheduler=PRXXPredictionScheduler())
     passed.save_pretrained(root / "variant", variant="fp16")
     assert PRXPipeline.from_pretrained(root / "variant", variant="fp16").scheduler.config["shift"] == 5.0
+
+
+# Files that lack a weight, which both libraries fill at random.
+
+
+@pytest.mark.parametrize("layout", ["whole", "sharded", "variant"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_file_that_lacks_a_weight_is_refused(tmp_path, layout, part):
+    options = {"whole": {}, "sharded": {"max_shard_size": "40KB"}, "variant": {"variant": "fp16"}}[layout]
+    load = {"variant": "fp16"} if layout == "variant" else {}
+    tiny.latent_pipeline().save_pretrained(tmp_path, **options)
+    PRXPipeline.from_pretrained(tmp_path, **load)
+    file = sorted((tmp_path / part).glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    name = sorted(tensors)[len(tensors) // 2]
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"are not complete.*{re.escape(name)}"):
+        PRXPipeline.from_pretrained(tmp_path, **load)
+    if part == "transformer":
+        with pytest.raises(ValueError, match=re.escape(name)):
+            PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, **load)
+        _, info = PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, output_loading_info=True, **load)
+        assert layout == "sharded" or info["missing_keys"] == [name]
+    if part == "vae" and not load:
+        with pytest.raises(ValueError, match=re.escape(name)):
+            latents.load_vae(str(tmp_path))
+
+
+def test_components_keep_their_public_classes(tmp_path):
+    tiny.latent_pipeline().save_pretrained(tmp_path)
+    pipe = PRXPipeline.from_pretrained(tmp_path)
+    assert type(pipe.vae) is diffusers.AutoencoderKL
+    assert type(pipe.text_encoder).__module__.startswith("transformers.")
+    pipe.save_pretrained(tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert (index["vae"], index["text_encoder"]) == (
+        ["diffusers", "AutoencoderKL"],
+        ["transformers", "T5GemmaEncoderModel"],
+    )
+
+
+def test_from_pipe_keeps_the_dtypes_of_both():
+    pipe = tiny.latent_pipeline()
+    pipe.text_encoder.bfloat16()
+    expected = draw(pipe)
+    other = PRXPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert (other.text_encoder.dtype, other.transformer.dtype) == (torch.bfloat16, torch.float32)
+    assert np.array_equal(draw(other), expected)
+    assert np.array_equal(draw(pipe), expected)
+    assert PRXPipeline.from_pipe(pipe, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
 def test_copies_and_components():

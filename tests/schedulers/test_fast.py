@@ -39,5 +39,7 @@ def test_levels_are_dense_at_both_ends():
 
 
 def test_no_step_is_refused():
-    with pytest.raises(ValueError, match="`num_inference_steps` must be at least 1, got 0"):
-        fast_sigmas(0)
+    for steps in (0, 2.5, True, "9"):
+        with pytest.raises(ValueError, match="`num_inference_steps`"):
+            fast_sigmas(steps)
+    assert fast_sigmas(np.int64(9)) == fast_sigmas(9)

@@ -10,6 +10,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 
 BOTH = [PRXFlowMatchScheduler, PRXXPredictionScheduler]
+NAN, INF = float("nan"), float("inf")
+WRONG_LEVELS = [
+    [], [0.5, 0.5], [0.2, 0.9], [1.2, 0.5], [0.5, 0.0], [-0.5], [NAN], [1.0, NAN], [INF, 0.5], [[0.5]], 0.5, "0.5",
+    ["1", "0.5"], [True, 0.5], [None], {1.0, 0.5}, [1.0, 0.5, 0.5 - 1e-12], [1e-60], np.array([True]),
+    torch.ones(1, 1),
+]  # fmt: skip
 
 
 def exact_grid(n: int, shift: int) -> list[Fraction]:
@@ -236,6 +242,8 @@ def test_reads_a_stock_configuration_and_its_own(cls, tmp_path):
     ("name", "value"),
     [
         ("num_train_timesteps", 0),
+        ("num_train_timesteps", 999.5),
+        ("num_train_timesteps", True),
         ("shift", 0.0),
         ("shift", float("nan")),
         ("shift", "3"),
@@ -262,20 +270,58 @@ def test_wrong_use(cls):
     for n in (0, -1, 2.5, True, None):
         with pytest.raises(ValueError, match="num_inference_steps"):
             scheduler.set_timesteps(n)
-    for sigmas in ([], [0.5, 0.5], [0.2, 0.5], [1.1, 0.5], [0.5, 0.0], [float("nan")], [[0.5]]):
-        with pytest.raises(ValueError, match="sigmas"):
+    for sigmas in WRONG_LEVELS:
+        with pytest.raises(ValueError, match="`sigmas`"):
             scheduler.set_timesteps(sigmas=sigmas)
+    with pytest.raises(ValueError, match="`num_inference_steps`"):
+        scheduler.set_timesteps(1.0, sigmas=[0.5])
     with pytest.raises(ValueError, match="agree"):
         scheduler.set_timesteps(3, sigmas=[0.5])
     scheduler.set_timesteps(4)
-    for timestep in (999.0, 0.0, 1.0, float("nan"), torch.tensor([1000.0, 750.0])):
+    for timestep in (999.0, 0.0, 1.0, float("nan"), torch.tensor([1000.0, 750.0]), "1000", None, True, [1000.0]):
         with pytest.raises(ValueError, match="timestep"):
             scheduler.step(x, timestep, x)
+    for output in (x.long(), x.numpy(), None):
+        with pytest.raises(ValueError, match="`model_output`"):
+            scheduler.step(output, 1000.0, x)
+    for timestep in (-1.0, 1000.5, float("nan"), torch.tensor([2000.0]), "500", True):
+        with pytest.raises(ValueError, match="`timestep`"):
+            scheduler.scale_noise(x, timestep, x)
+    with pytest.raises(ValueError, match="`sample`"):  # uint8 images would stay whole numbers
+        scheduler.scale_noise(torch.zeros(1, 2, dtype=torch.uint8), 500.0, x)
     with pytest.raises(ValueError, match="model_output"):
         scheduler.step(torch.zeros(2, 2), 1000.0, x)
     with pytest.raises(ValueError, match="noise"):
         scheduler.scale_noise(x, 500.0, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="noise levels"):
         scheduler.scale_noise(x, torch.tensor([1.0, 2.0]), x)
-    with pytest.raises(ValueError, match="`n`"):
-        scheduler.sample_timesteps(0)
+    for n in (0, 2.5, True, "2"):
+        with pytest.raises(ValueError, match="`n`"):
+            scheduler.sample_timesteps(n)
+
+
+def test_predictions_of_another_shape_are_refused():
+    x, one = torch.zeros(2, 3), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="`model_output`"):
+        PRXFlowMatchScheduler().clean(one, x, 0.5)
+    with pytest.raises(ValueError, match="`model_output`"):
+        PRXXPredictionScheduler().velocity(one, x, 0.5)
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_numbers_of_numpy_are_numbers(cls, tmp_path):
+    """They are stored as Python's, so that the configuration can be saved."""
+    scheduler = cls(num_train_timesteps=np.int64(1000), shift=np.float32(3), min_timestep=np.float64(1e-3))
+    assert (type(scheduler.config["num_train_timesteps"]), type(scheduler.config["shift"])) == (int, float)
+    scheduler.save_pretrained(tmp_path)
+    assert cls.from_pretrained(tmp_path).config["shift"] == 3.0
+    plain = cls(shift=3.0)
+    plain.set_timesteps(4)
+    scheduler.set_timesteps(np.int32(4))
+    assert torch.equal(scheduler.sigmas, plain.sigmas)
+    x = torch.ones(1, 2)
+    assert torch.equal(scheduler.step(x, np.float32(1000), x)[0], plain.step(x, 1000.0, x)[0])
+    half = torch.tensor(0.5)
+    for sigmas in (np.array([1, 0.5]), torch.tensor([1, 0.5]).bfloat16(), (1, np.float32(0.5)), [1.0, half]):
+        scheduler.set_timesteps(sigmas=sigmas)
+        assert scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]

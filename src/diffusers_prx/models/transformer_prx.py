@@ -8,6 +8,7 @@ values that the caller keeps and passes in; the model remembers nothing of a run
 """
 
 import json
+import os
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -49,6 +50,25 @@ NUMBER_RICH_DEVICES = ("cpu", "cuda")
 # class name that diffusers does not know, and so refuses: it would load the rest without these weights.
 OWN_OPTIONS = ("resolution_tokens", "fusion_range")
 STOCK_CLASS_NAME, OWN_CLASS_NAME = "PRXTransformer2DModel", "PRXExtendedTransformer2DModel"
+
+
+def check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
+    """Raise a ValueError that names the weights that a file lacks.
+
+    Args:
+        model: what `from_pretrained` returned with `output_loading_info=True`, for diffusers or transformers.
+        info: the report that it returned.
+        source: where the model was loaded from.
+    """
+    lacking = set(info["missing_keys"])
+    if not {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())):
+        # what an index promises and no shard holds; offloaded weights wait there as well
+        lacking |= {name for name, weight in model.state_dict().items() if weight.is_meta}
+    if lacking:
+        raise ValueError(
+            f"The weights of {type(model).__name__} in {source} are not complete: {len(lacking)} are missing, such as"
+            f" {sorted(lacking)[:8]}. Save or download them again."
+        )
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -567,6 +587,20 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def stored_class_name(self) -> str:
         """The class that stored files name: stock's, or one that stock does not know where stock lacks an option."""
         return OWN_CLASS_NAME if any(self.config[option] for option in OWN_OPTIONS) else STOCK_CLASS_NAME
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        """As `ModelMixin.from_pretrained`, which fills at random what a file lacks.
+
+        Raises:
+            ValueError: weights that are not all there. With `output_loading_info=True` you get the model all the same,
+                and the names of what is missing.
+        """
+        if kwargs.get("output_loading_info") or kwargs.get("use_flashpack"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        check_complete(model, info, pretrained_model_name_or_path)
+        return model
 
     def to_json_string(self) -> str:
         """What config.json says: without options of our own that are off, so that it is stock's where stock can be."""

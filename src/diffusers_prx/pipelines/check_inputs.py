@@ -1,8 +1,10 @@
 """Checks of what a pipeline call is given. Each raises a ValueError with what came and what is accepted."""
 
 import math
+import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
@@ -11,16 +13,53 @@ from torch.distributed import ProcessGroup
 DEFAULT_GUIDANCE_SCALE = 4.0
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}; it has to be a whole number of at least 1.")
+def _is_number(value: Any) -> bool:
+    """True for a finite number of Python or NumPy; booleans, strings and tensors are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_guidance(guidance_scale: Any) -> bool:
-    number = isinstance(guidance_scale, (int, float)) and not isinstance(guidance_scale, bool)
-    if not number or not 1 <= guidance_scale < math.inf:
-        raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it has to be a finite number of at least 1 (off).")
-    return guidance_scale > 1
+def check_flag(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` is {value!r}; it has to be True, False or None.")
+
+
+def check_guidance(guidance_scale: Any) -> float:
+    """Return the scale of classifier-free guidance; 0 and 1 both mean off.
+
+    A value between them would interpolate, and one below 0 would lead away from the prompt. diffusers' PRX refuses
+    both, and its other pipelines treat both as off without a word.
+    """
+    if not _is_number(guidance_scale) or not (guidance_scale == 0 or guidance_scale >= 1):
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale!r}; it has to be a finite number above 1, or 1 or 0 (both: off)."
+        )
+    return float(guidance_scale)
+
+
+def check_guidance_change(new: float, old: float, guided: bool, guider: Any, cached: bool) -> None:
+    """Check what a step callback made of `pipeline._guidance_scale` against what the call can do.
+
+    Args:
+        new, old: the scales; a setting that is no scale was refused when it was set.
+        guided: the call began with guidance, so that it has a negative prompt.
+        guider: guides in place of the scale, or None.
+        cached: the transformer has a cache.
+    """
+    if new == old:
+        return
+    came = f"`callback_on_step_end` set `guidance_scale` from {old} to {new}"
+    if guider is not None:
+        raise ValueError(f"{came}, but a `guider` guides this call: set its `start` and `stop`, or leave it out.")
+    if new > 1 and not guided:
+        raise ValueError(
+            f"{came}, but guidance was off when the call began, and no negative prompt was encoded: begin with a"
+            " `guidance_scale` above 1."
+        )
+    if cached and (new > 1) != (old > 1):
+        raise ValueError(
+            f"{came}, but the transformer has a cache, which would mix up one branch and two: call"
+            " `transformer.disable_cache()`, or stay above 1."
+        )
 
 
 def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> bool:
@@ -84,8 +123,8 @@ def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, flo
     if not isinstance(token_route, (tuple, list)) or len(token_route) != 3:
         raise ValueError(f"`token_route` is {token_route!r}; it has to be {wanted}.")
     start, stop, ratio = token_route
-    whole = all(isinstance(block, int) and not isinstance(block, bool) for block in (start, stop))
-    if not whole or not 0 <= start < stop or not isinstance(ratio, float) or not 0 < ratio < 1:
+    whole = all(isinstance(block, numbers.Integral) and not isinstance(block, bool) for block in (start, stop))
+    if not whole or not 0 <= start < stop or not _is_number(ratio) or not 0 < ratio < 1:
         raise ValueError(f"`token_route` is {token_route!r}; it has to be {wanted}.")
     if transformer is not None:
         depth, fusion_range = transformer.config["depth"], transformer.config.get("fusion_range")
@@ -96,12 +135,11 @@ def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, flo
                 f"`token_route` is {token_route!r}; its blocks have to be the {list(fusion_range)} that the"
                 " transformer fuses (`fusion_range`)."
             )
-    return start, stop, ratio
+    return int(start), int(stop), float(ratio)
 
 
 def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool, transformer: Any) -> None:
-    number = isinstance(self_guidance_scale, (int, float)) and not isinstance(self_guidance_scale, bool)
-    if not number or not 1 <= self_guidance_scale < math.inf:
+    if not _is_number(self_guidance_scale) or self_guidance_scale < 1:
         raise ValueError(
             f"`self_guidance_scale` is {self_guidance_scale!r}; it has to be a finite number of at least 1 (off)."
         )
@@ -148,15 +186,22 @@ def check_callback_result(changed: Any, given: dict[str, torch.Tensor | None]) -
         raise ValueError(f"`callback_on_step_end` returned a {type(changed).__name__}; accepted are a dict and None.")
     for name, value in changed.items():
         ours = given.get(name)
+        if ours is None and value is None:
+            continue  # negative_prompt_embeds of a call without guidance, as it was given
         if ours is None or not isinstance(value, torch.Tensor):
             accepted = [key for key, tensor in given.items() if tensor is not None]
             raise ValueError(
                 f"`callback_on_step_end` returned {name!r}; accepted in this call are the tensors {accepted}."
             )
+        if not value.is_floating_point():
+            raise ValueError(
+                f"`callback_on_step_end` returned `{name}` of {value.dtype}; it has to be floating-point."
+            )
         if value.shape != ours.shape:
             raise ValueError(
                 f"`callback_on_step_end` returned `{name}` of shape {tuple(value.shape)}; it has to stay"
-                f" {tuple(ours.shape)}."
+                f" {tuple(ours.shape)}. (diffusers' SDCFGCutoffCallback keeps one row, which fits calls for one image;"
+                " for several, set `pipeline._guidance_scale = 0.0` in a callback of your own.)"
             )
 
 
@@ -164,8 +209,10 @@ def _is_list_of_str(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(entry, str) for entry in value)
 
 
-def check_callback_names(names: Any, accepted: list[str]) -> None:
-    if not isinstance(names, list) or not set(names) <= set(accepted):
+def check_callback(callback: Any, names: Any, accepted: list[str]) -> None:
+    if callback is not None and not callable(callback):
+        raise ValueError(f"`callback_on_step_end` is a {type(callback).__name__}; it has to be a function, or None.")
+    if not isinstance(names, list) or not all(name in accepted for name in names):
         raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}; it has to be a list out of {accepted}.")
 
 
@@ -200,15 +247,39 @@ def check_prompts(
     return count
 
 
-def check_embeds(name: str, embeds: torch.Tensor | None, mask: torch.Tensor | None, width: int) -> None:
+def check_embeds(name: str, embeds: Any, mask: Any, width: int | None) -> None:
+    """Check embeddings and their mask, of a prompt or a negative prompt; a width of None fits any."""
     if embeds is None:
         if mask is not None:
             raise ValueError(f"`{name}_attention_mask` came without `{name}_embeds`; leave it out, or give both.")
         return
+    if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
+        came = f"of {embeds.dtype}" if isinstance(embeds, torch.Tensor) else f"a {type(embeds).__name__}"
+        raise ValueError(f"`{name}_embeds` is {came}; it has to be a floating-point tensor.")
+    width = embeds.shape[-1] if width is None and embeds.ndim else width
     if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
         raise ValueError(f"`{name}_embeds` is {tuple(embeds.shape)}; it has to be (prompts, tokens, {width}).")
-    if mask is not None and mask.shape != embeds.shape[:2]:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"`{name}_attention_mask` is a {type(mask).__name__}; it has to be a tensor.")
+    if mask.shape != embeds.shape[:2]:
         raise ValueError(
             f"`{name}_attention_mask` is {tuple(mask.shape)}; it has to be {tuple(embeds.shape[:2])}, as"
             f" `{name}_embeds`."
         )
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"`{name}_attention_mask` has entries other than 0 and 1; it has to be true (1) where a token counts. (One"
+            " that is added to the scores of attention, 0 where a token counts, says the opposite.)"
+        )
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+        came = f"of {latents.dtype}" if isinstance(latents, torch.Tensor) else f"a {type(latents).__name__}"
+        raise ValueError(f"`latents` is {came}; it has to be a floating-point tensor.")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it has to be {shape}.")
+    if not torch.isfinite(latents).all():
+        raise ValueError("`latents` has entries that are NaN or infinite; all of them have to be finite.")

@@ -6,6 +6,7 @@ library for our own classes: it holds them, and their base classes, by import.
 """
 
 import copy
+import importlib
 import inspect
 import json
 import os
@@ -16,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixi
 from diffusers.configuration_utils import FrozenDict
 from transformers import PreTrainedModel, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-from ..models.transformer_prx import OWN_CLASS_NAME, STOCK_CLASS_NAME, PRXTransformer2DModel
+from ..models.transformer_prx import OWN_CLASS_NAME, STOCK_CLASS_NAME, PRXTransformer2DModel, check_complete
 from ..schedulers.scheduling_prx import STOCK_ONLY_OPTIONS, PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..text import encoder_only
 
@@ -28,10 +29,12 @@ __all__ = [
     "PreTrainedModel",
     "PublishedT5GemmaEncoder",
     "SchedulerMixin",
+    "check_same_kind",
     "resolve_components",
     "stored_form",
 ]
 
+KINDS = ("PRXPipeline", "PRXPixelPipeline")
 _SCHEDULERS = {scheduler.prediction_type: scheduler for scheduler in (PRXFlowMatchScheduler, PRXXPredictionScheduler)}
 
 
@@ -86,6 +89,45 @@ class PublishedT5GemmaEncoder(T5GemmaEncoderModel):
         return model.eval()
 
 
+def __getattr__(name: str) -> Any:
+    """Return a model class of diffusers or transformers that refuses weights that are not all there.
+
+    Args:
+        name: "library.Class", as `resolve_components` writes it. Both libraries fill what is missing at random.
+    """
+    model_class = _model_class(*name.partition(".")[::2])
+    if model_class is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def from_pretrained(cls: Any, folder: str | os.PathLike, **kwargs: Any) -> Any:
+        if kwargs.get("use_flashpack"):
+            return model_class.from_pretrained(folder, **kwargs)  # a format of one tensor, with no report
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+        check_complete(model, info, folder)
+        return model
+
+    return type(model_class.__name__, (model_class,), {"from_pretrained": classmethod(from_pretrained)})
+
+
+def _model_class(library: str, name: str) -> Any:
+    """The class of a network in diffusers or transformers, or None."""
+    found = getattr(importlib.import_module(library), name, None) if library in ("diffusers", "transformers") else None
+    return found if isinstance(found, type) and issubclass(found, (ModelMixin, PreTrainedModel)) else None
+
+
+def check_same_kind(pipeline_class: Any, pipeline: Any) -> None:
+    """Raise a ValueError unless a pipeline, ours or diffusers', is of the kind of a class, latent or pixel."""
+    if not _kinds(pipeline_class) & _kinds(type(pipeline)):
+        raise ValueError(
+            f"`pipeline` is a {type(pipeline).__name__}; accepted by {pipeline_class.__name__}.from_pipe is a"
+            f" {' or '.join(sorted(_kinds(pipeline_class)))}."
+        )
+
+
+def _kinds(pipeline_class: Any) -> set[str]:
+    return {base.__name__ for base in pipeline_class.__mro__} & set(KINDS)
+
+
 def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """A stored model_index.json with the entries of our own classes in place.
 
@@ -98,9 +140,7 @@ def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str 
         ValueError: the folder holds the other of the two pipelines.
     """
     stored_class = config.get("_class_name")
-    if stored_class in ("PRXPipeline", "PRXPixelPipeline") and stored_class not in (
-        base.__name__ for base in pipeline_class.__mro__
-    ):
+    if stored_class in KINDS and stored_class not in _kinds(pipeline_class):
         raise ValueError(f"{folder} holds a {stored_class}; load it with {stored_class}.from_pretrained.")
     resolved = dict(config)
     parameters = inspect.signature(pipeline_class.__init__).parameters
@@ -120,6 +160,8 @@ def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str 
         elif entry[1] == "FlowMatchEulerDiscreteScheduler" and not _is_stock_only(folder):
             prediction_type = config.get("prediction_type") or pipeline_class.default_prediction_type
             resolved[name] = [__name__, _SCHEDULERS[prediction_type].__name__]
+        elif _model_class(*entry) is not None:
+            resolved[name] = [__name__, ".".join(entry)]  # see `__getattr__`
     if isinstance(config.get("token_route"), list):
         resolved["token_route"] = tuple(config["token_route"])  # JSON has no tuples, and diffusers checks the type
     return resolved

@@ -20,24 +20,28 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed import ProcessGroup
 
 from ..models.token_routing import TokenRoute, sample_route
+from ..schedulers.scheduling_prx import check_count, check_number
 from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
 from ..text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
+from .check_finite import FiniteWatch, check_given, check_output
 from .check_inputs import (
     DEFAULT_GUIDANCE_SCALE,
     check_cached_steps,
-    check_callback_names,
+    check_callback,
     check_callback_result,
-    check_count,
     check_embeds,
+    check_flag,
     check_generator,
     check_guidance,
+    check_guidance_change,
     check_guidance_group,
     check_guider,
+    check_latents,
     check_prompts,
     check_self_guidance,
     check_token_route,
 )
-from .loading import resolve_components, stored_form
+from .loading import check_same_kind, resolve_components, stored_form
 from .lora import PRXLoraLoaderMixin
 from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
@@ -59,6 +63,9 @@ class _CallState(threading.local):
     num_timesteps: int = 0
     current_timestep: torch.Tensor | None = None
     interrupt: bool = False
+
+    def __init__(self) -> None:
+        self.watch = FiniteWatch()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copied or unpickled pipeline starts with a state of its own
@@ -98,12 +105,11 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             )
         if self.scheduler is not None:
             check_scheduler(self.scheduler, prediction_type)
-        if not isinstance(noise_scale, (int, float)) or not 0 < noise_scale < math.inf:
-            raise ValueError(f"`noise_scale` is {noise_scale!r}; it has to be a finite number above 0.")
+        noise_scale = float(check_number("noise_scale", noise_scale, 0, math.inf))
         if default_sample_size is not None:
-            check_count("default_sample_size", default_sample_size)
+            default_sample_size = check_count("default_sample_size", default_sample_size)
         self.register_to_config(
-            default_sample_size=default_sample_size, noise_scale=float(noise_scale), prediction_type=prediction_type
+            default_sample_size=default_sample_size, noise_scale=noise_scale, prediction_type=prediction_type
         )
         if token_route is not None:  # diffusers warns of an entry that it does not know
             self.register_to_config(token_route=check_token_route(token_route, self.transformer))
@@ -153,6 +159,14 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         return self._call.guidance_scale
 
     @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:  # by this name callbacks of diffusers change it
+        self._call.guidance_scale = check_guidance(value)
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
         return self._call.guidance_scale > 1.0
 
@@ -177,6 +191,29 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         self._call.interrupt = bool(value)
 
     # Saving and loading.
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As `DiffusionPipeline.from_pipe`, from a pipeline of the same kind.
+
+        Both pipelines hold the same networks. These keep their dtypes, unless you pass `dtype`, which changes both
+        pipelines (diffusers casts to float32 by default).
+
+        Raises:
+            ValueError: a pipeline of another kind: its network predicts something else, in another space.
+        """
+        check_same_kind(cls, pipeline)
+        networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        if kwargs.keys() & {"dtype", "torch_dtype"}:
+            networks = []
+        # one by one: a text encoder in bfloat16 holds some buffers in float32
+        dtypes = [[tensor.dtype for tensor in (*part.parameters(), *part.buffers())] for part in networks]
+        new = super().from_pipe(pipeline, **kwargs)
+        for part, before in zip(networks, dtypes):
+            for tensor, dtype in zip((*part.parameters(), *part.buffers()), before):
+                if tensor.dtype != dtype:  # float32 holds every narrower number, so the way back is exact
+                    tensor.data = tensor.data.to(dtype)
+        return new
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +260,17 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             Embeddings (B, L, D) and bool mask (B, L) of the prompts, B = prompts x images in the order p0, p0, p1, p1,
             and the same of the negative prompts, or None twice without guidance. Both have the same L; padding that
             no row needs is cut away.
+
+        Raises:
+            ValueError: an argument that is not as described, a text to encode without a `text_encoder` or `tokenizer`,
+                or embeddings that are not finite.
         """
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        check_flag("skip_text_cleaning", skip_text_cleaning)
+        text_width = None if self.transformer is None else self.transformer.config["context_in_dim"]
+        check_embeds("prompt", prompt_embeds, prompt_attention_mask, text_width)
+        check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
+        check_prompts(False, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         device = self._execution_device if device is None else device
         texts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt or [])
         rows = len(texts) if prompt_embeds is None else len(prompt_embeds)
@@ -235,8 +282,10 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             embeds, mask = self._encode_texts(texts, device, tokenizer_max_length, skip_text_cleaning)
             parts = list(zip(embeds.split(rows), mask.split(rows)))
         if prompt_embeds is not None:
+            check_given("prompt_embeds", prompt_embeds)
             parts.insert(0, (prompt_embeds, prompt_attention_mask))
         if do_classifier_free_guidance and negative_prompt_embeds is not None:
+            check_given("negative_prompt_embeds", negative_prompt_embeds)
             parts.append((negative_prompt_embeds, negative_prompt_attention_mask))
         embeds, joined = _join([_with_mask(embeds.to(device), mask) for embeds, mask in parts])
         embeds, trimmed = trim_text(embeds, joined)
@@ -251,6 +300,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     def _encode_texts(
         self, texts: list[str], device: torch.device, max_length: int | None, skip_text_cleaning: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        for name in ("text_encoder", "tokenizer"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"The pipeline has no `{name}`, but there are {len(texts)} prompts to encode: load it with one, or"
+                    " pass `prompt_embeds`, and with guidance `negative_prompt_embeds`."
+                )
         cleaning = self.caption_cleaning
         if skip_text_cleaning:
             cleaning = "light"
@@ -264,7 +319,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                     f"Nothing is left of the prompt {_shortened(text)} after cleaning (`caption_cleaning` is"
                     f" {cleaning!r}): it is drawn as an empty prompt.{remedy}"
                 )
-        max_length = self.max_tokens if max_length is None else max_length
+        max_length = self.max_tokens if max_length is None else check_count("tokenizer_max_length", max_length)
         input_ids, mask = tokenize_prompts(self.tokenizer, texts, max_length, clean)
         if cut := sum(find_cut(self.tokenizer, texts, mask, clean)):
             logger.warning(f"{cut} of {len(texts)} prompts are longer than {max_length} tokens and were cut there.")
@@ -275,6 +330,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         rows = [once.index(first[text]) for text in texts]
         mask = mask.to(device)
         embeds = encode_text(self.text_encoder, input_ids[once].to(device), mask[once])
+        check_output("text_encoder", self.text_encoder, embeds)
         return embeds[rows], mask
 
     # Latents.
@@ -293,16 +349,13 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         """The first noise (B, C, h, w) in float32: `noise_scale` times a draw in `dtype`, or the `latents` given.
 
         Raises:
-            ValueError: `latents` of another shape, or not finite.
+            ValueError: `latents` of another shape, of whole numbers, or not finite.
         """
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
             return noise.float() * self.config["noise_scale"]
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it has to be {shape}.")
-        if not torch.isfinite(latents).all():
-            raise ValueError("`latents` has entries that are NaN or infinite; all of them have to be finite.")
+        check_latents(latents, shape)
         return latents.to(device, torch.float32)
 
     def _sizes(
@@ -312,8 +365,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         default = self.config["default_sample_size"] or self.default_resolution
         height = default if height is None else height
         width = default if width is None else width
-        check_count("height", height)
-        check_count("width", width)
+        height, width = check_count("height", height), check_count("width", width)
         bins = RESOLUTION_BINS.get(default)
         if use_resolution_binning and bins is None:
             raise ValueError(
@@ -373,7 +425,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             num_inference_steps: number of denoising steps, at least 1. Not used with `timesteps` or `sigmas`.
             timesteps: custom timesteps, 1000 x noise level, strictly decreasing.
             guidance_scale: weight w of classifier-free guidance (arXiv 2207.12598), negative + w (positive -
-                negative); at 1, the least, it is off and the network runs on half the batch.
+                negative); at 1, or at 0 as elsewhere in diffusers, it is off and the network runs on half the batch.
+                Other values below 1 are refused, as by diffusers' PRX.
             num_images_per_prompt: images for each prompt, in the order p0, p0, p1, p1.
             generator: one torch generator, or one for each image, in that order.
             latents: (B, C, h, w), the first noise, already scaled by `noise_scale`.
@@ -387,7 +440,9 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 size asked for. None: yes where `default_sample_size` has such sizes (256, 512, 1024).
             callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; the tensors it
                 returns, in a dict, take the place of ours. `pipeline._interrupt = True` in it ends the call after
-                this step. Weights and adapters have to stay as they are: the text was projected at the beginning.
+                this step; `pipeline._guidance_scale = 2.0` changes the guidance of the steps that follow, and 0 or 1
+                ends it (in a call that began with it; diffusers' SDCFGCutoffCallback does so). Weights and adapters
+                have to stay as they are: the text was projected at the beginning.
             callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" the
                 callback is given; the latents when None.
             tokenizer_max_length: number of text tokens, in place of the pipeline's own.
@@ -413,11 +468,16 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             `PRXPipelineOutput`, or a tuple of its images.
 
         Raises:
-            ValueError: an argument that is not as described; the message says what is accepted.
+            ValueError: an argument that is not as described, and the message says what is accepted; or a component
+                that gives NaN or infinite values, which the message names.
         """
         # 1. Arguments.
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"The pipeline has no `{name}`, which a call needs: load or make it with one.")
+        guidance_scale = check_guidance(guidance_scale)
         guided = (
-            check_guidance(guidance_scale)
+            guidance_scale > 1
             if guider is None
             else check_guider(guider, guidance_scale, _is_cached(self.transformer))
         )
@@ -426,10 +486,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        check_callback_names(names, self._callback_tensor_inputs)
+        check_callback(callback_on_step_end, names, self._callback_tensor_inputs)
         self._check_output_type(output_type)
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("num_images_per_prompt", num_images_per_prompt)
+        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        check_flag("use_resolution_binning", use_resolution_binning)
+        check_flag("skip_text_cleaning", skip_text_cleaning)
         text_width = self.transformer.config["context_in_dim"]
         check_embeds("prompt", prompt_embeds, prompt_attention_mask, text_width)
         check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
@@ -482,7 +544,6 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             mask,
             negative_embeds,
             negative_mask,
-            guidance_scale=float(guidance_scale),
             self_guidance_scale=float(self_guidance_scale),
             guider=copy.deepcopy(guider),
             guidance_group=guidance_group,
@@ -507,7 +568,6 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         mask: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
         negative_mask: torch.Tensor | None,
-        guidance_scale: float,
         self_guidance_scale: float,
         guider: Any,
         guidance_group: ProcessGroup | None,
@@ -521,21 +581,27 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if _is_cached(self.transformer):
             self.transformer._reset_stateful_cache()  # an error may have ended the call before this one
         branches = 1 if negative_prompt_embeds is None else 2
+        watch = self._call.watch = FiniteWatch(len(scheduler.timesteps))
+        watch.note("latents", latents)
         text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
         times = self._read_timesteps(scheduler.sigmas[:-1], latents)
 
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 self._call.current_timestep = t
+                watch.step = i + 1
                 sigma = scheduler.sigmas[i]
+                guidance_scale = self._call.guidance_scale
                 if guider is not None:
                     guider.set_state(i, len(scheduler.timesteps), t)
                     prediction = self._guide(guider, latents, sigma, times[i], text, guidance_group)  # (B, C, h, w)
-                else:
-                    prediction = self._predict(latents, times[i], text, branches, guidance_group)  # (B or 2B, C, h, w)
-                if guider is None and branches == 2:
+                elif branches == 2 and guidance_scale > 1:
+                    prediction = self._predict(latents, times[i], text, 2, guidance_group)  # (2B, C, h, w)
                     negative, positive = prediction.chunk(2)
                     prediction = negative + guidance_scale * (positive - negative)  # (B, C, h, w)
+                else:  # a callback may have ended guidance
+                    positive_text = text if branches == 1 else take_branch(text, 1, len(latents))
+                    prediction = self._predict(latents, times[i], positive_text, 1, guidance_group)  # (B, C, h, w)
                 if self_guidance_scale > 1:  # TREAD, arXiv 2501.04765
                     route = self._draw_route(latents, generator)
                     routed = self._predict(latents, times[i], text, branches, guidance_group, route=route)
@@ -543,6 +609,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 if to_velocity:
                     prediction = (latents - prediction) / sigma
                 latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+                watch.note("latents", latents)
 
                 if callback is not None:
                     given = {
@@ -553,15 +620,26 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                     changed = callback(self, i, t, {name: given[name] for name in callback_names})
                     changed = {} if changed is None else changed
                     check_callback_result(changed, given)
+                    check_guidance_change(
+                        self._call.guidance_scale, guidance_scale, branches == 2, guider, _is_cached(self.transformer)
+                    )
                     latents = changed.get("latents", latents).to(latents)
-                    if not changed.keys() <= {"latents"}:
-                        prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-                        negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
+                    watch.note("callback", latents)  # it may have written into ours as well
+                    texts = {name: changed.get(name) for name in ("prompt_embeds", "negative_prompt_embeds")}
+                    if any(value is not None for value in texts.values()):
+                        if texts["prompt_embeds"] is not None:
+                            prompt_embeds = texts["prompt_embeds"].to(prompt_embeds)
+                        if texts["negative_prompt_embeds"] is not None and negative_prompt_embeds is not None:
+                            negative_prompt_embeds = texts["negative_prompt_embeds"].to(negative_prompt_embeds)
                         text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
                 progress_bar.update()
                 if self.interrupt:
                     break
         self._call.current_timestep = None
+        guidance = f"`guidance_scale` {self._call.guidance_scale:g}" if guider is None else type(guider).__name__
+        if self_guidance_scale > 1:
+            guidance = f"`self_guidance_scale` {self_guidance_scale:g}"
+        watch.check(self.transformer, scheduler, guidance)
         return latents
 
     def _read_text(
@@ -580,6 +658,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         branches = [(prompt_embeds.to(dtype), mask)]
         if negative_prompt_embeds is not None and negative_mask is not None:
             branches.insert(0, (negative_prompt_embeds.to(dtype), negative_mask))
+        for embeds, _ in branches:
+            self._call.watch.note("text", embeds)
         if _takes_contexts(self.transformer):
             rows = [trim_text(*_unrepeated(*branch)) for branch in branches]  # U rows (U divides B), of a length each
             tokens = height * width // self.transformer.config["patch_size"] ** 2  # N
@@ -627,13 +707,15 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
         # all branches are one call to a cache of diffusers: they are reused together or not at all
         with self.transformer.cache_context("branches") if _is_cached(self.transformer) else nullcontext():
-            return self.transformer(
+            prediction = self.transformer(
                 hidden_states=latents.to(self.transformer.dtype).repeat(branches, 1, 1, 1),  # (B or 2B, C, h, w)
                 return_dict=False,
                 **time,
                 **text,
                 **route,  # given only where there is one: not every transformer takes it
             )[0].float()  # (B or 2B, C, h, w)
+        self._call.watch.note("prediction", prediction)
+        return prediction
 
     def _guide(
         self,

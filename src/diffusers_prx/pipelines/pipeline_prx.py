@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import latents as vae_latents
 from ..models.transformer_prx import PRXTransformer2DModel
+from .check_finite import check_output
 from .pipeline_base import PRXPipelineBase
 
 
@@ -104,4 +105,6 @@ class PRXPipeline(PRXPipelineBase):
             raise ValueError(f"`output_type` is {output_type!r}, but there is no `vae`; accepted is 'latent'.")
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return vae_latents.decode(self.vae, latents)
+        images = vae_latents.decode(self.vae, latents)
+        check_output("vae", self.vae, images, latents)
+        return images

@@ -3,7 +3,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.transformer_prx import PRXTransformer2DModel
-from .check_inputs import check_count
+from ..schedulers.scheduling_prx import check_count
 from .pipeline_base import PRXPipelineBase
 
 
@@ -57,12 +57,17 @@ class PRXPixelPipeline(PRXPipelineBase):
         caption_cleaning: str | None = None,
     ):
         super().__init__()
-        check_count("prompt_max_tokens", prompt_max_tokens)
+        prompt_max_tokens = check_count("prompt_max_tokens", prompt_max_tokens)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(prompt_max_tokens=prompt_max_tokens)
         self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
+        if transformer is not None and transformer.config["in_channels"] != 3:
+            raise ValueError(
+                f"`transformer` was made for {transformer.config['in_channels']} channels (`in_channels`); pixels have"
+                " 3. One for latents belongs in a PRXPipeline, with its `vae`."
+            )
 
     @property
     def vae_scale_factor(self) -> int:

@@ -2,6 +2,8 @@
 
 from diffusers import UniPCMultistepScheduler
 
+from .scheduling_prx import check_count
+
 FLOW_SHIFT = 1.5
 DENSITY = 1.5
 
@@ -31,9 +33,8 @@ def fast_sigmas(num_inference_steps: int) -> list[float]:
         n levels in (0, 1], u^p / (u^p + (1 - u)^p) with p = 1.5 of n evenly spaced u.
 
     Raises:
-        ValueError: for less than one step.
+        ValueError: not a whole number of at least 1.
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+    num_inference_steps = check_count("num_inference_steps", num_inference_steps)
     even = [1 - step / num_inference_steps for step in range(num_inference_steps)]
     return [u**DENSITY / (u**DENSITY + (1 - u) ** DENSITY) for u in even]

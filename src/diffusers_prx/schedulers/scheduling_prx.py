@@ -6,6 +6,7 @@ arXiv 2210.02747). A *timestep* of a diffusers scheduler is `num_train_timesteps
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -49,12 +50,18 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
     prediction_type: ClassVar[str]
 
     def _setup(self) -> None:
-        """Check the configuration and start with an empty schedule."""
-        for name in ("num_train_timesteps", "shift", "logit_std"):
-            _check_number(name, self.config[name], 0, math.inf)
-        _check_number("logit_mean", self.config["logit_mean"], -math.inf, math.inf)
-        _check_number("min_timestep", self.config["min_timestep"], 0, 1)
-        _check_number("uniform_fraction", self.config["uniform_fraction"], 0, 1, closed=True)
+        """Check the configuration and start with an empty schedule. NumPy's numbers become Python's, for JSON."""
+        checked: dict[str, Any] = {
+            "num_train_timesteps": check_count("num_train_timesteps", self.config["num_train_timesteps"]),
+            "logit_mean": check_number("logit_mean", self.config["logit_mean"], -math.inf, math.inf),
+            "uniform_fraction": check_number("uniform_fraction", self.config["uniform_fraction"], 0, 1, closed=True),
+        }
+        for name in ("shift", "logit_std"):
+            checked[name] = check_number(name, self.config[name], 0, math.inf)
+        for name in ("min_timestep", "clamp"):
+            if name in self.config:
+                checked[name] = check_number(name, self.config[name], 0, 1)
+        self.register_to_config(**checked)
         if self.config["timestep_sampling"] not in ("logit_normal", "uniform"):
             raise ValueError(
                 f"`timestep_sampling` is {self.config['timestep_sampling']!r}; accepted: 'logit_normal', 'uniform'."
@@ -103,20 +110,13 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: neither argument, a count below 1, or noise levels that are not as described.
         """
+        if num_inference_steps is not None or sigmas is None:
+            num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         if sigmas is None:
-            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
-                raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a whole number.")
-            if num_inference_steps < 1:
-                raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it has to be at least 1.")
-            uniform = np.linspace(1.0, 0.0, int(num_inference_steps) + 1, dtype=np.float64)
+            uniform = np.linspace(1.0, 0.0, num_inference_steps + 1, dtype=np.float64)  # type: ignore[operator]
             grid = self.shift * uniform / (1 + (self.shift - 1) * uniform)
         else:
-            if isinstance(sigmas, torch.Tensor):
-                sigmas = sigmas.detach().cpu().numpy()
-            given = np.asarray(sigmas, dtype=np.float64)
-            inside = given.ndim == 1 and given.size > 0 and bool(np.all((given > 0) & (given <= 1)))
-            if not inside or bool(np.any(np.diff(given) >= 0)):
-                raise ValueError(f"`sigmas` is {sigmas}; it has to be a strictly decreasing list of values in (0, 1].")
+            given = check_levels("sigmas", sigmas)
             if num_inference_steps is not None and num_inference_steps != given.size:
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps} but `sigmas` has {given.size} values; leave one"
@@ -137,15 +137,17 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         """
         if self.num_inference_steps is None:
             raise ValueError("There is no schedule yet: call `set_timesteps` first.")
-        value = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").flatten()
-        if value.numel() != 1:
-            raise ValueError(f"`timestep` has {value.numel()} values; it has to be one of `scheduler.timesteps`.")
+        if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
+            timestep = timestep.item()
+        if not isinstance(timestep, numbers.Real) or isinstance(timestep, bool):
+            raise ValueError(f"`timestep` is {timestep!r}; it has to be one of `scheduler.timesteps`.")
+        value = float(timestep)
         distance = (self.timesteps.cpu().double() - value).abs()
         index = int(distance.argmin())
         # wide enough for a value that went through a float32 product, far below the spacing of any schedule
         if not float(distance[index]) <= 1e-6 * self.config["num_train_timesteps"]:
             raise ValueError(
-                f"`timestep` is {value.item()}, which is none of this schedule's timesteps: {self.timesteps.tolist()}."
+                f"`timestep` is {value}, which is none of this schedule's timesteps: {self.timesteps.tolist()}."
             )
         return index
 
@@ -166,14 +168,14 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             (B, ...) in the sample's dtype.
 
         Raises:
-            ValueError: the shapes do not agree.
+            ValueError: the shapes do not agree, the tensors hold whole numbers, or a timestep is out of its range.
         """
-        if noise.shape != sample.shape:
-            raise ValueError(f"`noise` is {tuple(noise.shape)}; it has to be as `sample`, {tuple(sample.shape)}.")
-        sigma = (
-            torch.as_tensor(timestep, dtype=torch.float32, device=sample.device) / self.config["num_train_timesteps"]
-        )
-        sigma = _like_sample(sigma, sample)
+        _check_tensors(sample=sample, noise=noise)
+        highest = self.config["num_train_timesteps"]
+        timestep = _as_levels("timestep", timestep)
+        if not bool(((timestep >= 0) & (timestep <= highest)).all()):
+            raise ValueError(f"`timestep` is {timestep.tolist()}; it has to be in [0, {highest}].")
+        sigma = _like_sample(timestep.to(sample.device) / highest, sample)
         return ((1 - sigma) * sample.float() + sigma * noise.float()).to(sample.dtype)
 
     def sample_timesteps(
@@ -192,10 +194,9 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             device: where the result goes; the generator's device when None.
 
         Raises:
-            ValueError: n is below 1.
+            ValueError: `n` is not a whole number of at least 1.
         """
-        if n < 1:
-            raise ValueError(f"`n` is {n}; it has to be at least 1.")
+        n = check_count("n", n)
         config, low = self.config, self.config["min_timestep"]
         source = generator.device if generator is not None else "cpu"
         u, coin, u_plain = torch.rand(n, 3, generator=generator, device=source).unbind(1)  # each (n,)
@@ -241,12 +242,9 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             `PRXSchedulerOutput`; computed in float32, in the dtype of `model_output`.
 
         Raises:
-            ValueError: the timestep is none of the schedule, or the shapes do not agree.
+            ValueError: a timestep that is not in the schedule, or tensors of other shapes or of whole numbers.
         """
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"`model_output` is {tuple(model_output.shape)}; it has to be as `sample`, {tuple(sample.shape)}."
-            )
+        _check_tensors(sample=sample, model_output=model_output)
         index = self.index_for_timestep(timestep)
         sigma, sigma_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
         prev = self._step(model_output.float(), sample.float(), sigma, sigma_next).to(model_output.dtype)
@@ -300,7 +298,8 @@ class PRXFlowMatchScheduler(_PRXSchedulerBase):
             sample (B, ...): x_t.
             sigma: one value or (B,) noise levels in [0, 1], as `sample_timesteps` draws them.
         """
-        sigma = _like_sample(torch.as_tensor(sigma, dtype=torch.float32, device=sample.device), sample)
+        _check_tensors(sample=sample, model_output=model_output)
+        sigma = _like_sample(_as_levels("sigma", sigma).to(sample.device), sample)
         return sample.float() - sigma * model_output.float()
 
     def _step(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
@@ -337,7 +336,6 @@ class PRXXPredictionScheduler(_PRXSchedulerBase):
         clamp: float = 0.05,
     ):
         self._setup()
-        _check_number("clamp", clamp, 0, 1)
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """The network's prediction as the velocity of the training loss, float32: (x_t - x_0) / max(sigma, clamp).
@@ -347,7 +345,8 @@ class PRXXPredictionScheduler(_PRXSchedulerBase):
             sample (B, ...): x_t.
             sigma: one value or (B,) noise levels in [0, 1], as `sample_timesteps` draws them.
         """
-        sigma = _like_sample(torch.as_tensor(sigma, dtype=torch.float32, device=sample.device), sample)
+        _check_tensors(sample=sample, model_output=model_output)
+        sigma = _like_sample(_as_levels("sigma", sigma).to(sample.device), sample)
         return (sample.float() - model_output.float()) / sigma.clamp(min=self.config["clamp"])
 
     def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
@@ -358,12 +357,74 @@ class PRXXPredictionScheduler(_PRXSchedulerBase):
         return model_output + (sigma_next / sigma) * (sample - model_output)
 
 
-def _check_number(name: str, value: Any, low: float, high: float, closed: bool = False) -> None:
-    """Raise a ValueError unless value is a finite number between low and high (their values included if closed)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def check_number(name: str, value: Any, low: float, high: float, closed: bool = False) -> float | int:
+    """Return a finite number between low and high (those values included if `closed`), as a number of Python.
+
+    Raises:
+        ValueError: anything else; NumPy's numbers are numbers, booleans and strings are not.
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not (low <= value <= high if closed else low < value < high):
         edges = "[]" if closed else "()"
         raise ValueError(f"`{name}` is {value!r}; it has to be a finite number in {edges[0]}{low}, {high}{edges[1]}.")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1, as an int of Python.
+
+    Raises:
+        ValueError: anything else; NumPy's integers are whole numbers, 32.0 and True are not.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; it has to be a whole number of at least 1.")
+    return int(value)
+
+
+def check_levels(name: str, values: Any, highest: float = 1.0) -> np.ndarray:
+    """Return noise levels as a float64 array: at least one, strictly decreasing, in (0, highest].
+
+    Args:
+        name: argument that the error names.
+        values: list, tuple, array or tensor of one dimension.
+        highest: unit of the values, 1 for sigmas.
+
+    Raises:
+        ValueError: anything else. Levels have to differ as float32 too, in which schedulers keep them.
+    """
+    wanted = f"a list of strictly decreasing numbers in (0, {highest:g}]"
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().tolist()
+    elif isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
+    plain = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in values]
+    if not all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in plain):
+        raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
+    levels = np.array([float(value) for value in plain], dtype=np.float64)
+    kept = (levels / highest).astype(np.float32)
+    if not levels.size or not bool(np.all((kept > 0) & (levels <= highest))) or bool(np.any(np.diff(kept) >= 0)):
+        raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
+    return levels
+
+
+def _check_tensors(sample: torch.Tensor, **others: torch.Tensor) -> None:
+    """Raise a ValueError unless all are tensors of real numbers (whole ones would be cut) in the sample's shape."""
+    for name, tensor in {"sample": sample, **others}.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            came = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"`{name}` is {came}; it has to be a floating-point tensor.")
+        if tensor.shape != sample.shape:
+            raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be as `sample`, {tuple(sample.shape)}.")
+
+
+def _as_levels(name: str, values: Any) -> torch.Tensor:
+    """One value or (B,) values as float32."""
+    tensor = isinstance(values, torch.Tensor) and not values.is_complex() and values.dtype != torch.bool
+    if not tensor and (not isinstance(values, numbers.Real) or isinstance(values, bool)):
+        raise ValueError(f"`{name}` is {values!r}; it has to be a number, or a tensor of one for each row.")
+    return torch.as_tensor(values, dtype=torch.float32)
 
 
 def _like_sample(sigma: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from .scheduling_prx import PRXFlowMatchScheduler, PRXXPredictionScheduler
+from .scheduling_prx import PRXFlowMatchScheduler, PRXXPredictionScheduler, check_levels
 
 PREDICTION_TYPES = ("velocity", "x_prediction")
 _OURS = (PRXFlowMatchScheduler, PRXXPredictionScheduler)
@@ -61,10 +61,10 @@ def check_scheduler(scheduler: Any, prediction_type: str) -> None:
 def set_schedule(
     scheduler: Any,
     num_inference_steps: int,
-    timesteps: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | np.ndarray | None = None,
+    sigmas: Sequence[float] | np.ndarray | None = None,
 ) -> None:
-    """Lay the noise levels of one sampling run on the CPU, where reading them costs no synchronisation.
+    """Lay the noise levels of one sampling run on the CPU, where reading them costs no synchronization.
 
     Args:
         scheduler: one that `check_scheduler` accepts. Our own take `sigmas` and `timesteps` as they are. Of diffusers'
@@ -72,18 +72,23 @@ def set_schedule(
             1, ..., 1/n, since their default grids are other ones (FlowMatchEuler shifts twice). DPM-Solver++ takes no
             noise levels and lays its own.
         num_inference_steps: n.
-        timesteps: custom timesteps, 1000 sigma, strictly decreasing.
+        timesteps: custom timesteps, 1000 sigma, strictly decreasing, in (0, 1000].
         sigmas: custom noise levels, strictly decreasing, in (0, 1].
 
     Raises:
-        ValueError: both lists, or one that this scheduler cannot take.
+        ValueError: both lists, one that this scheduler cannot take or that is not as described, or a configuration
+            whose noise levels do not decrease from at most 1 to 0.
     """
     name = type(scheduler).__name__
     if timesteps is not None and sigmas is not None:
         raise ValueError("`timesteps` and `sigmas` were both given; accepted is one of them.")
+    if timesteps is not None:
+        timesteps = check_levels("timesteps", timesteps, scheduler.config["num_train_timesteps"])
+    if sigmas is not None:
+        sigmas = check_levels("sigmas", sigmas)
     if not is_stock(scheduler):
         if timesteps is not None:
-            sigmas = np.asarray(timesteps, dtype=np.float64) / scheduler.config["num_train_timesteps"]
+            sigmas = timesteps / scheduler.config["num_train_timesteps"]
         scheduler.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas)
         return
     if timesteps is not None and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -97,6 +102,24 @@ def set_schedule(
         scheduler.set_timesteps(timesteps=list(timesteps))
     else:
         exact = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-        scheduler.set_timesteps(sigmas=exact if sigmas is None else np.asarray(sigmas, dtype=np.float64))
+        scheduler.set_timesteps(sigmas=exact if sigmas is None else sigmas)
+    _check_schedule(scheduler)
     # Their timesteps may repeat once they are cast to integers; without this the first step is looked up by value.
     scheduler.set_begin_index(0)
+
+
+def _check_schedule(scheduler: Any) -> None:
+    """Raise a ValueError unless one of diffusers' schedulers laid noise levels from at most 1 down to 0.
+
+    diffusers does not check its options (`shift`, `flow_shift`, `shift_terminal`, ...), which change the levels.
+    """
+    levels = scheduler.sigmas
+    if bool((levels.diff() < 0).all()) and levels[0] <= 1 and levels[-1] == 0:
+        return
+    shown = [f"{level:.7g}" for level in (*levels[:3].tolist(), *levels[-2:].tolist())]
+    raise ValueError(
+        f"`scheduler` is a {type(scheduler).__name__} that lays {len(levels)} noise levels,"
+        f" {', '.join(shown[:3])}, ..., {', '.join(shown[3:])}, which do not decrease from at most 1 to 0. Check"
+        " `num_inference_steps` and the options of its configuration, such as `shift`, `flow_shift` and"
+        " `shift_terminal`."
+    )
