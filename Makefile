@@ -56,7 +56,7 @@ demo: $(STAMP) ## open the demo in spaces/prx: draw with the models of this mach
 test: $(STAMP) ## run the whole test suite, offline, on two cores
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-soak: $(STAMP) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, fifty kills of one run, the demo under load
+soak: $(STAMP) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, a hundred kills of one run, the demo under load
 	RUN_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow \
 		--ignore tests/training/test_faults.py $(PYTEST_ARGS)
 	RUN_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/training/test_faults.py

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,23 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
 import runs
+from diffusers_prx.data.files import HASH_NAME, hash_file, read_hashed_json, write_hashed_json
 from diffusers_prx.training import checkpoints
 from diffusers_prx.training.checkpoints import (
     CheckpointWriter,
     RunState,
     file_of_each,
     find_checkpoint,
+    find_damage,
     generator_states,
-    is_complete,
     list_checkpoints,
     load_tensors,
     named_tensors,
     read_run,
+    remove_checkpoint,
     restore_generators,
 )
 from diffusers_prx.training.distributed import Exchange
@@ -35,6 +39,7 @@ from diffusers_prx.training.optimizers import MuonAdamW
 from disks import full_disk
 
 SETTINGS = runs.config().to_dict()
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def names(folder: Path) -> list[str]:
@@ -42,15 +47,27 @@ def names(folder: Path) -> list[str]:
 
 
 def make(folder: Path, *steps: int) -> None:
-    """Checkpoints with nothing in them."""
+    """Checkpoints with nothing in them but what makes them one."""
     for step in steps:
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        (folder / f"checkpoint-{step}" / "complete.json").write_text('{"files": {}}')
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        entries = {}
+        for name in ("run.json", SHARD):
+            (checkpoint / name).write_bytes(b"{}")
+            entries[name] = {"bytes": 2, "hash": hash_file(checkpoint / name)}
+        write_hashed_json(checkpoint / "complete.json", {"algorithm": HASH_NAME, "files": entries})
 
 
-def new_writer(folder: Path, total_limit: int | None = None) -> CheckpointWriter:
+def flip(file: Path, place: int, bit: int = 0) -> None:
+    """Turn over one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def new_writer(folder: Path, total_limit: int | None = None, **options) -> CheckpointWriter:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return CheckpointWriter(folder, total_limit, Exchange(Accelerator(cpu=True), 60))
+    return CheckpointWriter(folder, total_limit, Exchange(Accelerator(cpu=True), 60), **options)
 
 
 def tensors(value: float, size: int = 3) -> dict[str, torch.Tensor]:
@@ -101,29 +118,215 @@ def test_one_says_what_it_consists_of(tmp_path):
     listed = json.loads((folder / "complete.json").read_text())["files"]
     assert sorted([*listed, "complete.json"]) == sorted(os.listdir(folder))
     assert {Path(name).suffix for name in listed} == {".json", ".safetensors"}
+    for name, entry in listed.items():
+        assert entry == {"bytes": (folder / name).stat().st_size, "hash": hash_file(folder / name)}
     assert read_run(folder) == {"step": 7}
     found = runs.saved_state(folder)
     assert torch.equal(found["weights.a"], torch.full((3, 2), 7.0))
     assert torch.equal(found["optimizer.a.step"], torch.tensor(7.0))
 
 
-@pytest.mark.parametrize("damage", ["cut", "lost", "marker cut", "marker lost"])
-def test_one_that_was_damaged_since_is_not_the_latest(tmp_path, damage):
+def test_a_file_is_hashed_in_pieces(tmp_path):
+    content = os.urandom(3 * 2**20 + 5)  # more than one piece, and the last one shorter
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file") == xxhash.xxh3_128_hexdigest(content)
+
+
+def in_shard(folder: Path) -> Path:
+    return next(folder.glob("shard-*.safetensors"))
+
+
+def rewrite_marker(folder: Path, change) -> None:
+    write_hashed_json(folder / "complete.json", change(read_hashed_json(folder / "complete.json")))
+
+
+DAMAGES = {
+    "shard cut": (lambda f: os.truncate(in_shard(f), in_shard(f).stat().st_size // 2), "shard-00001"),
+    "shard lost": (lambda f: in_shard(f).unlink(), "shard-00001"),
+    "shard is a folder": (lambda f: (in_shard(f).unlink(), (f / SHARD).mkdir()), "shard-00001"),
+    "a bit of the data": (lambda f: flip(in_shard(f), -1), "shard-00001"),
+    "a bit of the length of the header": (lambda f: flip(in_shard(f), 7, 7), "shard-00001"),
+    "a bit of the header": (lambda f: flip(in_shard(f), 12), "shard-00001"),
+    "the first byte of run.json": (lambda f: flip(f / "run.json", 0), "run.json"),
+    "run.json is null": (lambda f: (f / "run.json").write_text("null"), "run.json"),
+    "run.json lost": (lambda f: (f / "run.json").unlink(), "run.json"),
+    "a bit of a generator": (lambda f: flip(f / "generators-0.json", 30), "generators-0.json"),
+    "a bit of the tokenizer": (lambda f: flip(f / "tokenizer.json", 0), "tokenizer.json"),
+    "marker lost": (lambda f: (f / "complete.json").unlink(), "complete.json"),
+    "marker cut": (lambda f: os.truncate(f / "complete.json", 40), "complete.json"),
+    "marker empty": (lambda f: (f / "complete.json").write_text(""), "complete.json"),
+    "marker not UTF-8": (lambda f: (f / "complete.json").write_bytes(b"\xff\xfe"), "complete.json"),
+    "marker nested": (lambda f: (f / "complete.json").write_text("[" * 100_000), "complete.json"),
+    "marker without files": (lambda f: rewrite_marker(f, lambda m: {"algorithm": HASH_NAME}), "complete.json"),
+    "marker without hashes": (lambda f: rewrite_marker(f, lambda m: {"files": m["files"]}), "complete.json"),
+    "marker of another hash": (lambda f: rewrite_marker(f, lambda m: m | {"algorithm": "md5"}), "complete.json"),
+    "marker with a list": (lambda f: rewrite_marker(f, lambda m: m | {"files": [1]}), "complete.json"),
+    "marker with no shard": (lambda f: rewrite_marker(f, lambda m: m | {"files": {}}), "complete.json"),
+    "marker with sizes": (
+        lambda f: (f / "complete.json").write_text(json.dumps({"files": dict.fromkeys(os.listdir(f), 2)})),
+        "complete.json",
+    ),
+} | {
+    f"marker is {text}": (lambda f, text=text: (f / "complete.json").write_text(text), "complete.json")
+    for text in ("[]", "null", "3", '{"files": [1]}', '{"files": {}}', '{"files": null}')
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    writer = new_writer(folder, derived={"tokenizer.json": b"{}"})
+    for step in (1, 2):
+        save(writer, step)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(two_checkpoints, tmp_path, caplog, damage):
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run") / "checkpoint-2"
+    do, named = DAMAGES[damage]
+    assert find_damage(folder) is None
+    do(folder)
+    assert named in find_damage(folder)
+    assert find_checkpoint(folder.parent, "latest").name == "checkpoint-1"
+    assert "checkpoint-2" in caplog.text
+    assert named in caplog.text
+    for name in ("checkpoint-2", str(folder)):
+        with pytest.raises(ValueError, match=rf"`resume_from_checkpoint` is .*checkpoint-2.*{named}"):
+            find_checkpoint(folder.parent, name)
+    save(new_writer(folder.parent), 2)  # when the run comes there again
+    assert find_checkpoint(folder.parent, "latest").name == "checkpoint-2"
+    assert sorted(os.listdir(folder.parent)) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_bit_that_is_turned_over_anywhere_is_found(two_checkpoints, tmp_path):
+    folder = shutil.copytree(two_checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
+    chance, files = random.Random(0), sorted(folder.iterdir())
+    assert {"complete.json", "run.json", "tokenizer.json", SHARD} <= {file.name for file in files}
+    for file in files:
+        for _ in range(10):
+            place, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
+            flip(file, place, bit)
+            assert file.name in find_damage(folder), (file.name, place, bit)
+            flip(file, place, bit)
+            assert find_damage(folder) is None
+
+
+def test_without_an_intact_checkpoint_nothing_begins_anew(tmp_path):
+    """Hours of work would be written over; without any checkpoint, `latest` is the beginning."""
+    make(tmp_path, 3, 7)
+    for step in (3, 7):
+        flip(tmp_path / f"checkpoint-{step}" / SHARD, 0)
+    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged: checkpoint-7 \(.*; checkpoint-3 \(.*shard"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_a_file_that_is_called_like_a_checkpoint_is_named_at_the_start(tmp_path):
+    make(tmp_path, 3)
+    (tmp_path / "checkpoint-6").write_text("notes")
+    for resume_from in (None, "latest", "checkpoint-3"):
+        with pytest.raises(ValueError, match=r"`output_dir` .*\['checkpoint-6'\]"):
+            find_checkpoint(tmp_path, resume_from)
+    assert (tmp_path / "checkpoint-6").read_text() == "notes"
+
+
+def test_files_that_others_put_into_a_checkpoint_are_ignored(tmp_path):
+    """macOS leaves `._` files on network drives, with the endings of the real ones."""
+    writer = new_writer(tmp_path)
+    save(writer, 1)
+    folder = tmp_path / "checkpoint-1"
+    for stray in (f"._{SHARD}", "other.safetensors", ".DS_Store"):
+        (folder / stray).write_bytes(b"\0\5")
+    (folder / "notes").mkdir()
+    assert find_checkpoint(tmp_path, "latest") == folder
+    found = {"weights.a": torch.zeros(3, 2)}
+    checkpoints.read_tensors(folder, found)
+    assert torch.equal(found["weights.a"], torch.ones(3, 2))
+
+
+def test_tensors_that_a_checkpoint_does_not_have_are_a_value_error(tmp_path):
+    save(new_writer(tmp_path), 1)
+    for name, size in (("weights.b", 3), ("weights.a", 4)):
+        with pytest.raises(ValueError, match=rf"checkpoint-1 cannot be read: .*{name}"):
+            checkpoints.read_tensors(tmp_path / "checkpoint-1", {name: torch.zeros(size, 2)})
+
+
+def refuse(monkeypatch, method: str, named: str) -> None:
+    """Let the system refuse an operation on paths with this name."""
+    original = getattr(Path, method)
+
+    def refused(path: Path, *arguments, **options):
+        if re.fullmatch(named, path.name):
+            raise PermissionError(1, "Operation not permitted", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, refused)
+
+
+@pytest.mark.parametrize("refused", [("rename", "shard.*"), ("rename", "complete.json"), ("rmdir", "checkpoint-1")])
+def test_an_old_checkpoint_that_cannot_be_removed_stays_valid(tmp_path, monkeypatch, caplog, refused):
+    writer = new_writer(tmp_path, 1)
+    save(writer, 1)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "checkpoint-1").iterdir()}
+    with monkeypatch.context() as patch:
+        refuse(patch, *refused)
+        save(writer, 2)
+    assert "checkpoint-1 cannot be removed" in caplog.text
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "checkpoint-1").iterdir()} == before
+    assert find_damage(tmp_path / "checkpoint-1") is None
+    save(writer, 3)  # now both can be
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+
+
+def test_what_cannot_be_deleted_any_more_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    writer = new_writer(tmp_path, 1)
+    save(writer, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        save(writer, 2)
+        (tmp_path / "checkpoint-9.unfinished").mkdir()
+        save(writer, 3)
+    assert "checkpoint-9.unfinished" in caplog.text
+    assert names(tmp_path) == ["checkpoint-3"]
+    save(writer, 4)
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_removal_that_was_killed_is_finished(tmp_path, monkeypatch):
     writer = new_writer(tmp_path)
     for step in (1, 2):
         save(writer, step)
-    folder = tmp_path / "checkpoint-2"
-    file = folder / "complete.json" if "marker" in damage else next(folder.glob("*.safetensors"))
-    if "lost" in damage:
-        file.unlink()
-    else:
-        os.truncate(file, file.stat().st_size // 2)
-    assert not is_complete(folder)
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
-    with pytest.raises(ValueError, match=r"'checkpoint-2', which is no complete checkpoint; .* \['checkpoint-1'\]"):
-        find_checkpoint(tmp_path, "checkpoint-2")
-    save(writer, 2)  # when the run comes there again
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+    with monkeypatch.context() as patch:  # killed after `complete.json` was moved
+        patch.setattr(Path, "rename", kill_after_one(Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            remove_checkpoint(tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert names(tmp_path) == ["checkpoint-2"]
+    save(writer, 3)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-3"]
+
+
+def kill_after_one(rename):
+    calls = []
+
+    def renamed(path: Path, target: Path):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return rename(path, target)
+
+    return renamed
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
+    """The run has fallen back from checkpoint 9 to 3; of a limit of one, the new checkpoint is the one that stays."""
+    writer = new_writer(tmp_path, 1)
+    make(tmp_path, 3, 9)
+    flip(tmp_path / "checkpoint-9" / SHARD, 0)
+    save(writer, 4)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-9"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-4"
 
 
 def test_what_a_kill_has_left_is_not_taken_for_the_next_ones(tmp_path):
@@ -305,9 +508,7 @@ def test_one_is_found_by_path_and_by_name(tmp_path):
     assert find_checkpoint(tmp_path / "run", str(tmp_path / "run" / "checkpoint-7")).parent.name == "run"
     assert find_checkpoint(tmp_path / "new", str(tmp_path / "other" / "checkpoint-2")).parent.name == "other"
     for wrong in ("checkpoint-5", str(tmp_path), "checkpoint"):
-        with pytest.raises(
-            ValueError, match=r"which is no complete checkpoint; .* has \['checkpoint-3', 'checkpoint-7'\]"
-        ):
+        with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is .* has \['checkpoint-3', 'checkpoint-7'\]"):
             find_checkpoint(tmp_path / "run", wrong)
 
 

@@ -213,6 +213,28 @@ def test_a_run_over_buckets_resumes_exactly(text_encoder, tmp_path):
     runs.assert_same(*(runs.saved_state(run.output_dir / "checkpoint-6") for run in (whole, resumed)))
 
 
+def test_a_resumed_run_keeps_its_buckets_though_images_have_changed(text_encoder, tmp_path):
+    """The sizes that the run was sorted by are in the checkpoint; they are not read from today's images."""
+    name = write_two_shapes(tmp_path / "photos")
+    changes = {
+        "dataset_name": name,
+        "aspect_ratio_buckets": "computed",
+        "max_aspect_ratio": 4.0,
+        "train_batch_size": 2,
+    }
+    values = runs.settings(tmp_path / "run", text_encoder, **FIELDS | changes | {"max_train_steps": 2})
+    before = runs.train(values).stages[0]
+    shutil.rmtree(tmp_path / "run" / "image_sizes")
+    wide, tall = sorted(Path(name).glob("*.png"))[:2]
+    wide.write_bytes(tall.read_bytes())
+    wide_again = runs.start(values | {"max_train_steps": 4, "resume_from_checkpoint": "latest"}).stages[0]
+    for one, other in ((before.buckets, wide_again.buckets), (before.held_out_buckets, wide_again.held_out_buckets)):
+        assert one.sizes == other.sizes
+        assert all(np.array_equal(a, b) for a, b in zip(one.members, other.members, strict=True))
+    anew = runs.start(values | {"output_dir": str(tmp_path / "anew")}).stages[0]
+    assert [len(members) for members in anew.buckets.members] != [len(members) for members in before.buckets.members]
+
+
 def test_a_caption_of_ten_thousand_words_is_cut_and_counted(text_encoder, tmp_path):
     folder = Path(write_folder(tmp_path / "photos"))
     lines = (folder / "metadata.jsonl").read_text().splitlines()

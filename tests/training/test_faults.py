@@ -4,6 +4,7 @@ number, lost workers, trackers that are gone."""
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -17,7 +18,14 @@ from accelerate.tracking import GeneralTracker
 
 import runs
 from diffusers_prx.training.checkpoints import find_checkpoint, read_run, step_of
-from diffusers_prx.training.faults import EXIT_HUNG, EXIT_PREEMPTED, SKIPPED_IN_A_ROW, Watch
+from diffusers_prx.training.faults import (
+    EXIT_HUNG,
+    EXIT_PREEMPTED,
+    LOCK_FILE,
+    SKIPPED_IN_A_ROW,
+    FolderLock,
+    Watch,
+)
 from diffusers_prx.training.trainer import Run
 
 STEPS = 6
@@ -116,7 +124,7 @@ def test_all_processes_skip_what_is_not_finite_on_one(undisturbed, tmp_path, sha
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_last_bit(undisturbed, tmp_path, number):
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "checkpointing_steps": 100}
     run = runs.start(values)
@@ -135,23 +143,104 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_last_bit(
     )
 
 
-def signal_one_of_two(values: dict) -> None:
+def test_a_second_ctrl_c_ends_at_once():
+    process = mp.get_context("fork").Process(target=steps_under_watch, args=([30.0], 60.0))
+    process.start()
+    time.sleep(0.5)
+    for _ in range(2):
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.5)
+    process.join(5)
+    assert process.exitcode == -signal.SIGINT
+
+
+def test_a_ctrl_c_that_a_background_job_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Watch(0, 60) as watch:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert watch.received == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def signal_some_of_two(values: dict, number: int, ranks: list[int]) -> None:
     torch.set_num_threads(1)
     run = runs.start(values)
     rank = run.accelerator.process_index
-    if rank == 1:
-        at_step(run, 1, lambda output: os.kill(os.getpid(), signal.SIGUSR1))
+    if rank in ranks:
+        at_step(run, 1, lambda output: os.kill(os.getpid(), number))
     try:
         run.train()
     except SystemExit as end:
         (run.output_dir / f"code-{rank}").write_text(str(end.code))
 
 
-def test_a_signal_to_one_process_ends_all_of_them_at_the_same_step(undisturbed, tmp_path):
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, [1]), (signal.SIGINT, [0, 1])])
+def test_a_signal_ends_all_processes_at_the_same_step(undisturbed, tmp_path, number, ranks):
+    """One that one of them gets, and the Ctrl-C of a terminal, which all get."""
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "train_batch_size": 2, "sharding": "full"}
-    debug_launcher(signal_one_of_two, (values | {"checkpointing_steps": 100},), num_processes=2)
+    debug_launcher(signal_some_of_two, (values | {"checkpointing_steps": 100}, number, ranks), num_processes=2)
     assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == [str(EXIT_PREEMPTED)] * 2
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
+
+
+# One run per folder
+
+
+def test_a_second_run_in_a_folder_is_refused_with_who_holds_it(undisturbed, tmp_path):
+    values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "max_train_steps": 1}
+    run = runs.start(values)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with pytest.raises(ValueError, match=rf"`output_dir` .* in use .*{holder}"):
+        runs.start(values)
+    with pytest.raises(SystemExit) as end:  # a dry run writes nothing and needs no lock
+        runs.start(values | {"dry_run": True})
+    assert end.value.code == 0
+    assert (tmp_path / LOCK_FILE).read_text().startswith(holder)
+    run.train()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_run_that_fails_lets_go_of_its_folder(undisturbed, tmp_path):
+    values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "max_train_steps": 1}
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`"):
+        runs.start(values | {"resume_from_checkpoint": "checkpoint-9"})
+    run = runs.start(values)
+    at_step(run, 0, break_second_sample)
+    with pytest.raises(ValueError, match="not finite"):
+        run.train()
+    assert not (tmp_path / LOCK_FILE).exists()
+    FolderLock(tmp_path).release()
+
+
+def hold(folder: Path, told) -> None:
+    lock = FolderLock(folder)
+    worker = mp.get_context("fork").Process(target=time.sleep, args=(60,), daemon=False)
+    worker.start()
+    told.send(worker.pid)
+    time.sleep(60)
+    lock.release()
+
+
+def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path):
+    told, teller = mp.get_context("fork").Pipe(duplex=False)
+    process = mp.get_context("fork").Process(target=hold, args=(tmp_path, teller))
+    process.start()
+    worker = told.recv()
+    with pytest.raises(ValueError, match=f"in use .*process {process.pid} on"):
+        FolderLock(tmp_path)
+    process.kill()
+    process.join()
+    os.kill(worker, 0)  # it is still there
+    lock = FolderLock(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    assert f"process {os.getpid()} on" in (tmp_path / LOCK_FILE).read_text()
+    lock.release()
+    lock.release()
+    assert os.listdir(tmp_path) == []
 
 
 # Kills and hangs: processes that are started as torchrun starts them
@@ -220,9 +309,19 @@ def test_a_hung_process_ends_the_run_with_the_stack_of_each(undisturbed, tmp_pat
         assert rank == 0 or where in stacks
 
 
-def kill_and_resume(values: dict, kills: int, seconds: float, seed: int) -> list[str]:
+def is_refused(folder: Path, holder: int) -> bool:
+    """True if the folder is locked by a run, which says its process; it is not yet in the first moments."""
+    try:
+        FolderLock(folder).release()
+    except ValueError as error:
+        return f"process {holder} on" in str(error)
+    return False
+
+
+def kill_and_resume(values: dict, kills: int, seconds: float, seed: int) -> tuple[list[str], int]:
     """Kill a run of two processes at random moments, every second time while a checkpoint is being written, and start
-    it again each time; in the end let it finish. Returns what was done.
+    it again each time; in the end let it finish. Before each kill another run is refused, after it one is not. Returns
+    what was done, and how often another was refused.
 
     Args:
         values: settings of the run.
@@ -230,7 +329,7 @@ def kill_and_resume(values: dict, kills: int, seconds: float, seed: int) -> list
         seconds: a step takes about so long.
         seed: of the moments.
     """
-    chance, folder, told = random.Random(seed), Path(values["output_dir"]), []
+    chance, folder, told, refused = random.Random(seed), Path(values["output_dir"]), [], 0
     for number in range(kills):
         began, processes = time.monotonic(), launch(values)
         if number % 2:
@@ -244,11 +343,13 @@ def kill_and_resume(values: dict, kills: int, seconds: float, seed: int) -> list
             wait_for(lambda: newest_step(folder) >= later, processes)  # noqa: B023
             time.sleep(chance.uniform(0, 2 * seconds))
         alive = [process for process in processes if process.is_alive()]
+        refused += is_refused(folder, processes[0].pid)
         chance.shuffle(alive)
         for process in alive:  # the launcher kills the others when one is gone
             process.kill()
             process.join()
             time.sleep(chance.choice((0, 0.1)))
+        FolderLock(folder).release()  # the system has given it back
         newest = find_checkpoint(folder, "latest")
         unfinished = [path.name for path in folder.glob("*.unfinished")]
         told.append(
@@ -260,7 +361,7 @@ def kill_and_resume(values: dict, kills: int, seconds: float, seed: int) -> list
     for process in processes:
         process.join()
         assert process.exitcode == 0, Path(f"{folder}-0.log").read_text()[-3000:]
-    return told
+    return told, refused
 
 
 def newest_step(folder: Path) -> int:
@@ -287,7 +388,8 @@ def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, caps
     seconds = time.monotonic() - began
     with capsys.disabled():  # it takes minutes
         print(f"\n{steps} steps undisturbed: {seconds:.1f} s")
-        told = kill_and_resume(values | {"output_dir": str(tmp_path / "killed")}, kills, seconds / steps, seed=kills)
+        killed = values | {"output_dir": str(tmp_path / "killed")}
+        told, refused = kill_and_resume(killed, kills, seconds / steps, seed=kills)
     one, other = (runs.saved_state(tmp_path / name / f"checkpoint-{steps}") for name in ("undisturbed", "killed"))
     state = read_run(tmp_path / "killed" / f"checkpoint-{steps}")["state"]
     assert [entry["step"] for entry in state["history"]] == list(range(1, steps + 1))  # nothing lost, nothing twice
@@ -296,7 +398,9 @@ def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, caps
     writing = sum("unfinished ['" in line for line in told)
     with capsys.disabled():
         print(f"{kills} kills, {writing} of them while a checkpoint was written: the same to the last bit")
+        print(f"before {refused} of them a second run was refused, after each the folder was free")
     assert writing >= kills // 5
+    assert refused >= kills // 2
 
 
 def test_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
@@ -304,8 +408,54 @@ def test_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
-    check_kills(text_encoder, tmp_path, steps=150, kills=50, capsys=capsys)
+def test_a_hundred_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
+    check_kills(text_encoder, tmp_path, steps=250, kills=100, capsys=capsys)
+
+
+# Damage of what is stored
+
+
+def damage_and_resume(undisturbed: Run, folder: Path, places: int, ends: int, caplog) -> None:
+    """Turn over single bits of the newest checkpoint, one at a time. Each time the run has to start from the one
+    before, with a warning that names the file, and a run that asks for the damaged checkpoint is refused; some of the
+    runs go on to the end, which has to be the undisturbed one's."""
+    chance, newest = random.Random(places), folder / f"checkpoint-{STEPS - 1}"
+    for step in (STEPS - 2, STEPS - 1):
+        runs.copy_checkpoint(undisturbed, step, folder)
+    files = sorted(newest.iterdir())
+    finished = runs.saved_state(undisturbed.output_dir / f"checkpoint-{STEPS}")
+    for number in range(places):
+        # half of them by size, which are in the tensors; half in any file, complete.json too
+        weights = [file.stat().st_size if number % 2 else 1 for file in files]
+        file = chance.choices(files, weights)[0]
+        place, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
+        before = file.read_bytes()
+        damaged = bytearray(before)
+        damaged[place] ^= 1 << bit
+        file.write_bytes(damaged)
+        caplog.clear()
+        assert find_checkpoint(folder, "latest").name == f"checkpoint-{STEPS - 2}", (file, place, bit)
+        assert file.name in caplog.text
+        with pytest.raises(ValueError, match=file.name):
+            find_checkpoint(folder, newest.name)
+        if number % (places // ends) == 0:
+            again = shutil.copytree(folder, folder.with_name(f"end-{number}"))
+            values = undisturbed.cfg.to_dict() | {"output_dir": str(again), "resume_from_checkpoint": "latest"}
+            runs.train(values)
+            runs.assert_same(runs.saved_state(again / f"checkpoint-{STEPS}"), finished)
+            own, other = (runs.saved_state(path / newest.name) for path in (again, undisturbed.output_dir))
+            runs.assert_same(own, other)  # the damaged one was written anew
+            shutil.rmtree(again)
+        file.write_bytes(before)
+
+
+def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(undisturbed, tmp_path, caplog):
+    damage_and_resume(undisturbed, tmp_path / "run", places=6, ends=1, caplog=caplog)
+
+
+@pytest.mark.slow
+def test_bits_turned_over_at_two_hundred_places_are_all_found(undisturbed, tmp_path, caplog):
+    damage_and_resume(undisturbed, tmp_path / "run", places=200, ends=20, caplog=caplog)
 
 
 # Workers and trackers

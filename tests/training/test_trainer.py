@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
+from diffusers_prx.evaluation.networks import tokenizer_fingerprint
 from diffusers_prx.training.averages import Averages
 from diffusers_prx.training.checkpoints import find_checkpoint
 from diffusers_prx.training.distributed import Trained
@@ -127,7 +129,7 @@ def test_resuming_what_is_not_there_yet_starts_at_the_beginning(tmp_path, text_e
         ({"gradient_accumulation_steps": 3}, "`global_batch_size of stage 0` 4, this run has 12"),
         ({"max_train_steps": 2}, "at step 5, beyond the 2 of this run"),
         ({"resume_from_checkpoint": None}, "has checkpoints that this run would not start from"),
-        ({"resume_from_checkpoint": "checkpoint-9"}, "which is no complete checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "which is not a complete checkpoint"),
     ],
 )
 def test_a_run_that_would_not_continue_is_refused(smooth, changes, message):
@@ -369,6 +371,87 @@ def test_a_checkpoint_becomes_a_pipeline_where_the_data_are_not(latent, photos, 
         away.rename(photos)
     saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert_same(saved, saved_weights(latent.output_dir / "checkpoint-2", "transformer"))
+
+
+def test_a_network_that_has_changed_since_is_not_exported_with_a_checkpoint(latent, tmp_path):
+    """The text encoder is not in the checkpoint: another one in its place would draw something else."""
+    checkpoint = shutil.copytree(latent.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
+    folder = Path(latent.cfg.text_encoder_name_or_path)
+    kept = (folder / "model.safetensors").read_bytes()
+    try:
+        save_file({k: v + 1 for k, v in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors",
+            metadata={"format": "pt"})  # fmt: skip
+        with pytest.raises(ValueError, match=r"checkpoint-2.*`frozen_networks`"):
+            export_checkpoint(checkpoint, tmp_path / "out", None, runs.CARD_TEMPLATE)
+    finally:
+        (folder / "model.safetensors").write_bytes(kept)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(latent, tmp_path):
+    checkpoint = shutil.copytree(latent.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
+    shard = next(checkpoint.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"`checkpoint` .*{shard.name}"):
+        export_checkpoint(checkpoint, tmp_path / "out", None, runs.CARD_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory):
+    """A run that trains its text encoder, and before that the tokenizer, on a folder of pictures."""
+    data = tmp_path_factory.mktemp("pictures")
+    for place in range(4):
+        PIL.Image.new("RGB", (32, 32), (60 * place, 0, 0)).save(data / f"{place}.png")
+        (data / f"{place}.txt").write_text("a reddish rectangle " * (place + 1))
+    values = runs.settings(
+        tmp_path_factory.mktemp("own_tokenizer"), text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=270,
+        dataset_name=None, train_data_dir=str(data),
+    )  # fmt: skip
+    return runs.train(values)
+
+
+def test_resume_restores_the_tokenizer(own_tokenizer, tmp_path):
+    """From the checkpoint, though the captions are others today: they would give another tokenizer."""
+    data = shutil.copytree(own_tokenizer.cfg.train_data_dir, tmp_path / "data")
+    for file in data.glob("*.txt"):
+        file.write_text("something else entirely, of other words")
+    values = own_tokenizer.cfg.to_dict() | {"train_data_dir": str(data)}
+    copy_checkpoint(own_tokenizer, 2, tmp_path / "resumed")
+    resumed, anew = (
+        runs.start(values | {"output_dir": str(tmp_path / name), "resume_from_checkpoint": "latest"})
+        for name in ("resumed", "anew")
+    )
+    found = [tokenizer_fingerprint(run.nets.tokenizer) for run in (own_tokenizer, resumed, anew)]
+    assert [one == found[0] for one in found] == [True, True, False]
+
+
+def test_resume_with_the_tokenizer_of_the_checkpoint_is_exact(own_tokenizer, tmp_path):
+    copy_checkpoint(own_tokenizer, 2, tmp_path)
+    values = own_tokenizer.cfg.to_dict() | {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
+    runs.train(values)
+    assert_same(*(saved_state(folder / "checkpoint-4") for folder in (own_tokenizer.output_dir, tmp_path)))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        one, other = ((folder / "tokenizer" / file).read_text() for folder in (own_tokenizer.output_dir, tmp_path))
+        assert json.loads(one) == json.loads(other)
+
+
+def test_a_trained_tokenizer_is_exported_where_the_data_are_not(own_tokenizer, tmp_path):
+    checkpoint = shutil.copytree(own_tokenizer.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
+    data = Path(own_tokenizer.cfg.train_data_dir)
+    away = data.rename(data.with_name("pictures_away"))
+    try:
+        export_checkpoint(checkpoint, tmp_path / "out", None, runs.CARD_TEMPLATE)
+    finally:
+        away.rename(data)
+    folders = (tmp_path / "out", own_tokenizer.output_dir)
+    found, wanted = (PRXPixelPipeline.from_pretrained(folder) for folder in folders)
+    text = "a reddish rectangle, and words that it has not seen"
+    assert found.tokenizer(text).input_ids == wanted.tokenizer(text).input_ids
+    assert found.tokenizer.model_max_length == wanted.tokenizer.model_max_length == 48
+    for name in ("transformer", "text_encoder"):
+        assert_same(*(dict(getattr(pipeline, name).state_dict()) for pipeline in (found, wanted)))
 
 
 def fine_tuning(folder: Path, latent, **changes) -> dict:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 UNFINISHED = ".unfinished"
 HASH_KEY = "hash"  # of a JSON file, and of the metadata of a safetensors file
+HASH_NAME = "xxh3_128"  # of a whole file, see `hash_file`
 NAMES_SHOWN = 5
 
 
@@ -149,4 +151,20 @@ def read_hashed_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     hash_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """The XXH3-128 hash of a file's content, in hexadecimal; read in pieces.
+
+    It finds accidents, and is no defense against forgery. Twelve times as fast as BLAKE2: a checkpoint has gigabytes.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    digest, buffer = xxhash.xxh3_128(), bytearray(2**20)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
     return digest.hexdigest()

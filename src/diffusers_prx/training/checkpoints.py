@@ -1,16 +1,18 @@
 """Checkpoints that are either whole or not there: written aside, then renamed; old ones go only after that.
 
 `checkpoint-{step}/` holds `shard-*.safetensors` (weights, optimizer, averages: see `named_tensors`), `run.json` (what
-`RunState` knows, and more), `generators-{rank}.json`, and `complete.json`, written last, with the sizes of all others.
+`RunState` knows, and more), `generators-{rank}.json`, what the run has derived from its data (`tokenizer.json`,
+`image_sizes-*.npy`), and `complete.json`, written last, with the size and the hash of every other file.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,17 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from diffusers.utils import logging
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
+from ..data.files import HASH_NAME, hash_file, read_hashed_json, write_hashed_json
 from .config import TrainingConfig, settings_of_run
 from .distributed import Exchange, learning
 from .settings import FIXED, marked
 
+logger = logging.get_logger(__name__)
+
 NAME = re.compile(r"checkpoint-\d+")
-RUN_FILE, COMPLETE_FILE, UNFINISHED = "run.json", "complete.json", ".unfinished"
+SHARD = re.compile(r"shard-(\d+)-.*\.safetensors")
+RUN_FILE, COMPLETE_FILE, TOKENIZER_FILE = "run.json", "complete.json", "tokenizer.json"
+UNFINISHED, REMOVED = ".unfinished", ".removed"  # endings of folders that are not checkpoints yet, or no longer
 FILE_BYTES = 2**31
 
 
@@ -41,7 +50,7 @@ class RunState:
         settings: of the run; those that are `FIXED` must be the same when it is resumed.
         stages: of each stage its steps, the size of its data and the samples of an optimizer step over all processes;
             stages that have begun must be the same when the run is resumed.
-        networks: what they are, by `trainer.identity`; they must be the same when the run is resumed.
+        networks: what they are, by `nets.identity`; they must be the same when the run is resumed.
         step: optimizer steps done.
         seconds: training time so far, without validation and checkpoints.
         seconds_waiting: how much of it the main process has waited for data.
@@ -112,16 +121,25 @@ class CheckpointWriter:
 
     One is written aside, as `checkpoint-{step}.unfinished`: tensors by torch.distributed.checkpoint, every process its
     own shards (of what is on several processes, each writes a share), as safetensors; the rest as JSON. When all that
-    is on the disk it is marked complete and renamed, and only then older ones are removed. There is no pickle in it.
+    is on the disk, every process hashes the shards it has written; then the checkpoint is marked complete and renamed,
+    and only then older ones are removed. There is no pickle in it.
 
     Args:
         output_dir: of the run.
         total_limit: how many checkpoints are kept; None: all.
         exchange: between the writers of all processes, for nothing else.
+        derived: contents of the files that every checkpoint of the run has, by name; those of the main process count.
     """
 
-    def __init__(self, output_dir: Path, total_limit: int | None, exchange: Exchange):
+    def __init__(
+        self,
+        output_dir: Path,
+        total_limit: int | None,
+        exchange: Exchange,
+        derived: Mapping[str, bytes] | None = None,
+    ):
         self.output_dir, self.total_limit, self.exchange = output_dir, total_limit, exchange
+        self.derived = dict(derived or {})
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
         self.writing: Future[None] | None = None
@@ -140,9 +158,9 @@ class CheckpointWriter:
         self.wait()
         staged = self.stager.stage(tensors)
         # to JSON now: the run goes on changing what it holds
-        files = {f"generators-{self.exchange.rank}.json": json.dumps(generator_states())}
+        files = {f"generators-{self.exchange.rank}.json": json.dumps(generator_states()).encode()}
         if self.exchange.rank == 0:
-            files[RUN_FILE] = json.dumps(run, indent=1)
+            files |= self.derived | {RUN_FILE: json.dumps(run, indent=1).encode()}
         self.writing = self.thread.submit(self._write, step, staged, files)
 
     def wait(self) -> None:
@@ -155,7 +173,7 @@ class CheckpointWriter:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, tensors: Any, files: dict[str, str]) -> None:
+    def _write(self, step: int, tensors: Any, files: dict[str, bytes]) -> None:
         folder = self.output_dir / f"checkpoint-{step}"
         unfinished = folder.with_name(folder.name + UNFINISHED)
         try:
@@ -165,7 +183,9 @@ class CheckpointWriter:
                 writer = HuggingFaceStorageWriter(str(unfinished), file_of_each(tensors), save_distributed=True)
                 dcp.save(tensors, storage_writer=writer, process_group=self.exchange.group)
             self._together(write_files, unfinished, files)
-            self._together(self._complete, unfinished, folder)
+            hashed = self._together(self._hash_own_files, unfinished)
+            entries = {name: entry for part in hashed for name, entry in sorted(part.items())}
+            self._together(self._complete, unfinished, folder, entries)
         except (OSError, CheckpointException) as error:
             if self.exchange.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)  # a full disk is no place for half a checkpoint
@@ -176,44 +196,88 @@ class CheckpointWriter:
             ) from error
 
     def _begin(self, unfinished: Path) -> None:
-        if self.exchange.rank == 0:
-            # of a run that was killed: its files must not be taken for this one's
-            for left in self.output_dir.glob(f"checkpoint-*{UNFINISHED}"):
-                shutil.rmtree(left)
-            unfinished.mkdir(parents=True)
-
-    def _complete(self, unfinished: Path, folder: Path) -> None:
+        """Remove what a killed run has left, whose files must not be taken for this one's, and make the folder."""
         if self.exchange.rank:
             return
-        sizes = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
-        write_files(unfinished, {COMPLETE_FILE: json.dumps({"files": sizes}, indent=1)})
+        left = list(self.output_dir.glob(f"checkpoint-*{UNFINISHED}"))
+        for aside in self.output_dir.glob(f"checkpoint-*{REMOVED}"):
+            half_removed = aside.with_name(aside.name.removesuffix(REMOVED))
+            left += [aside] if is_complete(half_removed) else [aside, half_removed]
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                logger.warning(f"{folder}, which an earlier run has left, cannot be removed: remove it by hand.")
+        unfinished.mkdir(parents=True)
+
+    def _hash_own_files(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and hash of the files that this process has written; the main process takes those of no other."""
+        own = []
+        for path in folder.iterdir():
+            shard = SHARD.fullmatch(path.name)
+            if (int(shard[1]) - 1 if shard else 0) == self.exchange.rank:
+                own.append(path)
+        return {path.name: {"bytes": path.stat().st_size, "hash": hash_file(path)} for path in own}
+
+    def _complete(self, unfinished: Path, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+        if self.exchange.rank:
+            return
+        write_hashed_json(unfinished / COMPLETE_FILE, {"algorithm": HASH_NAME, "files": entries}, sync=True)
         sync_folder(unfinished)
-        if folder.exists():  # not complete, or it would have been resumed from
-            shutil.rmtree(folder)
+        if folder.exists():  # damaged, or the run would have started from it
+            remove_checkpoint(folder)
         os.replace(unfinished, folder)
         sync_folder(self.output_dir)
         if self.total_limit is not None:
-            for old in list_checkpoints(self.output_dir)[: -self.total_limit]:
-                (old / COMPLETE_FILE).unlink()  # first: what is half removed is not complete
-                shutil.rmtree(old)
+            # later ones are damaged, or the run would have started from them: they do not count as kept
+            until_now = [path for path in list_checkpoints(self.output_dir) if step_of(path) <= step_of(folder)]
+            for old in until_now[: -self.total_limit]:
+                remove_checkpoint(old)
 
-    def _together(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on all processes, and raise on all of them if it fails on one: none goes on alone."""
-        failure = None
+    def _together(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a function on all processes, and raise on all of them if it fails on one: none goes on alone.
+
+        Returns what it returned, by rank.
+        """
+        failure = result = None
         try:
-            function(*arguments)
+            result = function(*arguments)
         except OSError as error:
             failure = str(error)
-        failures = [text for text in self.exchange.gather(failure) if text is not None]
+        outcomes = self.exchange.gather((failure, result))
+        failures = [text for text, _ in outcomes if text is not None]
         if failures:
             raise OSError(failures[0])
+        return [value for _, value in outcomes]
 
 
-def write_files(folder: Path, texts: dict[str, str]) -> None:
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint. One that cannot be removed stays as it was, with a warning.
+
+    Its files are moved aside first, `complete.json` before all others: a file that cannot be removed cannot be moved
+    either, and then those that were moved go back.
+    """
+    aside, moved = folder.with_name(folder.name + REMOVED), []
+    try:
+        aside.mkdir(exist_ok=True)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != COMPLETE_FILE):
+            path.rename(aside / path.name)
+            moved.append(path)
+        folder.rmdir()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            for path in reversed(moved):
+                (aside / path.name).rename(path)
+            aside.rmdir()
+        logger.warning(f"{folder} cannot be removed and stays: {error}")
+        return
+    shutil.rmtree(aside, ignore_errors=True)  # what is left of it, the next checkpoint tries again
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files, down to the disk."""
-    for name, text in texts.items():
-        with open(folder / name, "w", encoding="utf-8") as file:
-            file.write(text)
+    for name, content in contents.items():
+        with open(folder / name, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
@@ -267,7 +331,7 @@ def load_tensors(
     checkpoint: Path, trained: nn.Module, optimizer: Optimizer, averages: Mapping[str, torch.Tensor]
 ) -> None:
     """Read what `named_tensors` has named, in place, on any number of processes and in any sharding."""
-    stored: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    stored: Any = shard_reader(checkpoint).read_metadata().state_dict_metadata
     optimizer.state.clear()
     for name, parameter in learning(trained).items():
         prefix = f"optimizer.{name}."
@@ -284,10 +348,31 @@ def load_tensors(
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
-    """Read tensors of a checkpoint, in place."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+    """Read tensors of a checkpoint, in place.
+
+    Raises:
+        ValueError: if it does not have them, or in other shapes.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=shard_reader(checkpoint))
+    except CheckpointException as error:  # no subclass of Exception: what handles errors would let it through
+        raise ValueError(f"The tensors of {checkpoint} cannot be read: {reason(error)}") from error
+
+
+class ListedFiles(FileSystem):
+    """Files of a checkpoint that `complete.json` lists: macOS, network drives and editors put others beside them."""
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [os.fspath(Path(path) / name) for name in listed_files(Path(path))]
+
+
+def shard_reader(checkpoint: Path) -> HuggingFaceStorageReader:
+    """A reader of the shards that a checkpoint lists."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    reader.fs = ListedFiles()
+    return reader
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
@@ -322,52 +407,141 @@ def restore_generators(checkpoint: Path, rank: int) -> bool:
     return True
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end, and no file was lost or cut since."""
+def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a checkpoint, by name, as `complete.json` states them.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not what `CheckpointWriter` writes.
+    """
+    stored = read_hashed_json(checkpoint / COMPLETE_FILE)
+    files: Any = stored.get("files")
+    if stored.get("algorithm") != HASH_NAME or not isinstance(files, dict):
+        raise ValueError(f"{COMPLETE_FILE} does not list the {HASH_NAME} of files")
+    if RUN_FILE not in files or not any(SHARD.fullmatch(name) for name in files):
+        raise ValueError(f"{COMPLETE_FILE} lists no {RUN_FILE} or no shard")
+    return files
+
+
+def check_size(file: Path, entry: Mapping[str, Any]) -> None:
+    """Raise an OSError or a ValueError unless a file is there and as large as it was when it was written."""
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(f"{file.name} has {size} bytes, not {entry['bytes']}")
+
+
+def find_damage(checkpoint: Path, exchange: Exchange | None = None) -> str | None:
+    """Read all files of a checkpoint and compare them with their hashes.
+
+    Args:
+        checkpoint: its folder.
+        exchange: between processes that all call this: each reads a share of the files, and all get the same answer.
+            None: this process reads everything.
+
+    Returns:
+        What is damaged, with the name of the file, or None.
+    """
+    rank, processes = (0, 1) if exchange is None else (exchange.rank, exchange.size)
+    damage = None
     try:
-        files = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        for name, entry in list(listed_files(checkpoint).items())[rank::processes]:
+            check_size(checkpoint / name, entry)
+            if hash_file(checkpoint / name) != entry["hash"]:
+                raise ValueError(f"the content of {name} is not what was written")
+    except FileNotFoundError as error:
+        damage = f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        damage = str(error)
+    found = [damage] if exchange is None else exchange.gather(damage)
+    return next((text for text in found if text is not None), None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """True if a checkpoint was written to its end, and no file was lost or cut since; `find_damage` reads them too."""
+    try:
+        for name, entry in listed_files(checkpoint).items():
+            check_size(checkpoint / name, entry)
+    except (OSError, ValueError):
         return False
+    return True
+
+
+def named_checkpoints(output_dir: Path) -> list[Path]:
+    """Everything in a folder that is called like a checkpoint, oldest first."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    named = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(filter(is_complete, named), key=step_of)
+    return [path for path in named_checkpoints(output_dir) if is_complete(path)]
 
 
-def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchange | None = None) -> Path | None:
     """Where a run starts: None for the beginning, else the checkpoint that `--resume_from_checkpoint` names.
 
     Args:
         output_dir: of the run.
-        resume_from: None; `latest`, which is the beginning when there is no checkpoint yet, so that a job that is
-            started again and again can always ask for it; a folder, or a name inside `output_dir`.
+        resume_from: None; `latest`, which is the newest one that is not damaged, and the beginning when there is none
+            yet, so that a job that is started again and again can always ask for it; a folder, or a name inside
+            `output_dir`.
+        exchange: between processes that all call this, see `find_damage`.
 
     Raises:
-        ValueError: if there is no such checkpoint, or `output_dir` has later ones: they are of another run, and would
-            be taken for this one's.
+        ValueError: if there is no such checkpoint, if it or all of them are damaged, if a file has the name of a
+            checkpoint, or if `output_dir` has later ones: they are of another run, and would be taken for this one's.
     """
-    complete = list_checkpoints(output_dir)
+    found = named_checkpoints(output_dir)
+    if exchange is not None:  # what the main process sees: a network drive may show others an older list
+        found = exchange.gather(found)[0]
+    files = [path.name for path in found if not path.is_dir()]
+    if files:
+        raise ValueError(
+            f"`output_dir` {output_dir} has {files}, which are not folders, but are called like the checkpoints that "
+            "this run will write: move them away, or give another `output_dir`."
+        )
     if resume_from == "latest":
-        return complete[-1] if complete else None
+        return _newest_intact(reversed(found), output_dir, exchange)
     start = None
     if resume_from is not None:
         folders = [folder for folder in (Path(resume_from), output_dir / resume_from) if NAME.fullmatch(folder.name)]
-        start = next((folder for folder in folders if is_complete(folder)), None)
+        damages: list[str] = []
+        for folder in filter(Path.is_dir, folders):
+            damage = find_damage(folder, exchange)
+            if damage is None:
+                start = folder
+                break
+            damages.append(f" ({damage})")
         if start is None:
             raise ValueError(
-                f"`resume_from_checkpoint` is {resume_from!r}, which is no complete checkpoint; {output_dir} has "
-                f"{[path.name for path in complete]}."
+                f"`resume_from_checkpoint` is {resume_from!r}, which is not a complete checkpoint"
+                f"{''.join(damages[:1])}; {output_dir} has {[path.name for path in found if is_complete(path)]}. Name "
+                "one of these, or pass `latest`, which starts from the newest that is not damaged."
             )
-    later = [path.name for path in complete if start is None or step_of(path) > step_of(start)]
+    later = [path.name for path in found if start is None or step_of(path) > step_of(start)]
     if later:
         raise ValueError(
             f"`output_dir` {output_dir} has checkpoints that this run would not start from: {later}. Continue with "
             "`--resume_from_checkpoint latest`, give another `output_dir`, or remove them."
         )
     return start
+
+
+def _newest_intact(newest_first: Iterable[Path], output_dir: Path, exchange: Exchange | None) -> Path | None:
+    """The first checkpoint that is not damaged; a warning names the damage of those before it."""
+    damages: list[str] = []
+    for folder in newest_first:
+        damage = find_damage(folder, exchange)
+        if damage is None:
+            if damages and (exchange is None or exchange.rank == 0):
+                logger.warning(f"Damaged checkpoints in {output_dir}: {'; '.join(damages)}. Starting from {folder}.")
+            return folder
+        damages.append(f"{folder.name} ({damage})")
+    if damages:
+        raise ValueError(
+            f"`resume_from_checkpoint` is 'latest', but every checkpoint in {output_dir} is damaged: "
+            f"{'; '.join(damages)}. To start at step 0, remove them or give another `output_dir`."
+        )
+    return None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 
 from ..data.files import write_json
 from .cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
-from .checkpoints import RunState, is_complete, read_run, read_tensors
+from .checkpoints import TOKENIZER_FILE, RunState, find_damage, read_run, read_tensors
 from .config import TrainingConfig, settings_of_run
 from .distributed import learning
 from .lora import save_adapter
-from .nets import Nets, build_nets
+from .nets import Nets, build_nets, identity, restore_tokenizer
 from .publishing import CARD_FILE, is_ours
-from .stages import CAPTIONS_FOR_TOKENIZER, build_stages
 
 
 def commit_of_this_package() -> str | None:
@@ -127,9 +125,15 @@ def export_run(
         write_card(output_dir, card_template, load_from=repo_id or cfg.output_dir)
 
 
-def _captions(cfg: TrainingConfig) -> Iterator[str]:
-    """Of the first stage, whose data are opened when the first caption is asked for."""
-    yield from build_stages(cfg)[0].captions(CAPTIONS_FOR_TOKENIZER)
+def _check_unchanged(checkpoint: Path, state: RunState, networks: dict[str, Any]) -> None:
+    """Refuse networks from elsewhere that are not those that the run had."""
+    for name in ("tokenizer", "transformer", "frozen_networks", "adapter", "adapted_weights"):
+        before, now = state.networks.get(name), networks.get(name)
+        if before != now:
+            raise ValueError(
+                f"`checkpoint` {checkpoint} was trained with `{name}` {before}, but the run's settings name one that "
+                f"is {now} today: restore what it was."
+            )
 
 
 def export_checkpoint(
@@ -141,8 +145,7 @@ def export_checkpoint(
 ) -> None:
     """Make a pipeline of a checkpoint, on one process, whatever the run was on.
 
-    Nothing is read but the checkpoint, the networks that the run started from and, for a tokenizer that was trained,
-    its data.
+    Nothing is read but the checkpoint and the networks that the run started from; the data are not needed.
 
     Args:
         checkpoint: a complete one; of a finished run or of one that goes on.
@@ -152,10 +155,14 @@ def export_checkpoint(
         dtype: of the stored weights that were trained; bfloat16 halves the files, and is not to train on from.
 
     Raises:
-        ValueError: if there is no complete checkpoint, or it has no averages.
+        ValueError: if there is no complete checkpoint, a file of it is damaged, it has no averages, or a network that
+            the run did not train is not what it was.
     """
-    if not is_complete(checkpoint):
-        raise ValueError(f"`checkpoint` is {str(checkpoint)!r}, which is no complete checkpoint.")
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise ValueError(
+            f"`checkpoint` is {str(checkpoint)!r}, which is not a complete checkpoint: {damage}. Export another one."
+        )
     saved = read_run(checkpoint)
     state = RunState(**saved["state"])
     in_pixels = "vae" not in state.networks.get("frozen_networks", {})
@@ -163,7 +170,12 @@ def export_checkpoint(
     if average and not cfg.use_ema:
         raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
     kind = "weights" if average is False or not cfg.use_ema else "average"
-    nets = build_nets(cfg, _captions(cfg), techniques=False)
+    tokenizer = None
+    if cfg.text_encoder_config:
+        text = (checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
+        tokenizer = restore_tokenizer(text, cfg.max_sequence_length)
+    nets = build_nets(cfg, iter(()), techniques=False, trained_tokenizer=tokenizer)
+    _check_unchanged(checkpoint, state, identity(cfg, nets, None))
     nets.enter(last_stage(cfg, state))
     parameters = {
         f"{kind}.{name}.{key}": parameter.data

@@ -2,6 +2,7 @@
 steps whose loss is no number. What a run does about each is in `trainer.py`; here is how it notices."""
 
 import faulthandler
+import fcntl
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -26,7 +28,8 @@ from .stages import Stage
 EXIT_PREEMPTED = 75
 EXIT_HUNG = 70  # "internal software error" of the same
 PREEMPTED_FILE = "preempted.json"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOCK_FILE = ".run.lock"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # more steps in a row than this without a finite loss, and it is the weights that are broken, not the data
 SKIPPED_IN_A_ROW = 10
 # a data worker that is lost so often without a batch in between will be lost again
@@ -93,6 +96,75 @@ def _opened(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 GRACE_SECONDS = 30.0
 
 
+class FolderLock:
+    """One run per folder: a lock of the system (flock) on `.run.lock`, which names who holds it.
+
+    The system releases it when the process ends, in whatever way. A run's other processes and its data workers do not
+    hold it. On a network drive it sees runs of other machines only where the drive has locks: NFS does unless it is
+    mounted with `nolock` or `local_lock=flock`; Lustre needs `flock`, and on its `localflock`, as on drives of object
+    stores (s3fs, gcsfuse), the runs of one machine see each other, and those of several do not.
+
+    Args:
+        folder: of the run; it is made where it is not there.
+
+    Raises:
+        ValueError: if another run holds it, with its host and process.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK_FILE
+        while True:
+            self.file: Any = self.path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self.file.seek(0)
+                holder = self.file.read().strip() or "another process"
+                self.file.close()
+                raise ValueError(
+                    f"`output_dir` {folder} is in use by another run: {holder}. Wait until it has ended, or give "
+                    "another `output_dir`."
+                ) from error
+            except OSError as error:  # a drive without locks
+                tqdm.write(f"`output_dir` {folder} cannot be locked, take care that no other run uses it: {error}")
+            if self._is_there():
+                break
+            self.file.close()  # the run that held it has removed it on leaving
+        HELD.add(self)
+        self.file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        self.file.flush()
+
+    def _is_there(self) -> bool:
+        """True if the open file is the one that the name means."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Remove the file and give up the lock; nothing happens the second time."""
+        if self in HELD:
+            HELD.discard(self)
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+
+
+HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()  # by this process
+
+
+def _close_in_child() -> None:
+    # a lock of flock is held by every process that has the open file: by a worker, too, that outlives its run
+    for lock in list(HELD):
+        lock.file.close()
+    HELD.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
 class Watch:
     """Notices what ends a run from outside: signals, and a step that does not end. To be used as a context.
 
@@ -106,12 +178,13 @@ class Watch:
         seconds: the limit.
 
     Attributes:
-        received: the number of the signal of `STOP_SIGNALS` that has come, or 0.
+        received: the number of the signal of `STOP_SIGNALS` that has come, or 0. A second SIGINT ends the process.
     """
 
     def __init__(self, rank: int, seconds: float):
         self.rank, self.seconds = rank, seconds
         self.received = 0
+        self.pid = os.getpid()
         self.steps_begun = 0
         self.over = threading.Event()
 
@@ -119,7 +192,10 @@ class Watch:
         self.begin()
         self.over.clear()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # a shell that starts a job in the background has it ignore the Ctrl-C that is meant for others
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        numbers = [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGINT)]
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(
@@ -135,6 +211,11 @@ class Watch:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGINT:  # Ctrl-C; the next one ends the process at once, whatever it waits for
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self.rank == 0 and os.getpid() == self.pid:  # and not in a data worker, which has inherited this
+                # not by print, which may be what the signal has interrupted
+                os.write(2, b"\nCtrl-C: finishing this step and saving; a second Ctrl-C ends at once, unsaved\n")
 
     def _watch(self) -> None:
         tick = min(1.0, self.seconds / 10)

@@ -1,6 +1,7 @@
 """The networks of a run: loaded from a pipeline, from their own folders, or made new."""
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
+from ..evaluation.networks import fingerprint, tokenizer_fingerprint
 from ..latents import latent_channels, load_vae, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
@@ -27,7 +29,8 @@ from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..text import encoder_only, load_text_encoder
 from .alignment import FeatureCache, build_projector
 from .config import TrainingConfig
-from .lora import add_adapter
+from .distributed import learning
+from .lora import adapter_settings, add_adapter, base_fingerprint
 from .losses import LPIPSLoss
 from .teachers import load_teacher
 
@@ -139,8 +142,13 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
     )
+    return restore_tokenizer(tokenizer.to_str(), max_length)
+
+
+def restore_tokenizer(text: str, max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `train_tokenizer` from its `backend_tokenizer.to_str()`."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=max_length
+        tokenizer_object=Tokenizer.from_str(text), pad_token=PAD, eos_token=END, model_max_length=max_length
     )
 
 
@@ -257,14 +265,19 @@ def check_fit(config: Mapping[str, Any], vae: Any, stages: Sequence[TrainingConf
 
 
 def build_nets(
-    cfg: TrainingConfig, captions: Iterator[str], techniques: bool = True, teacher_width: int | None = None
+    cfg: TrainingConfig,
+    captions: Iterator[str],
+    techniques: bool = True,
+    teacher_width: int | None = None,
+    trained_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Nets:
     """Load or make every network of the run, in float32, on the CPU.
 
     Args:
-        captions: of the training data, for a tokenizer that is trained first.
+        captions: of the training data, for a tokenizer that is trained first; not read where there is one already.
         techniques: False leaves out what only the auxiliary losses need.
         teacher_width: see `add_techniques`.
+        trained_tokenizer: that the run has trained before, for a new text encoder.
 
     Raises:
         ValueError: if the networks do not fit each other.
@@ -282,7 +295,9 @@ def build_nets(
     tokenizer: Any
     vae = load_vae(cfg.vae_name_or_path) if cfg.vae_name_or_path is not None else loaded.get("vae")
     if cfg.text_encoder_config:
-        tokenizer = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
+        tokenizer = trained_tokenizer
+        if tokenizer is None:
+            tokenizer = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
         text_encoder: nn.Module = new_text_encoder(cfg.text_encoder_config, tokenizer)
     elif cfg.text_encoder_name_or_path is not None:
         text_encoder, tokenizer = load_text_encoder(cfg.text_encoder_name_or_path, torch.float32)
@@ -399,6 +414,31 @@ def _the_same(stages: list[TrainingConfig], *names: str) -> TrainingConfig:
         if any(value != values[0] for value in values):
             raise ValueError(f"Stages have different values of `{name}`, {values}: a run can have one.")
     return stages[0]
+
+
+def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:
+    """What a run's networks are: a resumed run must have the same. As JSON gives it back.
+
+    Args:
+        cfg: of the run.
+        nets: as they were loaded or made.
+        teacher_width: of a teacher that is not loaded any more.
+    """
+    trained = nets.trainable(cfg)
+    frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}
+    counts = {name: sum(p.numel() for p in learning(module).values()) for name, module in trained.items()}
+    found: dict[str, Any] = {}
+    if cfg.lora_rank is not None:
+        found |= {"adapter": adapter_settings(cfg), "adapted_weights": base_fingerprint(nets.transformer)}
+    if hasattr(nets.tokenizer, "backend_tokenizer"):
+        found["tokenizer"] = tokenizer_fingerprint(nets.tokenizer)
+    return {
+        **found,
+        "trained_parameters": counts,
+        "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
+        "frozen_networks": {name: fingerprint(module) for name, module in frozen.items() if name not in trained},
+        "teacher_width": teacher_width if nets.teacher is None else nets.teacher.hidden_size,
+    }
 
 
 def pipeline_class_of(cfg: TrainingConfig) -> type[PRXPipeline] | type[PRXPixelPipeline]:

@@ -1,6 +1,7 @@
 """The stages of a run: what each of them trains on, and from which step to which."""
 
 import contextlib
+import io
 import itertools
 import math
 import random
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -50,6 +52,8 @@ class Stage:
         stream: the training images, where they are streamed.
         places: how far each of this process's workers has read the stream.
         buckets, held_out_buckets: which of them are trained at which size, once `sort` has been called.
+        image_sizes: (width, height) of each of them, by the name of the file that keeps them in a checkpoint; only
+            where there are buckets by aspect ratio.
         precomputed: what the training images are read from, with `precomputed_dir`; see `precompute.open_precomputed`.
     """
 
@@ -63,14 +67,16 @@ class Stage:
     places: list[Place] = field(default_factory=list)
     buckets: Buckets | None = None
     held_out_buckets: Buckets | None = None
+    image_sizes: dict[str, np.ndarray] = field(default_factory=dict)
     precomputed: PrecomputedImages | None = None
 
-    def sort(self, multiple: int, processes: int) -> None:
+    def sort(self, multiple: int, processes: int, checkpoint: Path | None = None) -> None:
         """Sort the images into buckets by their aspect ratios, or all into one square.
 
         Args:
             multiple: of heights and widths in pixels, that the networks take.
             processes: of the run; a bucket with fewer images than one optimizer step takes is closed.
+            checkpoint: that the stage resumes from; the sizes that it keeps are not read from the images again.
 
         Raises:
             ValueError: if there are no such buckets, or no image fits one.
@@ -90,9 +96,12 @@ class Stage:
                 sizes = study_buckets(cfg.resolution, multiple)
             else:
                 sizes = compute_buckets(cfg.resolution, multiple, cfg.max_aspect_ratio)
-            self.buckets = self._sort(self.source, "train", sizes, self.step_size(processes), limits)
+            step_size = self.step_size(processes)
+            self.buckets = self._sort(self.source, "train", sizes, step_size, limits, checkpoint)
             if self.held_out is not None:
-                self.held_out_buckets = self._sort(self.held_out, "held_out", self.buckets.sizes, 1, limits)
+                self.held_out_buckets = self._sort(
+                    self.held_out, "held_out", self.buckets.sizes, 1, limits, checkpoint
+                )
         for size in self.buckets.sizes:
             cfg.check_perceptual_size(min(size))
         if self.held_out_buckets is not None:
@@ -112,10 +121,32 @@ class Stage:
                 except ValueError as error:
                     raise ValueError(f"Held-out images (`num_validation_samples`): {error}") from error
 
-    def _sort(self, source: Any, name: str, sizes: Any, minimum: int, limits: dict[str, float]) -> Buckets:
-        cache = self._sizes_file(name)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        return sort_into_buckets(image_sizes(source, self.cfg.dataloader_num_workers, cache), sizes, minimum, **limits)
+    def _sort(
+        self,
+        source: Any,
+        name: str,
+        sizes: Any,
+        minimum: int,
+        limits: dict[str, float],
+        checkpoint: Path | None,
+    ) -> Buckets:
+        kept, found = f"image_sizes-{name}-{self.first_step}.npy", None
+        if checkpoint is not None and (checkpoint / kept).is_file():
+            found = np.load(checkpoint / kept)
+        if found is None or len(found) != len(source):  # of other data, which `RunState` refuses, or held out anew
+            cache = self._sizes_file(name)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            found = image_sizes(source, self.cfg.dataloader_num_workers, cache)
+        self.image_sizes[kept] = found
+        return sort_into_buckets(found, sizes, minimum, **limits)
+
+    def derived(self) -> dict[str, bytes]:
+        """The files of a checkpoint that keep what was found in the data, by name."""
+        files = {}
+        for name, sizes in self.image_sizes.items():
+            np.save(content := io.BytesIO(), sizes)
+            files[name] = content.getvalue()
+        return files
 
     def _sizes_file(self, name: str) -> Path:
         return Path(self.cfg.output_dir) / "image_sizes" / f"{name}-{self.first_step}.npz"

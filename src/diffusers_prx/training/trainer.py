@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import PIL.Image
 import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
-from ..evaluation.networks import fingerprint
 from ..evaluation.sheets import image_grid
 from .alignment import BurnIn, gradient_cosine
 from .averages import Averages
 from .cards import validation_sheet
 from .checkpoints import (
+    TOKENIZER_FILE,
     CheckpointWriter,
     RunState,
     find_checkpoint,
@@ -44,15 +46,16 @@ from .distributed import (
 from .export import export_run, session, write_record
 from .faults import (
     EXIT_PREEMPTED,
+    GRACE_SECONDS,
     PREEMPTED_FILE,
     SKIPPED_IN_A_ROW,
+    FolderLock,
     Watch,
     samples_of_step,
     steady_batches,
     write_non_finite,
 )
-from .lora import adapter_settings, base_fingerprint
-from .nets import Nets, build_nets, some_rest
+from .nets import Nets, build_nets, identity, restore_tokenizer, some_rest, train_tokenizer
 from .optimizers import build_lr_scheduler, build_optimizer
 from .precision import check_precision
 from .precompute import open_precomputed
@@ -95,14 +98,49 @@ class Run:
             "sharded_over": shard_count(cfg, processes),  # asked now, before anything is loaded
             "device": str(self.accelerator.device),
         }
-        self.checkpoint = find_checkpoint(self.output_dir, cfg.resume_from_checkpoint)
+        self.exchange = Exchange(self.accelerator, 2 * cfg.step_timeout_seconds)
+        self.lock = None if cfg.dry_run else self._lock()
+        try:
+            self._build()
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _lock(self) -> FolderLock | None:
+        """Take the output folder; the main process holds it for all.
+
+        Raises:
+            ValueError: on all processes, if another run has it.
+        """
+        lock = failure = None
+        if self.accelerator.is_main_process:
+            try:
+                lock = FolderLock(self.output_dir)
+            except (ValueError, OSError) as error:
+                failure = str(error)
+        failure = self.exchange.gather(failure)[0]
+        if failure is not None:
+            raise ValueError(failure)
+        return lock
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    def _build(self) -> None:
+        """Everything up to the first step."""
+        cfg = self.cfg
+        self.checkpoint = find_checkpoint(self.output_dir, cfg.resume_from_checkpoint, self.exchange)
         self.saved = None if self.checkpoint is None else read_run(self.checkpoint)
         self._plan()
         # now: neither a wrong token nor a wrong name may cost a training
         self.repo_id = repository(cfg.repo_id) if cfg.push_to_hub and self.accelerator.is_main_process else None
         set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
-        captions = self.stages[0].captions(CAPTIONS_FOR_TOKENIZER)
-        self.nets = build_nets(cfg, captions, teacher_width=self.teacher_width)
+        tokenizer = self._tokenizer()
+        self.nets = build_nets(cfg, iter(()), teacher_width=self.teacher_width, trained_tokenizer=tokenizer)
+        self.derived = {file: content for stage in self.stages for file, content in stage.derived().items()}
+        if tokenizer is not None:
+            self.derived[TOKENIZER_FILE] = tokenizer.backend_tokenizer.to_str().encode()
         open_precomputed(self.stages, self.nets)
         self.state = RunState(
             settings=cfg.to_dict(),
@@ -126,7 +164,9 @@ class Run:
         with accelerator.main_process_first():  # what it finds in the data and keeps, the others find there
             self.stages = build_stages(cfg, accelerator.process_index, accelerator.num_processes)
             for stage in self.stages:
-                stage.sort(networks.pixels_per_token, accelerator.num_processes)
+                begun = self.saved is not None and stage.first_step < self.saved["state"]["step"]
+                kept = self.checkpoint if begun else None
+                stage.sort(networks.pixels_per_token, accelerator.num_processes, kept)
         aligned = [stage for stage in self.stages if stage.cfg.repa_weight]
         self.burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
         self.teacher_width = None  # of a teacher that is not needed any more
@@ -145,6 +185,20 @@ class Run:
             accelerator.print("a dry run: nothing is trained")
             accelerator.end_training()
             sys.exit(0)
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer of a new text encoder: the checkpoint's, or one that the main process trains for all."""
+        cfg, text = self.cfg, None
+        if not cfg.text_encoder_config:
+            return None
+        if self.checkpoint is not None:
+            text = (self.checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
+            return restore_tokenizer(text, cfg.max_sequence_length)
+        if self.accelerator.is_main_process:
+            captions = self.stages[0].captions(CAPTIONS_FOR_TOKENIZER)
+            trained = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
+            text = trained.backend_tokenizer.to_str()
+        return restore_tokenizer(self.exchange.gather(text)[0], cfg.max_sequence_length)
 
     def _prepare(self) -> None:
         """Move everything to its device, wrap what is trained, and restore the checkpoint to resume from."""
@@ -166,10 +220,9 @@ class Run:
         self.optimizer: Any = accelerator.prepare(build_optimizer(cfg, self.modules))
         self.averages = Averages(self.trained, cfg)
         self._check_precision()
-        self.exchange = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
         self.watch = Watch(accelerator.process_index, cfg.step_timeout_seconds)
         own = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
-        self.writer = CheckpointWriter(self.output_dir, cfg.checkpoints_total_limit, own)
+        self.writer = CheckpointWriter(self.output_dir, cfg.checkpoints_total_limit, own, self.derived)
         if self.checkpoint is not None and self.saved is not None:
             self._resume(self.checkpoint, self.saved)
         elif cfg.resume_from_checkpoint is not None:
@@ -191,7 +244,7 @@ class Run:
         self.accelerator.print(f"resumed from {checkpoint} at step {state.step}")
 
     def train(self) -> None:
-        """Train through all stages, validate and export.
+        """Train through all stages, validate and export; then the folder is free for another run.
 
         Raises:
             ValueError: for data that cannot be read, and losses that are not finite.
@@ -199,6 +252,12 @@ class Run:
             SystemExit: with `EXIT_PREEMPTED`, once a signal has ended the run and its checkpoint is complete; with
                 `EXIT_NOT_UPLOADED`, if everything is saved and its upload has failed.
         """
+        try:
+            self._train()
+        finally:  # once the last checkpoint is written; not if its thread waits for processes that are gone
+            wait([self.writer.thread.submit(self._unlock)], timeout=GRACE_SECONDS)
+
+    def _train(self) -> None:
         bar = tqdm(
             total=self.stages[-1].stop_step,
             initial=self.state.step,
@@ -532,29 +591,6 @@ class Run:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_NOT_UPLOADED)
         print(f"uploaded to {url}")
-
-
-def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:
-    """What a run's networks are: a resumed run must have the same. As JSON gives it back.
-
-    Args:
-        cfg: of the run.
-        nets: as they were loaded or made.
-        teacher_width: of a teacher that is not loaded any more.
-    """
-    trained = nets.trainable(cfg)
-    frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}
-    counts = {name: sum(p.numel() for p in learning(module).values()) for name, module in trained.items()}
-    adapter = {}
-    if cfg.lora_rank is not None:
-        adapter = {"adapter": adapter_settings(cfg), "adapted_weights": base_fingerprint(nets.transformer)}
-    return {
-        **adapter,
-        "trained_parameters": counts,
-        "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
-        "frozen_networks": {name: fingerprint(module) for name, module in frozen.items() if name not in trained},
-        "teacher_width": teacher_width if nets.teacher is None else nets.teacher.hidden_size,
-    }
 
 
 def new_burn_in(cfg: TrainingConfig) -> BurnIn:
