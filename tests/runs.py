@@ -15,6 +15,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 import tiny
 from diffusers_prx.training.checkpoints import read_tensors
 from diffusers_prx.training.config import TrainingConfig
+from diffusers_prx.training.faults import HELD
 from diffusers_prx.training.nets import Nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.trainer import Run
 
@@ -71,8 +72,11 @@ def config(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**settings("unused", "unused", **changes))
 
 
-def start(values: dict[str, Any]) -> Run:
-    """Everything up to the first step; accelerate keeps its state in the process, so it is forgotten first."""
+def start(values: dict[str, Any], in_a_new_process: bool = True) -> Run:
+    """Everything up to the first step; accelerate keeps its state in the process, so it is forgotten first, and so are
+    the folders of earlier runs, as if each were `in_a_new_process`."""
+    for lock in list(HELD) if in_a_new_process else ():
+        lock.release()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Run(TrainingConfig(**values), CARD_TEMPLATE)

@@ -195,9 +195,9 @@ def test_a_second_run_in_a_folder_is_refused_with_who_holds_it(undisturbed, tmp_
     run = runs.start(values)
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with pytest.raises(ValueError, match=rf"`output_dir` .* in use .*{holder}"):
-        runs.start(values)
+        runs.start(values, in_a_new_process=False)
     with pytest.raises(SystemExit) as end:  # a dry run writes nothing and needs no lock
-        runs.start(values | {"dry_run": True})
+        runs.start(values | {"dry_run": True}, in_a_new_process=False)
     assert end.value.code == 0
     assert (tmp_path / LOCK_FILE).read_text().startswith(holder)
     run.train()
