@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,14 +24,14 @@ from ..latents import decode, encode, latent_channels, vae_scale_factor
 from ..models.token_routing import sample_route
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..text import encode_text, encoder_only
-from .alignment import alignment_loss, spatial_normalize
 from .config import TrainingConfig
 from .known_networks import teacher_outline, text_config, text_encoder_outline
-from .losses import LPIPSLoss, contrastive_loss, dino_perceptual_loss
+from .losses import LPIPSLoss, dino_perceptual_loss
 from .nets import Nets, kept_blocks, new_projector
 from .optimizers import build_optimizer
 from .preflight import outline
 from .teachers import VisionTeacher
+from .train_step import StepInputs, alignment, compute_losses, weighted_sum
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -236,60 +235,39 @@ class MicroBatch:
         with torch.no_grad():
             return self.nets.teacher(self.pixels(), self.grid)  # (B, N, E)
 
-    def align(self, features: torch.Tensor, indices: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
-        if self.cfg.repa_spatial_gamma is not None:
-            target = spatial_normalize(target, self.cfg.repa_spatial_gamma)  # (B, N, E)
-        projected = self.nets.projector(features, indices, self.grid)  # (B, K, E)
-        return alignment_loss(projected, target, indices).mean()
-
-    def dino(self, predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        size = self.cfg.dino_size
-        if self.cfg.dino_crop:  # at any place: values, which a draw would have, are not there
-            predicted, pixels = predicted[..., :size, :size], pixels[..., :size, :size]  # (B, 3, size, size)
-        return dino_perceptual_loss(self.nets.dino, predicted, pixels, size).mean()
-
-    def loss(self) -> torch.Tensor:
-        """The loss of `train_step`, in the same order; captions without padding count as if they had some."""
+    def inputs(self) -> StepInputs:
+        """The inputs of the losses, encoded as the step encodes them; captions count as if some were padded."""
         cfg, nets, batch = self.cfg, self.nets, self.cfg.train_batch_size
+        tokens = self.grid[0] * self.grid[1]
         pixels = self.pixels()
         if nets.vae is None:
             clean = pixels
         else:
             clean = torch.randn(self.latents_shape()) if self.cached else self.encode_images()  # (B, C, h, w)
         width = nets.transformer.config["context_in_dim"]
-        text = torch.randn(batch, self.text_tokens, width) if self.cached else self.encode_captions()  # (B, L, E)
-        mask = torch.ones(batch, self.text_tokens, dtype=torch.bool)
-        timestep, noise = torch.rand(batch), cfg.noise_scale * torch.randn(clean.shape)
-        t = timestep[:, None, None, None]
-        noisy = (1 - t) * clean + t * noise
-        route = None
-        if cfg.route_ratio > 0:
-            route = sample_route(torch.rand(batch, self.grid[0] * self.grid[1]), cfg.route_ratio, *cfg.route_range)
-        feature_block = cfg.repa_block if nets.projector is not None else None
-        prediction, *tapped = nets.transformer(
-            noisy, timestep, text, mask, return_dict=False, route=route, feature_block=feature_block
-        )  # (B, C, h, w); features (B, K, D) and their indices (B, K) or None
-        predicted_velocity = nets.scheduler.velocity(prediction, noisy, timestep)
-        velocity = noise - clean
-        if nets.scheduler.prediction_type == "x_prediction":
-            velocity = nets.scheduler.velocity(clean, noisy, timestep)
-        losses = [F.mse_loss(predicted_velocity, velocity, reduction="none").mean(dim=(1, 2, 3)).mean()]
-        if cfg.contrastive_weight > 0:
-            losses.append(contrastive_loss(predicted_velocity, velocity, [str(n) for n in range(batch)]))
+        features = None
         if nets.projector is not None:
-            features, indices = tapped
-            if self.cached:
-                target = torch.randn(batch, self.grid[0] * self.grid[1], nets.teacher.hidden_size)  # (B, N, E)
-            else:
-                target = self.teacher_features()  # (B, N, E)
-            losses.append(self.align(features, indices, target))
-        if nets.lpips is not None or nets.dino is not None:
-            predicted = decode(nets.vae, nets.scheduler.clean(prediction, noisy, timestep))  # (B, 3, H, W)
-            if nets.lpips is not None:
-                losses.append(nets.lpips(predicted, pixels).mean())
-            if nets.dino is not None:
-                losses.append(self.dino(predicted, pixels))
-        return torch.stack(losses).sum()
+            cached = (batch, tokens, nets.teacher.hidden_size)
+            features = torch.randn(cached) if self.cached else self.teacher_features()  # (B, N, E)
+        return StepInputs(
+            clean=clean,
+            noise=cfg.noise_scale * torch.randn(clean.shape),
+            timestep=torch.rand(batch),
+            text=torch.randn(batch, self.text_tokens, width) if self.cached else self.encode_captions(),  # (B, L, E)
+            text_mask=torch.ones(batch, self.text_tokens, dtype=torch.bool),
+            captions=[f"caption {n}" for n in range(batch)],
+            route=sample_route(torch.rand(batch, tokens), cfg.route_ratio, *cfg.route_range)
+            if cfg.route_ratio
+            else None,
+            pixels_pm1=pixels,
+            teacher_features=features,
+            dino_crop=torch.rand(batch, 2) if nets.dino is not None and cfg.dino_crop else None,
+        )
+
+    def loss(self) -> torch.Tensor:
+        """The loss of a whole step: inputs, forward and losses."""
+        losses, _ = compute_losses(self.inputs(), self.nets, self.cfg)
+        return weighted_sum(losses, self.cfg)
 
     def work(self) -> dict[str, Work]:
         """The operations by part; what `again` says is as the gradient checkpointing of `cfg`."""
@@ -326,13 +304,16 @@ class MicroBatch:
             kept = tokens if indices is None else indices.shape[1]
             features = torch.randn(batch, kept, nets.transformer.config["hidden_size"], requires_grad=True)
             target = torch.randn(batch, tokens, nets.teacher.hidden_size)
-            parts["projector"] = count(lambda: self.align(features, indices, target))
+            parts["projector"] = count(lambda: alignment(features, indices, target, nets, self.cfg, self.grid))
         predicted, pixels = self.pixels().requires_grad_(), self.pixels()
         lpips = nets.lpips
         if lpips is not None:
             parts["LPIPS"] = count(lambda: lpips(predicted, pixels).mean())
         if nets.dino is not None:
-            parts["DINO"] = count(lambda: self.dino(predicted, pixels))
+            crop = torch.rand(self.cfg.train_batch_size, 2) if self.cfg.dino_crop else None
+            parts["DINO"] = count(
+                lambda: dino_perceptual_loss(nets.dino, predicted, pixels, self.cfg.dino_size, crop).mean()
+            )
         if nets.vae is not None and (nets.lpips is not None or nets.dino is not None):
             latents = torch.randn(self.latents_shape(), requires_grad=True)
             parts["decoder"] = count(lambda: decode(nets.vae, latents))

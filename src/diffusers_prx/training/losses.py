@@ -177,11 +177,13 @@ def random_crop(images: torch.Tensor, size: int, draws: torch.Tensor) -> torch.T
     height, width = images.shape[2:]
     if min(height, width) < size:
         raise ValueError(f"`size` of the crop is {size}, but the images are {height}x{width}: it must fit in them.")
-    crops = []
-    for image, (down, right) in zip(images, draws.tolist()):
-        top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
-        crops.append(image[:, top : top + size, left : left + size])
-    return torch.stack(crops)  # (B, C, size, size)
+    rooms = torch.tensor([height - size + 1, width - size + 1], device=draws.device)
+    corners = (draws.double() * rooms).long()  # (B, 2)
+    inside = torch.arange(size, device=draws.device)
+    rows, columns = (corners[:, axis, None] + inside for axis in (0, 1))  # (B, size) each
+    images = images.movedim(1, -1)  # (B, H, W, C)
+    samples = torch.arange(len(images), device=draws.device)[:, None, None]
+    return images[samples, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # (B, C, size, size)
 
 
 def dino_perceptual_loss(

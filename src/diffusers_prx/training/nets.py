@@ -72,6 +72,10 @@ class Nets:
         """Side in pixels of what one image token stands for."""
         return self.patch_size * vae_scale_factor(self.vae)
 
+    def token_grid(self, latents: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of image tokens of latents (B, C, h, w)."""
+        return latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
+
     @property
     def clean_caption(self) -> Callable[[str], str]:
         """The function of `caption_cleaning`."""

@@ -1,6 +1,7 @@
 """One training step, whole: what goes in, every random draw, the forward, the losses."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from ..data.precomputed import cached_latents, cached_text
 from ..latents import EncodedImages, decode, encode
-from ..models.token_routing import sample_route
+from ..models.token_routing import TokenRoute, sample_route
 from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .alignment import alignment_loss, spatial_normalize, teacher_features
 from .config import TrainingConfig
@@ -33,21 +34,50 @@ class StepOutput(NamedTuple):
     truncated: int
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that the losses of a micro-batch are computed from: encoded, and drawn.
+
+    Args:
+        clean: (B, C, h, w) latents, or pixels in [-1, 1].
+        noise: (B, C, h, w), times the run's noise scale.
+        timestep: (B,) noise levels in [0, 1].
+        text: (B, L, E) encoded captions.
+        text_mask: (B, L) bool, or None when nothing is padded.
+        captions: B captions; an empty one was dropped.
+        route: tokens that go around blocks, or None.
+        pixels_pm1: (B, 3, H, W) in [-1, 1], for the perceptual losses; None from a cache without pixels.
+        teacher_features: (B, N, E) for the alignment, or None.
+        dino_crop: (B, 2) draws in [0, 1) of the crop for the DINO loss, or None.
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    timestep: torch.Tensor
+    text: torch.Tensor
+    text_mask: torch.Tensor | None
+    captions: list[str]
+    route: TokenRoute | None = None
+    pixels_pm1: torch.Tensor | None = None
+    teacher_features: torch.Tensor | None = None
+    dino_crop: torch.Tensor | None = None
+
+
 def train_step(
     batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: StepRandom, timestep: torch.Tensor | None = None
 ) -> StepOutput:
-    """The loss of one micro-batch.
+    """Compute the loss of one micro-batch: encode it, draw every random number, and evaluate the losses.
 
     Args:
         batch: "pixels_uint8" (B, 3, H, W) on the device of the networks, and "captions", B strings; or from the cache,
             as `data.precomputed.collate_precomputed` puts it together.
-        nets: the networks, prepared for training.
-        cfg: the run's configuration.
-        rng: all random numbers of this micro-batch.
+        nets: networks, prepared for training.
+        cfg: configuration of the stage.
+        rng: random numbers of this micro-batch.
         timestep: (B,) noise levels in [0, 1] to use instead of drawing them: for the validation loss.
     """
     # encode the images, or read the cache, which has pixels only for losses that look at them
-    pixels_pm1: Any = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
+    pixels_pm1 = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
     latents = cached_latents(batch) if "latent_mean" in batch else encode_images(pixels_pm1, nets)
     latent_noise = None if latents.std is None else rng.normal("latents", latents.std.shape[1:])
     clean = latents.draw(latent_noise)  # (B, C, h, w)
@@ -65,22 +95,49 @@ def train_step(
         generators = rng.generators("timestep")
         timestep = torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in generators])  # (B,)
     noise = cfg.noise_scale * rng.normal("noise", clean.shape[1:])  # (B, C, h, w)
-    t = timestep[:, None, None, None]
-    noisy = (1 - t) * clean + t * noise
 
     # draw the route
-    grid = (clean.shape[2] // nets.patch_size, clean.shape[3] // nets.patch_size)
+    rows, columns = nets.token_grid(clean)
     route = None
     if cfg.route_ratio > 0:
-        scores = rng.uniform("route", (grid[0] * grid[1],))  # (B, N)
+        scores = rng.uniform("route", (rows * columns,))  # (B, N)
         route = sample_route(scores, cfg.route_ratio, *cfg.route_range)
+
+    # features of the teacher, from the cache or computed; the draws of a crop
+    features = batch["teacher_features"].float() if "teacher_features" in batch else None  # (B, N, E)
+    if nets.projector is not None and features is None:
+        features = teacher_features(nets.teacher, batch["pixels_uint8"], (rows, columns), nets.teacher_cache)
+    dino_crop = rng.uniform("dino_crop", (2,)) if nets.dino is not None and cfg.dino_crop else None  # (B, 2)
+
+    inputs = StepInputs(clean, noise, timestep, text, text_mask, captions, route, pixels_pm1, features, dino_crop)
+    with rng.seeded("lora_dropout") if cfg.lora_dropout > 0 else nullcontext():
+        losses, loss_per_sample = compute_losses(inputs, nets, cfg)
+    return StepOutput(weighted_sum(losses, cfg), losses, loss_per_sample.detach(), truncated)
+
+
+def compute_losses(
+    inputs: StepInputs, nets: Nets, cfg: TrainingConfig
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Evaluate every loss of a micro-batch with one forward of the transformer. No random number is drawn here.
+
+    Args:
+        inputs: what was encoded and drawn.
+        nets: networks, prepared for training; those of losses that are off are None.
+        cfg: configuration of the stage.
+
+    Returns:
+        Each loss by name, a scalar before its weight, and the flow-matching loss of each sample (B,).
+    """
+    clean, noise, timestep = inputs.clean, inputs.noise, inputs.timestep
+    t = timestep[:, None, None, None]
+    noisy = (1 - t) * clean + t * noise  # (B, C, h, w)
 
     # one forward
     feature_block = cfg.repa_block if nets.projector is not None else None
-    with rng.seeded("lora_dropout") if cfg.lora_dropout > 0 else nullcontext():
-        prediction, *tapped = nets.transformer(
-            noisy, timestep, text, text_mask, return_dict=False, route=route, feature_block=feature_block
-        )  # (B, C, h, w); with a feature block its features (B, K, D) and their indices (B, K) or None
+    prediction, *tapped = nets.transformer(
+        noisy, timestep, inputs.text, inputs.text_mask, return_dict=False,
+        route=inputs.route, feature_block=feature_block,
+    )  # (B, C, h, w); with a feature block its features (B, K, D) and their indices (B, K) or None  # fmt: skip
 
     # velocity, predicted and wanted
     predicted_velocity = nets.scheduler.velocity(prediction, noisy, timestep)
@@ -88,36 +145,48 @@ def train_step(
     if nets.scheduler.prediction_type == "x_prediction":
         velocity = nets.scheduler.velocity(clean, noisy, timestep)  # with the clamp of the prediction's
 
-    # the losses and their weighted sum
+    # the losses
     loss_per_sample = F.mse_loss(predicted_velocity, velocity, reduction="none").mean(dim=(1, 2, 3))  # (B,)
     losses = {"flow": loss_per_sample.mean()}
     if cfg.contrastive_weight > 0:
-        seen = [nets.clean_caption(caption) for caption in captions]
+        seen = [nets.clean_caption(caption) for caption in inputs.captions]
         losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, seen)
     if nets.projector is not None:
-        features, indices = tapped
-        if "teacher_features" in batch:
-            target = batch["teacher_features"].float()  # (B, N, E)
-        else:
-            target = teacher_features(nets.teacher, batch["pixels_uint8"], grid, nets.teacher_cache)  # (B, N, E)
-        if cfg.repa_spatial_gamma is not None:
-            target = spatial_normalize(target, cfg.repa_spatial_gamma)  # (B, N, E)
-        projected = nets.projector(features, indices, grid)  # (B, K, E)
-        losses["alignment"] = alignment_loss(projected, target, indices).mean()
+        losses["alignment"] = alignment(*tapped, inputs.teacher_features, nets, cfg, nets.token_grid(clean))
     if nets.lpips is not None or nets.dino is not None:
-        predicted = nets.scheduler.clean(prediction, noisy, timestep)  # (B, C, h, w)
-        predicted_pm1 = decode(nets.vae, predicted)  # (B, 3, H, W)
+        predicted_pm1 = decode(nets.vae, nets.scheduler.clean(prediction, noisy, timestep))  # (B, 3, H, W)
         counted = below(timestep, cfg.perceptual_max_timestep)  # (B,)
         if nets.lpips is not None:
-            losses["lpips"] = mean_of(nets.lpips(predicted_pm1, pixels_pm1), counted)
+            losses["lpips"] = mean_of(nets.lpips(predicted_pm1, inputs.pixels_pm1), counted)
         if nets.dino is not None:
-            crop = rng.uniform("dino_crop", (2,)) if cfg.dino_crop else None  # (B, 2)
-            distance = dino_perceptual_loss(nets.dino, predicted_pm1, pixels_pm1, cfg.dino_size, crop)  # (B,)
+            distance = dino_perceptual_loss(
+                nets.dino, predicted_pm1, inputs.pixels_pm1, cfg.dino_size, inputs.dino_crop
+            )  # (B,)
             losses["dino"] = mean_of(distance, counted)
+    return losses, loss_per_sample
+
+
+def alignment(
+    features: torch.Tensor,
+    indices: torch.Tensor | None,
+    target: torch.Tensor,
+    nets: Nets,
+    cfg: TrainingConfig,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Compute REPA's loss (arXiv 2410.06940) between projected features (B, K, D) of the tokens at `indices` (B, K),
+    all when None, and the teacher's (B, N, E)."""
+    if cfg.repa_spatial_gamma is not None:
+        target = spatial_normalize(target, cfg.repa_spatial_gamma)  # (B, N, E)
+    projected = nets.projector(features, indices, grid)  # (B, K, E)
+    return alignment_loss(projected, target, indices).mean()
+
+
+def weighted_sum(losses: dict[str, torch.Tensor], cfg: TrainingConfig) -> torch.Tensor:
+    """Add up losses with the weights of a stage, a scalar to go backward from."""
     weights = {"flow": 1.0, "contrastive": -cfg.contrastive_weight, "alignment": cfg.repa_weight}
     weights |= {"lpips": cfg.lpips_weight, "dino": cfg.dino_weight}
-    loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-    return StepOutput(loss, losses, loss_per_sample.detach(), truncated)
+    return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
 
 @torch.no_grad()
