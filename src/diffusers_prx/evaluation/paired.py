@@ -7,41 +7,14 @@ difference varies less than either score; how much it still varies over seeds is
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from statistics import NormalDist
 
-import mpmath
 import numpy as np
+from scipy import stats
 
 LEVEL = 0.95  # of every interval
 # From fewer seeds nothing is concluded: t is 12.7 for two, which says little whatever was measured.
 MIN_SEEDS = 3
-NORMAL_QUANTILE = NormalDist().inv_cdf((1 + LEVEL) / 2)
-
-
-def student_t_p(t: float, dof: int) -> float:
-    """P(|T| >= |t|) for Student's t with `dof` degrees of freedom: the regularised incomplete beta function."""
-    if math.isinf(t):
-        return 0.0
-    return float(mpmath.betainc(dof / 2, 0.5, 0, dof / (dof + t * t), regularized=True))
-
-
-@lru_cache(maxsize=1024)
-def student_t_quantile(level: float, dof: int) -> float:
-    """The t beyond which, on both sides together, 1 - `level` of Student's distribution lies: 4.303 for 0.95 and 2.
-
-    Raises:
-        ValueError: for a level outside (0, 1), or less than one degree of freedom.
-    """
-    if not 0 < level < 1 or dof < 1:
-        raise ValueError(f"`level` must be in (0, 1) and `dof` at least 1, got {level} and {dof}.")
-    low, high = 0.0, 1.0
-    while student_t_p(high, dof) > 1 - level:
-        high *= 2
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_p(middle, dof) > 1 - level else (low, middle)
-    return (low + high) / 2
+NORMAL_QUANTILE = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 
 @dataclass(frozen=True)
@@ -79,10 +52,11 @@ def mean_difference(per_seed: Mapping[int, float]) -> Difference | None:
     if len(values) == 1:
         return Difference(dict(per_seed), mean, None, None, None)
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = student_t_quantile(LEVEL, len(values) - 1) * error
-    statistic = mean / error if error > 0 else math.copysign(math.inf, mean)
-    p = 1.0 if error == 0 and mean == 0 else student_t_p(statistic, len(values) - 1)
-    return Difference(dict(per_seed), mean, mean - half, mean + half, p)
+    if error == 0:
+        return Difference(dict(per_seed), mean, mean, mean, float(mean == 0))
+    student = stats.t(len(values) - 1)
+    half = float(student.ppf((1 + LEVEL) / 2)) * error
+    return Difference(dict(per_seed), mean, mean - half, mean + half, float(2 * student.sf(abs(mean) / error)))
 
 
 def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
@@ -111,7 +85,7 @@ def seeds_needed(difference: Difference, most: int = 1000) -> int | None:
     # t is larger than the normal quantile, so that fewer cannot do
     fewest = int((NORMAL_QUANTILE * spread / difference.mean) ** 2) if difference.mean else 0
     for n in range(max(2, fewest), most + 1):
-        if student_t_quantile(LEVEL, n - 1) * spread / math.sqrt(n) < abs(difference.mean):
+        if stats.t.ppf((1 + LEVEL) / 2, n - 1) * spread / math.sqrt(n) < abs(difference.mean):
             return n
     return None
 
