@@ -369,7 +369,7 @@ def test_the_html_needs_nothing_else(reported):
     assert page.count("data:image/png;base64,") == text.count("](pictures/") == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "a | square" in page
-    assert "<b>agrees</b>" in page
+    assert "<strong>agrees</strong>" in page
     pictures = sorted((report_dir / "pictures").iterdir())
     assert [path.name for path in pictures] == ["curves.png", "differences.png", "samples.png"]
     assert sum(path.stat().st_size for path in pictures) < 200_000

@@ -14,6 +14,7 @@ import matplotlib.figure
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+from markdown_it import MarkdownIt
 
 from .paired import (
     MIN_SEEDS,
@@ -50,62 +51,53 @@ Curve = list[tuple[float, float]]
 
 
 class Page:
-    """What a report says, in order, written as Markdown and as HTML."""
+    """A report as Markdown, part after part, and at the end as one HTML file with its pictures inside."""
 
     def __init__(self, title: str):
         self.title = title
         self.markdown = [f"# {title}\n"]
-        self.html = [f"<h1>{html.escape(title)}</h1>"]
-
-    def _inline(self, text: str) -> str:
-        escaped = html.escape(text, quote=False)
-        escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
-        return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", escaped)
 
     def heading(self, level: int, text: str) -> None:
         self.markdown.append(f"{'#' * level} {text}\n")
-        self.html.append(f"<h{level}>{self._inline(text)}</h{level}>")
 
     def text(self, text: str) -> None:
         self.markdown.append(f"{text}\n")
-        self.html.append(f"<p>{self._inline(text)}</p>")
 
     def items(self, items: list[str], numbered: bool = False) -> None:
         self.markdown.append("".join(f"{f'{n}.' if numbered else '-'} {item}\n" for n, item in enumerate(items, 1)))
-        tag = "ol" if numbered else "ul"
-        self.html.append(f"<{tag}>" + "".join(f"<li>{self._inline(item)}</li>" for item in items) + f"</{tag}>")
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
         self.markdown.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
-        def row(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{self._inline(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "".join(row(cells, "td") for cells in rows)
-        self.html.append(f'<div class="wide"><table>{row(header, "th")}{body}</table></div>')
-
     def picture(self, path: Path, alt: str) -> None:
-        """A PNG in the report's folder: linked in Markdown, inside the HTML."""
+        """Add a PNG that is in a subfolder of the report's folder."""
         self.markdown.append(f"![{alt}]({path.parent.name}/{path.name})\n")
-        data = base64.b64encode(path.read_bytes()).decode()
-        self.html.append(f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>')
 
     def code(self, text: str) -> None:
         self.markdown.append(f"```\n{text.rstrip()}\n```\n")
-        self.html.append(f"<pre>{html.escape(text)}</pre>")
 
     def write(self, folder: Path, name: str) -> Path:
         style = (
             "body{font:16px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1f2328}"
             "table{border-collapse:collapse;font-size:14px}th,td{border:1px solid #d1d9e0;padding:4px 8px;"
-            "text-align:left;vertical-align:top}th{background:#f6f8fa}.wide{overflow-x:auto}img{max-width:100%}"
+            "text-align:left;vertical-align:top}th{background:#f6f8fa}table{display:block;overflow-x:auto}img{max-width:100%}"
             "pre{overflow-x:auto;font-size:12px;background:#f6f8fa;padding:1em;white-space:pre-wrap}"
         )
         head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{style}</style>'
-        (folder / f"{name}.md").write_text("\n".join(self.markdown))
-        (folder / f"{name}.html").write_text(f"<!doctype html>{head}\n" + "\n".join(self.html) + "\n")
+        text = "\n".join(self.markdown)
+        # captions and names may hold anything: HTML in them is text
+        parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+        body = re.sub(
+            r'src="([^"]+\.png)"', lambda found: f'src="{_data_url(folder / found[1])}"', parser.render(text)
+        )
+        (folder / f"{name}.md").write_text(text)
+        (folder / f"{name}.html").write_text(f"<!doctype html>{head}\n{body}")
         return folder / f"{name}.md"
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 @dataclass
