@@ -160,16 +160,6 @@ class PRXTextContext:
     keys_values: tuple[TextKeysValues, ...]
     mask: torch.Tensor | None = None
 
-    def repeat_rows(self, times: int) -> "PRXTextContext":
-        """Each row `times` times in a row, for as many images of its text; a single row serves any number as it is."""
-        if times == 1 or len(self.keys_values[0][0]) == 1:
-            return self
-        keys_values = tuple(
-            (key.repeat_interleave(times, dim=0), value.repeat_interleave(times, dim=0))
-            for key, value in self.keys_values
-        )
-        return PRXTextContext(keys_values, None if self.mask is None else self.mask.repeat_interleave(times, dim=0))
-
 
 @dataclass(frozen=True)
 class PRXTimeContext:

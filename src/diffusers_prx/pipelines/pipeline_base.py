@@ -52,9 +52,6 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# From so many image tokens on, rows with texts of several lengths attend one by one: mask and padding cost more.
-TOKENS_WORTH_A_CALL = 256
-
 
 class _CallState(threading.local):
     """What belongs to one call: each thread that shares a pipeline sees its own."""
@@ -661,22 +658,13 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         for embeds, _ in branches:
             self._call.watch.note("text", embeds)
         if _takes_contexts(self.transformer):
-            rows = [trim_text(*_unrepeated(*branch)) for branch in branches]  # U rows (U divides B), of a length each
-            tokens = height * width // self.transformer.config["patch_size"] ** 2  # N
-            padded = any(mask is not None and len(mask) > 1 for _, mask in rows)
-            # how many parts there are is part of a compiled graph, what one part holds is not
-            apart = padded and tokens >= TOKENS_WORTH_A_CALL and not _is_compiled(self.transformer)
-            texts = [_rows(*text) if apart else [text] for text in rows]  # U times 1 row, of its own length; or U rows
             contexts = [
-                [self.transformer.encode_text_context(*part, height=height, width=width) for part in text]
-                for text in texts
-            ]
-            if apart:  # as many parts of each branch; a part with one row serves any number of images
-                parts = math.lcm(*map(len, contexts))
-                contexts = [[part for part in own for _ in range(parts // len(own))] for own in contexts]
-            else:
-                contexts = [[own.repeat_rows(len(mask) // len(text))] for [own], (text, _) in zip(contexts, rows)]
-            return {"text_context": tuple(part for own in contexts for part in own)}
+                self.transformer.encode_text_context(
+                    *trim_text(*_one_row_if_equal(*branch)), height=height, width=width
+                )
+                for branch in branches
+            ]  # B rows each, or 1 that serves all
+            return {"text_context": tuple(contexts)}
         text, masks = (torch.cat(parts) for parts in zip(*branches))  # (B or 2B, L, D)
         # where nothing is padded, attention without a mask is faster
         return {"encoder_hidden_states": text, "attention_mask": None if bool(masks.all()) else masks}
@@ -768,26 +756,11 @@ def _is_cached(transformer: Any) -> bool:
     return getattr(transformer, "is_cache_enabled", False)
 
 
-def _is_compiled(transformer: Any) -> bool:
-    """Whether torch.compile is to compile it, or modules in it."""
-    return hasattr(transformer, "_orig_mod") or any(m._compiled_call_impl is not None for m in transformer.modules())
-
-
-def _unrepeated(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The text of B rows that are equal in groups of n neighbours, of a group one row: (B / n, L, D) and (B / n, L).
-
-    So several images of a prompt are one row, and a negative prompt that is the same for all is one.
-    """
-    changes = (embeds[1:] != embeds[:-1]).flatten(1).any(1) | (mask[1:] != mask[:-1]).any(1)  # (B - 1,)
-    every = math.gcd(len(embeds), *(changes.nonzero().flatten() + 1).tolist())
-    return embeds[::every], mask[::every]
-
-
-def _rows(embeds: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The rows of a text one by one, of their own length each."""
-    if mask is None:
-        return [(row[None], None) for row in embeds]
-    return [trim_text(*row) for row in zip(embeds.split(1), mask.split(1))]
+def _one_row_if_equal(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first row of a text (B, L, D) and mask (B, L) if all rows are equal, as those of a negative prompt
+    mostly are; else all rows."""
+    equal = bool((embeds == embeds[:1]).all() and (mask == mask[:1]).all())
+    return (embeds[:1], mask[:1]) if equal else (embeds, mask)
 
 
 def _with_mask(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
