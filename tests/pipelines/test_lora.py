@@ -1,17 +1,21 @@
 """Adapters on both pipelines: their arithmetic against weights made by hand, what is refused, what is left behind."""
 
 import copy
+import dataclasses
+import functools
 import pickle
+import random
 
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tiny
 from diffusers_prx import PRXPixelPipeline
-
-pytest.importorskip("peft")
 
 PROMPTS = ["a red cat", "a small blue square on the beach"]
 LAYERS = ["attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0", "gate_proj", "down_proj"]
@@ -152,7 +156,7 @@ def test_a_scale_of_zero_would_lose_the_weights():
     pipe.load_lora_weights(adapter(pipe.transformer, 1), adapter_name="one")
     pipe.set_adapters("one", 0.5)
     images = draw(pipe)
-    with pytest.raises(ValueError, match="`lora_scale` is 0, which `unfuse_lora` cannot take back"):
+    with pytest.raises(ValueError, match="`lora_scale` is 0"):
         pipe.fuse_lora(lora_scale=0.0)
     assert torch.equal(draw(pipe), images)
     pipe.fuse_lora(lora_scale=0.25)
@@ -297,3 +301,501 @@ def test_text_and_time_once_for_all_steps_see_the_adapter():
     images = draw(pipe)
     assert (images - draw(other)).abs().max() < TOLERANCE
     assert (images - base).abs().max() > CHANGED
+
+
+# --- any sequence of calls, against a model of what they mean that knows nothing of peft
+
+CPU = torch.device("cpu")
+POOL = {"out": (LAYERS[2:3], 2), "other": (LAYERS[2:3], 2), "mlp": (["down_proj", *LAYERS[2:3]], 3), "all": (MORE, 2)}
+CHANGES = ("load", "hotswap", "fuse", "unfuse", "delete", "unload", "save")  # calls that touch weights
+
+
+def shallow():
+    """One block is enough, and is compiled in half the time."""
+    return tiny.pixel_pipeline(transformer=tiny.transformer(**tiny.PIXEL_SETTINGS, depth=1))
+
+
+@functools.cache
+def in_pool(key):
+    layers, rank = POOL[key]
+    return adapter(shallow().transformer, list(POOL).index(key), layers, rank)
+
+
+@dataclasses.dataclass
+class Meaning:
+    """What a pipeline has to draw: adapters are names in `POOL`, and `room` is what each was loaded as."""
+
+    loaded: dict = dataclasses.field(default_factory=dict)
+    room: dict = dataclasses.field(default_factory=dict)
+    weights: dict = dataclasses.field(default_factory=dict)
+    active: list = dataclasses.field(default_factory=list)
+    enabled: bool = True
+    fused: bool = False
+    scale: float = 1.0
+    kept: list = dataclasses.field(default_factory=list)
+
+    def drawn(self):
+        """(weight, tensors) of all that is added to the weights."""
+        used = self.active if self.enabled else []
+        return self.kept + [(self.weights[name] * self.scale, in_pool(self.loaded[name])) for name in used]
+
+    def after(self, call, name, key, weight, refused=()):
+        """The meaning after a call, or None if that has to be refused, as are calls of this setting."""
+        new = copy.deepcopy(self)
+        if call in refused and (self.fused if call == "unfuse" else self.loaded or call in ("load", "save")):
+            return None
+        if self.fused and call in ("load", "hotswap", "set", "disable", "delete"):
+            return None
+        if call in ("hotswap", "set", "delete") and name not in self.loaded:
+            return None
+        if call == "load":
+            if name in self.loaded:
+                return None
+            new.loaded[name], new.room[name], new.weights[name], new.active = key, key, 1.0, [name]
+        elif call == "hotswap":
+            layers, rank = POOL[self.room[name]]
+            if not set(POOL[key][0]) <= set(layers) or POOL[key][1] > rank:
+                return None
+            new.loaded[name] = key
+        elif call == "set":
+            new.active = [name, *[other for other in self.loaded if other != name][:1]]
+            new.weights |= dict.fromkeys(new.active, weight)
+        elif call in ("disable", "enable"):
+            new.enabled = call == "enable" or not self.loaded
+        elif call == "fuse":
+            if not self.active or not self.enabled or (self.fused and weight != 1):
+                return None
+            new.fused, new.scale = True, self.scale if self.fused else weight
+        elif call == "unfuse":
+            new.fused, new.scale = False, 1.0
+        elif call == "delete":
+            del new.loaded[name]
+            new.active = [other for other in self.active if other != name] or list(new.loaded)[-1:]
+            new.enabled = self.enabled or not new.loaded
+        elif call == "unload":
+            new = Meaning(kept=self.drawn() if self.fused else self.kept)
+        elif call == "save" and self.loaded:
+            return None
+        return new
+
+
+def make_call(pipe, folder, call, name, key, weight):
+    others = [other for other in pipe.get_list_adapters().get("transformer", []) if other != name][:1]
+    {
+        "load": lambda: pipe.load_lora_weights(in_pool(key), adapter_name=name),
+        "hotswap": lambda: pipe.load_lora_weights(in_pool(key), adapter_name=name, hotswap=True),
+        "set": lambda: pipe.set_adapters([name, *others], weight),
+        "disable": pipe.disable_lora,
+        "enable": pipe.enable_lora,
+        "fuse": lambda: pipe.fuse_lora(lora_scale=weight),
+        "unfuse": pipe.unfuse_lora,
+        "delete": lambda: pipe.delete_adapters(name),
+        "unload": pipe.unload_lora_weights,
+        "save": lambda: pipe.save_pretrained(folder),
+    }[call]()
+
+
+def draw_once(pipe):
+    return draw(pipe, num_inference_steps=1, guidance_scale=1.0)
+
+
+def follow(pipe, calls, reference, folder, refused=(), meaning=None):
+    """Make calls, and compare the picture after each one with that of weights made by hand."""
+    meaning, images, done = meaning or Meaning(), draw_once(pipe), []
+    for call in calls:
+        done.append(call)
+        before, meaning = meaning, meaning.after(*call, refused)
+        if meaning is None:
+            with pytest.raises(ValueError):  # noqa: PT011 - each refusal has a test of its own
+                make_call(pipe, folder / str(len(done)), *call)
+            meaning = before
+            assert torch.equal(draw_once(pipe), images), done
+        else:
+            make_call(pipe, folder / str(len(done)), *call)
+            images = draw_once(pipe)
+            difference = (images - draw_once(by_hand(reference(), *meaning.drawn()))).abs().max()
+            assert difference < TOLERANCE, (done, difference)
+        assert pipe.get_list_adapters() == ({"transformer": list(meaning.loaded)} if meaning.loaded else {}), done
+        assert pipe.num_fused_loras == (len(meaning.active) if meaning.fused else 0), done
+        modules = pipe.transformer.modules()
+        assert not [m for m in modules if m.training and hasattr(m, "lora_A")], done
+    return meaning
+
+
+def walk(seed, length=6):
+    """Random calls; names are parts of each other, as peft looks for them in names of weights."""
+    rng = random.Random(seed)
+    calls = ["load", "load", "hotswap", "set", "disable", "enable", "fuse", "unfuse", "delete", "unload", "save"]
+    return [
+        (rng.choice(calls), rng.choice(["x", "x2", "lora_A"]), rng.choice(list(POOL)), rng.choice([1.0, 0.3, -2.0]))
+        for _ in range(length)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_calls_mean_what_they_say(seed, tmp_path):
+    follow(shallow(), walk(seed), shallow, tmp_path)
+
+
+@torch.no_grad()
+def with_weights(weight_of):
+    """A plain pipeline whose linear layers have the weights that others have in effect."""
+    pipe = shallow()
+    for name, module in pipe.transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(weight_of(name, module.weight))
+    return pipe
+
+
+def compile_whole(pipe, folder):
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def compile_blocks(pipe, folder):
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+
+
+def quantized_reference():
+    small = shallow().transformer
+    quantize_(small, Int8WeightOnlyConfig())
+    return with_weights(lambda name, weight: small.get_submodule(name).weight.dequantize())
+
+
+def cast_reference():
+    small = shallow().transformer
+    small.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    return with_weights(lambda name, weight: small.get_submodule(name).weight.float())
+
+
+LEAVES = {"offload_type": "leaf_level"}
+BLOCKS = {"offload_type": "block_level", "num_blocks_per_group": 1}
+
+
+def offload(level, disk=False):
+    def change(pipe, folder):
+        path = {"offload_to_disk_path": str(folder)} if disk else {}
+        pipe.transformer.enable_group_offload(onload_device=CPU, **level, **path)
+
+    return change
+
+
+def offload_models(pipe, folder):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def cast(pipe, folder):
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+def quantize(pipe, folder):
+    quantize_(pipe.transformer, Int8WeightOnlyConfig())
+
+
+SETTINGS = {  # what is done to the pipeline, a plain one with the same weights, calls that are refused
+    "plain": (lambda pipe, folder: None, shallow, ()),
+    "compiled": (compile_whole, shallow, ()),
+    "compiled blocks": (compile_blocks, shallow, ()),
+    "leaves in memory": (offload(LEAVES), shallow, ()),
+    "blocks in memory": (offload(BLOCKS), shallow, ()),
+    "leaves on disk": (offload(LEAVES, disk=True), shallow, CHANGES),
+    "blocks on disk": (offload(BLOCKS, disk=True), shallow, CHANGES),
+    "offloaded models": (offload_models, shallow, ()),
+    "cast": (cast, cast_reference, ("fuse", "unfuse")),
+    "quantized": (quantize, quantized_reference, ("fuse", "unfuse", "save")),
+}
+EVERY_CALL = [
+    ("load", "x", "mlp", 1.0),
+    ("load", "x2", "all", 1.0),
+    ("load", "x", "out", 1.0),  # the name is taken
+    ("set", "x", "", 0.5),
+    ("hotswap", "x", "out", 1.0),
+    ("hotswap", "x", "all", 1.0),  # no room
+    ("fuse", "", "", 0.3),
+    ("hotswap", "x", "mlp", 1.0),  # fused
+    ("unfuse", "", "", 1.0),
+    ("disable", "", "", 1.0),
+    ("load", "y", "out", 1.0),
+    ("enable", "", "", 1.0),
+    ("save", "", "", 1.0),  # there are adapters
+    ("delete", "y", "", 1.0),
+    ("unload", "", "", 1.0),
+    ("save", "", "", 1.0),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_call_in_every_setting(setting, fresh_dynamo, tmp_path):
+    change, reference, refused = SETTINGS[setting]
+    pipe = shallow()
+    change(pipe, tmp_path)
+    follow(pipe, EVERY_CALL, reference, tmp_path / "saved", refused)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(name for name, (_, reference, _) in SETTINGS.items() if reference is shallow and "compiled" not in name),
+        "cast",
+        # torchao would quantize the adapters as well
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if "compiled" in name),
+    ],
+)
+def test_every_call_when_adapters_were_there_first(setting, fresh_dynamo, tmp_path):
+    change, reference, refused = SETTINGS[setting]
+    pipe = shallow()
+    meaning = follow(pipe, EVERY_CALL[:2], shallow, tmp_path / "saved")
+    change(pipe, tmp_path)
+    follow(pipe, EVERY_CALL[2:], reference, tmp_path / "saved", refused, meaning)
+
+
+def to_file(tensors, folder, **settings):
+    layers = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    stated = {"r": 2, "lora_alpha": 2, "target_modules": LAYERS} | settings
+    PRXPixelPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=stated)
+    return folder
+
+
+def test_dropout_of_a_file_is_for_training(tmp_path):
+    pipe = make("pixel")
+    tensors = adapter(pipe.transformer, 1)
+    pipe.load_lora_weights(to_file(tensors, tmp_path, lora_dropout=0.5))
+    images = draw(pipe)
+    assert torch.equal(draw(pipe), images)
+    assert (images - draw(by_hand(make("pixel"), (1, tensors)))).abs().max() < TOLERANCE
+
+
+def test_hotswap_keeps_the_weight_and_takes_the_new_alpha(tmp_path):
+    pipe = make("pixel")
+    one, two = adapter(pipe.transformer, 1), adapter(pipe.transformer, 2, rank=1)
+    pipe.load_lora_weights(one, adapter_name="mine")
+    pipe.set_adapters("mine", 0.5)
+    pipe.load_lora_weights(to_file(two, tmp_path, r=1, lora_alpha=3), adapter_name="mine", hotswap=True)
+    assert (draw(pipe) - draw(by_hand(make("pixel"), (1.5, two)))).abs().max() < TOLERANCE
+    pipe.set_adapters("mine", 0.25)
+    assert (draw(pipe) - draw(by_hand(make("pixel"), (0.75, two)))).abs().max() < TOLERANCE
+
+
+def test_hotswap_with_room_for_a_higher_rank():
+    pipe = make("pixel")
+    pipe.enable_lora_hotswap(target_rank=4)
+    one, two = adapter(pipe.transformer, 1), adapter(pipe.transformer, 2, rank=4)
+    with pytest.raises(ValueError, match="`target_rank`"):
+        pipe.load_lora_weights(adapter(pipe.transformer, 3, rank=5), adapter_name="mine")
+    pipe.load_lora_weights(one, adapter_name="mine")
+    pipe.set_adapters("mine", 0.5)
+    pipe.load_lora_weights(two, adapter_name="mine", hotswap=True)
+    assert (draw(pipe) - draw(by_hand(make("pixel"), (0.5, two)))).abs().max() < TOLERANCE
+    assert isinstance(pipe.transformer.blocks[0].down_proj.scaling["mine"], torch.Tensor)  # compiled once
+
+
+def test_the_tensors_of_the_caller_stay_as_they_are():
+    pipe = make("pixel")
+    one, two = adapter(pipe.transformer, 1), adapter(pipe.transformer, 2)
+    kept = {name: value.clone() for name, value in two.items()}
+    given = dict(two)
+    pipe.load_lora_weights(one, adapter_name="mine")
+    pipe.set_adapters("mine", 0.5)
+    pipe.load_lora_weights(given, adapter_name="mine", hotswap=True)
+    pipe.load_lora_weights(one, adapter_name="mine", hotswap=True)
+    assert all(given[name] is two[name] and torch.equal(two[name], kept[name]) for name in kept)
+
+
+def dora(transformer, seed):
+    generator, tensors = torch.Generator().manual_seed(seed), adapter(transformer, seed)
+    for name, module in transformer.named_modules():
+        if f"transformer.{name}.lora_A.weight" in tensors:
+            lengths = module.weight.norm(dim=1) * (1 + 0.3 * torch.rand(module.out_features, generator=generator))
+            tensors[f"transformer.{name}.lora_magnitude_vector"] = lengths.detach()
+    return tensors
+
+
+def test_dora_where_it_can_read_the_weights():
+    pipe = make("pixel")
+    one, two = (dora(pipe.transformer, seed) for seed in (1, 2))
+    pipe.load_lora_weights(one, adapter_name="mine")
+    pipe.set_adapters("mine", 0.5)
+    pipe.load_lora_weights(two, adapter_name="mine", hotswap=True)
+    images, other = draw(pipe), make("pixel")
+    other.load_lora_weights(two, adapter_name="other")
+    other.set_adapters("other", 0.5)
+    assert torch.equal(draw(other), images)
+    with pytest.raises(ValueError, match="hotswap"):
+        pipe.load_lora_weights(adapter(make("pixel").transformer, 3), adapter_name="mine", hotswap=True)
+    pipe.fuse_lora(safe_fusing=True)
+    assert (draw(pipe) - images).abs().max() < TOLERANCE
+    offload(LEAVES)(other, None)  # it would read them after they have left
+    with pytest.raises(ValueError, match="DoRA"):
+        draw(other)
+    other.disable_lora()
+    assert (draw(other) - draw(make("pixel"))).abs().max() < TOLERANCE
+    stored = make("pixel")
+    cast(stored, None)
+    with pytest.raises(ValueError, match="DoRA"):
+        stored.load_lora_weights(one)
+    assert not stored.get_list_adapters()
+
+
+HOSTILE = "(.+)+!"  # against a name of a layer, this runs for minutes
+REFUSED_METADATA = [
+    *(
+        {name: value}
+        for name in ("target_modules", "exclude_modules", "layers_pattern")
+        for value in (HOSTILE, [HOSTILE])
+    ),
+    *({name: {HOSTILE: 4}} for name in ("rank_pattern", "alpha_pattern")),
+    *({"lora_alpha": value} for value in (0, float("nan"), float("inf"), "2", True)),
+    *({"r": value} for value in (0, -1, 2.5, "2", 3)),
+    {"alpha_pattern": [1]},
+    {"alpha_pattern": {"down_proj": float("nan")}},
+    {"use_rslora": 1},
+    *({"init_lora_weights": value} for value in ("pissa", "olora", "loftq", "corda")),  # change what is under them
+    {"peft_type": "LOKR"},
+    {"modules_to_save": ["down_proj"]},
+    {"bias": "all"},
+    {"trainable_token_indices": [1]},
+    {"layer_replication": [[0, 1]]},
+]
+
+
+@pytest.mark.parametrize("settings", REFUSED_METADATA, ids=str)
+def test_metadata_that_are_refused(settings, tmp_path):
+    pipe = shallow()
+    with pytest.raises(ValueError, match=next(iter(settings)) if settings != {"r": 3} else "metadata"):
+        pipe.load_lora_weights(to_file(adapter(pipe.transformer, 1), tmp_path, **settings))
+    assert not pipe.get_list_adapters()
+
+
+@pytest.mark.parametrize("metadata", [b"[1]", b"{", b"[" * 100_000], ids=["list", "broken", "deep"])
+def test_metadata_that_are_no_settings(metadata, tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(adapter(shallow().transformer, 1), file, metadata={"lora_adapter_metadata": metadata.decode()})
+    with pytest.raises(ValueError, match=r"metadata|pytorch_lora_weights"):
+        shallow().load_lora_weights(tmp_path)
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    to_file(adapter(shallow().transformer, 1), tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        shallow().load_lora_weights(tmp_path)
+
+
+def test_settings_of_peft_are_read_as_peft_reads_them(tmp_path):
+    """All of a LoraConfig, with patterns for ranks and alphas."""
+    pipe = shallow()
+    tensors = adapter(pipe.transformer, 1, ["gate_proj"], rank=4) | adapter(
+        pipe.transformer, 2, ["down_proj", "up_proj"]
+    )
+    settings = {"lora_alpha": 6, "use_rslora": True, "init_lora_weights": "gaussian", "lora_dropout": 0.1}
+    patterns = {"rank_pattern": {"gate_proj": 4}, "alpha_pattern": {"^blocks.0.up_proj": 1, "down_proj": 3}}
+    config = LoraConfig(r=2, target_modules=["gate_proj", "down_proj", "up_proj"], **settings, **patterns)
+    pipe.load_lora_weights(to_file(tensors, tmp_path, **config.to_dict()))
+    scale = {"gate_proj": 6 / 4**0.5, "up_proj": 1 / 2**0.5, "down_proj": 3 / 2**0.5}
+    weighted = [(w, {k: v for k, v in tensors.items() if f".{layer}." in k}) for layer, w in scale.items()]
+    assert (draw(pipe) - draw(by_hand(shallow(), *weighted))).abs().max() < TOLERANCE
+    peft = tiny.transformer(**tiny.PIXEL_SETTINGS, depth=1)
+    peft.add_adapter(config, "mine")
+    for name, scaling in scale.items():
+        assert peft.blocks[0].get_submodule(name).scaling["mine"] == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_values_that_are_not_finite_in_the_type_of_the_weights(value):
+    pipe = shallow()
+    pipe.transformer.to(torch.float16)  # up to 65,504
+    tensors = adapter(pipe.transformer, 1)
+    name = list(tensors)[-1]
+    tensors[name][0, 0] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        pipe.load_lora_weights(tensors)
+    assert not pipe.get_list_adapters()
+
+
+def test_names_of_adapters():
+    pipe = shallow()
+    for name in ("", "a.b", "keys", 7):
+        with pytest.raises(ValueError, match="`adapter_name`"):
+            pipe.load_lora_weights(in_pool("out"), adapter_name=name)
+    for key in ("out", "mlp", "all", "out"):
+        pipe.load_lora_weights(in_pool(key))
+    assert pipe.get_list_adapters() == {"transformer": [f"default_{number}" for number in range(4)]}
+    pipe.delete_adapters("default_1")
+    pipe.load_lora_weights(in_pool("out"))
+    assert pipe.get_active_adapters() == ["default_1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (["mine", "other"], 1.0, "`adapter_names`"),
+        (["mine", "mine"], 1.0, "`adapter_names`"),
+        ("mine", [1.0, 2.0], "`adapter_weights`"),
+        *(("mine", weight, "`adapter_weights`") for weight in (float("nan"), float("inf"), "1", True, {"unet": 1.0})),
+    ],
+)
+def test_weights_that_are_refused(names, weights, message):
+    pipe = shallow()
+    pipe.load_lora_weights(in_pool("out"), adapter_name="mine")
+    pipe.set_adapters("mine", {"transformer": 0.5})
+    images = draw_once(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.set_adapters(names, weights)
+    assert torch.equal(draw_once(pipe), images)
+
+
+def test_safe_fusing_changes_nothing_when_it_fails():
+    pipe = shallow()
+    pipe.load_lora_weights({name: value * 1e25 for name, value in in_pool("all").items()}, adapter_name="large")
+    pipe.load_lora_weights(in_pool("out"), adapter_name="mine")
+    images = draw_once(pipe)
+    with pytest.raises(ValueError, match="safe_fusing"):
+        pipe.fuse_lora(safe_fusing=True, adapter_names=["mine", "large"], lora_scale=0.5)
+    assert not pipe.fused_loras
+    assert pipe.get_active_adapters() == ["mine"]
+    assert torch.equal(draw_once(pipe), images)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0, -3.1])
+def test_scale_of_a_call(scale):
+    pipe = shallow()
+    for name, key in (("one", "mlp"), ("two", "all")):
+        pipe.load_lora_weights(in_pool(key), adapter_name=name)
+    pipe.set_adapters(["one", "two"], [0.7, 0.1])
+    images = draw(pipe)
+    expected = draw(by_hand(shallow(), (0.7 * scale, in_pool("mlp")), (0.1 * scale, in_pool("all"))))
+    assert (draw(pipe, attention_kwargs={"scale": scale}) - expected).abs().max() < TOLERANCE
+    assert (expected - images).abs().max() > CHANGED
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, attention_kwargs={"scale": scale}, callback_on_step_end=fail)
+    assert torch.equal(draw(pipe), images)
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="`attention_kwargs`"):
+        draw(pipe, attention_kwargs={"scale": scale})
+
+
+@pytest.mark.parametrize("value", [{"scale": float("nan")}, {"scale": "1"}, {"scale": None}, {"other": 1}, 0.5])
+def test_other_attention_kwargs_are_refused(value):
+    with pytest.raises(ValueError, match="`attention_kwargs`"):
+        draw(shallow(), attention_kwargs=value)
+
+
+def test_scale_of_a_call_without_adapters():
+    assert torch.equal(draw(shallow(), attention_kwargs={"scale": 0.5}), draw(shallow(), attention_kwargs={}))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_what_is_offloaded_to_disk_is_not_saved(part, tmp_path):
+    pipe = shallow()
+    disk = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path / "disk")}
+    diffusers.hooks.apply_group_offloading(getattr(pipe, part), onload_device=CPU, **disk)
+    with pytest.raises(ValueError, match=f"`{part}` is offloaded to disk"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    if part == "text_encoder":  # whose weights an adapter does not touch
+        pipe.load_lora_weights(in_pool("mlp"))
+        assert (draw_once(pipe) - draw_once(by_hand(shallow(), (1, in_pool("mlp"))))).abs().max() < TOLERANCE

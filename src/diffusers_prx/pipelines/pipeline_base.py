@@ -42,7 +42,7 @@ from .check_inputs import (
     check_token_route,
 )
 from .loading import check_same_kind, resolve_components, stored_form
-from .lora import PRXLoraLoaderMixin
+from .lora import PRXLoraLoaderMixin, check_adapters, check_saving, scale_adapters
 from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
 from .prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
@@ -226,13 +226,10 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         """As `DiffusionPipeline.save_pretrained`; what stock diffusers can express, it loads without this package.
 
         Raises:
-            ValueError: the transformer has adapters, whose layers a saved transformer has no place for.
+            ValueError: the transformer has adapters, whose layers a saved transformer has no place for, or a component
+                is offloaded to disk, so that its weights are not in memory to be saved. Nothing is written.
         """
-        if adapters := list(getattr(self.transformer, "peft_config", {})):
-            raise ValueError(
-                f"`transformer` has the adapters {adapters}. To save it without them, call `unload_lora_weights` "
-                "before; with them in its weights, `fuse_lora` and then `unload_lora_weights`."
-            )
+        check_saving(self.components)
         DiffusionPipeline.save_pretrained(stored_form(self), str(save_directory), *args, **kwargs)
 
     # Text.
@@ -409,6 +406,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         self_guidance_scale: float = 1.0,
         guider: BaseGuidance | None = None,
         guidance_group: ProcessGroup | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> PRXPipelineOutput | tuple[Any]:
         """Draw images. Several threads may call one pipeline at the same time.
 
@@ -460,6 +458,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             guidance_group: two processes of `torch.distributed` that make this call together, with the same arguments:
                 the first predicts with the negative prompt, the second with the prompt, and both have the images. With
                 one call at a time; the first noise is the first process's. None: this process does both.
+            attention_kwargs: `{"scale": s}` multiplies the weights of all LoRA adapters by s in this call. The
+                adapters are the transformer's: with an s other than 1, make one call at a time.
 
         Returns:
             `PRXPipelineOutput`, or a tuple of its images.
@@ -485,6 +485,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         check_callback(callback_on_step_end, names, self._callback_tensor_inputs)
         self._check_output_type(output_type)
+        lora_scale = check_adapters(self.transformer, attention_kwargs)
         num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         check_flag("use_resolution_binning", use_resolution_binning)
@@ -534,20 +535,21 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             batch_size, self.transformer.config["in_channels"], *drawn_size, embeds.dtype, device, generator, latents
         )
         latents = share_noise(latents, self.transformer, guidance_group)
-        latents = self._denoise(
-            scheduler,
-            latents,
-            embeds,
-            mask,
-            negative_embeds,
-            negative_mask,
-            self_guidance_scale=float(self_guidance_scale),
-            guider=copy.deepcopy(guider),
-            guidance_group=guidance_group,
-            generator=generator,
-            callback=callback_on_step_end,
-            callback_names=names,
-        )
+        with scale_adapters(self.transformer, lora_scale):
+            latents = self._denoise(
+                scheduler,
+                latents,
+                embeds,
+                mask,
+                negative_embeds,
+                negative_mask,
+                self_guidance_scale=float(self_guidance_scale),
+                guider=copy.deepcopy(guider),
+                guidance_group=guidance_group,
+                generator=generator,
+                callback=callback_on_step_end,
+                callback_names=names,
+            )
         images: Any = latents
         if output_type != "latent":
             images = self._decode(latents)
