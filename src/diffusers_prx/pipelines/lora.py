@@ -16,7 +16,6 @@ from typing import Any
 
 import safetensors
 import torch
-from accelerate.hooks import CpuOffload
 from diffusers.hooks.group_offloading import (
     GroupOffloadingType,
     _get_top_level_group_offload_hook,
@@ -25,8 +24,8 @@ from diffusers.hooks.group_offloading import (
 from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils import logging
-from peft import LoraConfig
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..models.transformer_prx import PRXTransformer2DModel
 
@@ -47,6 +46,7 @@ READ_SETTINGS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora
 # what peft starts from without changing the weights under the adapter, which files of adapters do not hold
 INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 OFF: tuple[Any, ...] = (None, False, "none", [], {})
+UNUSED = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # defaults of what is off
 
 # types that deltas can be added to; others are for storage (float8, integers)
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -98,7 +98,6 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     """
 
     transformer: Any
-    components: Any
 
     def load_lora_weights(
         self,
@@ -164,14 +163,14 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         name = _new_name(model, adapter_name)
         _check_room(model, adapter)
         active, disabled = _active(model), _disabled(model)
-        offloaded = any(isinstance(getattr(part, "_hf_hook", None), CpuOffload) for part in self.components.values())
+        offloaded = bool(getattr(self, "_all_hooks", []))  # by `enable_model_cpu_offload`
         try:
             self.load_lora_into_transformer(
                 _as_weights(adapter, model),
                 transformer=model,
                 adapter_name=name,
                 metadata={f"transformer.{key}": value for key, value in adapter.settings.items()},
-                # diffusers takes hooks away and applies them again, which those that move whole models do not need
+                # diffusers would take the hooks away and apply them anew, for its own choice of a device
                 _pipeline=None if offloaded else self,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
@@ -446,8 +445,7 @@ def _misfit(layer: Any, tensors: Mapping[str, Any], parts: set[str], model: Any)
 
 def _read_settings(metadata: Any) -> dict[str, Any]:
     """Check the settings of a LoraConfig, and return those that count, with peft's defaults where one is missing."""
-    of_peft = LoraConfig().to_dict()
-    defaults = {key: of_peft[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")}
+    defaults: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     if metadata is None:
         return defaults
     if not isinstance(metadata, dict):
@@ -488,7 +486,7 @@ def _read_settings(metadata: Any) -> dict[str, Any]:
             f"({list(INITIALIZATIONS)}). Convert the adapter to a plain LoRA with peft."
         )
     known = TRAINING_SETTINGS | LAYER_SETTINGS | READ_SETTINGS
-    if other := {k: v for k, v in given.items() if k not in known and v not in OFF and v != of_peft.get(k)}:
+    if other := {k: v for k, v in given.items() if k not in known and v not in OFF and v != UNUSED.get(k)}:
         raise ValueError(f"The file's metadata has {other}, which is not supported here; accepted are LoRA and DoRA.")
     return settings
 
@@ -660,7 +658,7 @@ def _hotswap(model: Any, name: str | None, adapter: Adapter) -> None:
         layer.r[name], layer.lora_alpha[name] = adapter.ranks.get(key, 1), adapter.alphas.get(key, 1)
         layer.use_rslora[name] = adapter.use_rslora
         _set_weight(layer, name, weight)
-    model.peft_config[name] = LoraConfig(**adapter.settings)
+    model.peft_config[name] = type(model.peft_config[name])(**adapter.settings)
 
 
 def _parameters(layer: Any, name: str) -> dict[str, nn.Parameter]:
@@ -762,7 +760,8 @@ def _require_weights_for_dora(model: Any, layers: list[Any]) -> None:
     """Refuse a DoRA that would read the weights of these layers while they are elsewhere or in another type."""
     hook = _get_top_level_group_offload_hook(model)
     leaves = hook is not None and hook.config.offload_type == GroupOffloadingType.LEAF_LEVEL
-    if layers and (leaves or _is_layerwise_casting_active(model) or not all(_is_plain(own.weight) for own in layers)):
+    there = all(_is_plain(layer.weight) or isinstance(layer.weight, DTensor) for layer in layers)
+    if layers and (leaves or _is_layerwise_casting_active(model) or not there):
         raise ValueError(
             "A DoRA (`lora_magnitude_vector`) reads the weights of its layers, which are offloaded one by one, cast "
             "for storage or quantized. Use a LoRA, or fuse the DoRA and unload it before that."
