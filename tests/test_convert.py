@@ -685,7 +685,7 @@ def parts(tmp_path_factory):
     tiny.pixel_pipeline().save_pretrained(root / "pixel_pipeline")
     pipeline = tiny.latent_pipeline()
     pipeline.text_encoder.to(torch.bfloat16)
-    pipeline.save_pretrained(root / "published")  # but for the text encoder and its name, which transformers 5 lacks
+    pipeline.save_pretrained(root / "published")  # but for the text encoder: that of a T5GemmaModel, alone
     shutil.rmtree(root / "published" / "text_encoder")
     pipeline.text_encoder.encoder.save_pretrained(root / "published" / "text_encoder")
     index = json.loads((root / "published" / "model_index.json").read_text())

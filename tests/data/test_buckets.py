@@ -32,7 +32,11 @@ def test_the_buckets_of_the_study(resolution):
     sizes = study_buckets(resolution, 32)
     assert (resolution, resolution) in sizes
     assert all(0.85 < height * width / resolution**2 <= 1 for height, width in sizes)
-    assert {(width, height) for height, width in sizes} == set(sizes) or resolution == 1024
+    assert {(width, height) for height, width in sizes} == set(sizes)  # every tall one is a wide one turned
+    assert len(sizes) == {256: 7, 512: 13, 1024: 27}[resolution]
+    for height, width in sizes:  # the longest for one of its sides that is no larger than the square
+        larger = {(height + 32) * width, height * (width + 32)}
+        assert max(larger) > resolution**2
     ratios = [height / width for height, width in sizes]
     assert ratios == sorted(ratios)
 

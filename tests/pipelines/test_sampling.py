@@ -68,9 +68,18 @@ def test_same_seed_same_image_as_stock(kind, side, guidance_scale):
     assert difference(images, draw(ours, ["green lion"] * len(seeds), seeds, **args)) > 1e-3  # text matters
 
 
-def test_binned_sizes_are_those_of_stock():
+def test_binned_sizes_are_those_of_stock_and_three_more_at_1024():
+    lacking = {"0.73": (864, 1184), "0.88": (960, 1088), "1.6": (1280, 800)}
     for size, bins in diffusers.pipelines.prx.pipeline_prx.ASPECT_RATIO_BINS.items():
-        assert RESOLUTION_BINS[size] == {ratio: tuple(pair) for ratio, pair in bins.items()}
+        stock = {ratio: tuple(pair) for ratio, pair in bins.items()}
+        assert RESOLUTION_BINS[size] == stock | (lacking if size == 1024 else {})
+    for size, bins in RESOLUTION_BINS.items():
+        assert all(f"{float(ratio):.1f}" == f"{height / width:.1f}" for ratio, (height, width) in bins.items()), size
+
+
+@pytest.mark.parametrize("size", [(864, 1184), (960, 1088), (1280, 800)])
+def test_sizes_that_stock_lacks_are_drawn_as_they_were_trained(size):
+    assert tiny.pixel_pipeline(default_sample_size=1024)._sizes(*size, None)[1] == size
 
 
 def test_resolution_binning():

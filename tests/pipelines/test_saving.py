@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from transformers import T5GemmaModuleConfig
 
 import tiny
 from diffusers_prx import latents
@@ -64,6 +66,15 @@ for name in ("x_latents", "x_latents_unipc", "loud_latents", "v_pixel", "sprint"
         report[name] = "loaded"
     except (ValueError, AttributeError) as error:  # diffusers 0.41 lets Python's own error through
         report[name] = str(error)
+try:
+    pipe = diffusers.PRXPipeline.from_pretrained(f"{root}/published_composite")
+    report["published_composite"] = type(pipe.text_encoder).__name__
+    torch.save(pipe.text_encoder.state_dict(), f"{root}/composite_by_stock.pt")
+except Exception as error:
+    report["published_composite"] = f"{type(error).__name__}: {error}"
+# what stock would build for the other one: by itself that takes a minute and 11 GB before it fails
+from transformers import T5GemmaConfig
+report["published"] = T5GemmaConfig.from_pretrained(f"{root}/published/text_encoder").encoder.hidden_size
 report["ours_imported"] = [name for name in sys.modules if name.startswith("diffusers_prx")]
 json.dump(report, open(f"{root}/stock.json", "w"))
 """
@@ -201,6 +212,18 @@ def test_stock_loads_what_we_save_without_this_package(saved, name):
 def test_stock_refuses_what_it_cannot_express(saved, name):
     _, _, stock, _, _ = saved
     assert re.search(r"`diffusers` has no class `PRX|module diffusers has no attribute PRX", stock[name]), stock[name]
+
+
+@pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="older ones load neither")
+def test_stock_needs_the_configuration_of_the_whole_model_to_load_a_published_text_encoder(saved):
+    """Of two folders with the same weights; ours loads both. For the encoder's own configuration stock takes that of
+    transformers' default sizes, which fits no other."""
+    root, _, stock, _, whole = saved
+    assert stock["published_composite"] == "T5GemmaEncoder"
+    loaded, expected = torch.load(root / "composite_by_stock.pt"), whole.encoder.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+    assert whole.encoder.config.hidden_size != stock["published"] == T5GemmaModuleConfig().hidden_size
 
 
 def test_our_extra_settings_survive(saved):

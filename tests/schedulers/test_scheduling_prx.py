@@ -166,13 +166,15 @@ def test_conversions_of_predictions():
 
 
 def slow_draw(n: int, shift: float, sampling: str, uniform_fraction: float, low: float) -> np.ndarray:
-    """As it is described: draw, shift, draw again outside the range, then replace a share."""
+    """As it is described: draw, shift, draw again outside the range; of logit-normal ones replace a share."""
     rng = np.random.default_rng(5)
     kept = np.empty(0)
     while len(kept) < n:
         t = 1 / (1 + np.exp(-rng.standard_normal(n))) if sampling == "logit_normal" else rng.random(n)
         t = shift * t / (1 + (shift - 1) * t)
         kept = np.concatenate([kept, t[(t >= low) & (t < 1)]])
+    if sampling == "uniform":
+        return kept[:n]
     uniform = low + (1 - low) * rng.random(n)
     return np.where(rng.random(n) < uniform_fraction, uniform, kept[:n])
 
@@ -197,6 +199,15 @@ def test_draw_has_the_described_distribution(sampling, shift, uniform_fraction, 
     assert t.max() < 1
     # two samples of this size differ by more than 0.0087 once in a thousand times
     assert largest_gap(t.numpy(), slow_draw(n, shift, sampling, uniform_fraction, low)) < 0.0087
+
+
+def test_uniform_draws_without_a_shift_are_uniform():
+    t = PRXFlowMatchScheduler(timestep_sampling="uniform").sample_timesteps(100_000, torch.Generator().manual_seed(1))
+    assert largest_gap(t.numpy(), np.linspace(1e-3, 1, 100_000)) < 0.0062  # one sample of this size, 1 in 1000
+    few = PRXFlowMatchScheduler(timestep_sampling="uniform", uniform_fraction=1.0, shift=3.0)
+    none = PRXFlowMatchScheduler(timestep_sampling="uniform", uniform_fraction=0.0, shift=3.0)
+    draws = [scheduler.sample_timesteps(1000, torch.Generator().manual_seed(1)) for scheduler in (few, none)]
+    assert torch.equal(*draws)  # there is no share of others
 
 
 def test_draw_per_sample_has_the_same_distribution():

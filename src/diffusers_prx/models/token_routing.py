@@ -35,14 +35,19 @@ class TokenRoute:
 def sample_route(scores: torch.Tensor, ratio: float, start: int, stop: int) -> TokenRoute:
     """Route a random share of the tokens around the blocks [start, stop).
 
+    Of N tokens `round(ratio N)` go around, halves to the even number, at least one and at most N - 1: the number that
+    Photoroom's trainer takes, for SPRINT too. The code of TREAD's authors rounds down: of an odd number of tokens at
+    ratio 1/2 both leave the larger half in the blocks where N = 4 k + 1, theirs one more where N = 4 k + 3.
+
     Args:
         scores: (B, N) random numbers, drawn by the caller: the tokens with the smallest ones stay.
-        ratio: share in [0, 1) of the tokens that go around; at least one token stays.
+        ratio: share in [0, 1) of the tokens that go around; 0: none.
 
     Raises:
         ValueError: for a ratio outside its range.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"`ratio` is a share in [0, 1), got {ratio}.")
-    kept = max(1, round(scores.shape[1] * (1 - ratio)))
-    return TokenRoute(start, stop, scores.argsort(dim=1)[:, :kept].sort(dim=1).values)
+    tokens = scores.shape[1]
+    around = min(max(round(tokens * ratio), 1), tokens - 1) if ratio > 0 else 0
+    return TokenRoute(start, stop, scores.argsort(dim=1)[:, : tokens - around].sort(dim=1).values)

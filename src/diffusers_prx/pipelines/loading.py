@@ -39,7 +39,7 @@ _SCHEDULERS = {scheduler.prediction_type: scheduler for scheduler in (PRXFlowMat
 
 
 class PublishedT5GemmaConfig(T5GemmaConfig):
-    """Reads the configuration of a published text encoder: of the encoder alone, or of the model it was part of."""
+    """Read the configuration of a published text encoder: of the encoder alone, or of the model it was part of."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> T5GemmaConfig:  # type: ignore[override]
@@ -57,11 +57,13 @@ class PublishedT5GemmaConfig(T5GemmaConfig):
 
 
 class PublishedT5GemmaEncoder(T5GemmaEncoderModel):
-    """Loads the text encoder of the published checkpoints, whose class transformers 5 has no public name for.
+    """Load the text encoder of the published checkpoints, whose class transformers 5 has no public name for.
 
-    The folder was saved from the encoder half of a T5GemmaModel. It becomes that half of the public
-    T5GemmaEncoderModel, whose keys begin with `encoder.`. (The `key_mapping` of transformers would load it as well,
-    but is undone on saving: what is saved then could not be loaded again.)
+    The folder was saved from the encoder half of a T5GemmaModel, with its own configuration or with that of the whole
+    model. diffusers 0.42 loads the second kind; for the first it builds an encoder of transformers' default sizes,
+    which fits no other. Here both become that half of the public T5GemmaEncoderModel, whose keys begin with
+    `encoder.`. (The `key_mapping` of transformers would load it as well, but is undone on saving: what is saved then
+    could not be loaded again.)
     """
 
     config_class = PublishedT5GemmaConfig

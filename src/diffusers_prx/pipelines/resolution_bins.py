@@ -1,6 +1,9 @@
 """The sizes, by aspect ratio, that PRX was trained on at 256, 512 and 1024 pixels.
 
-Each table maps height / width, rounded as in the original tables, to (height, width) in pixels.
+Each table maps height / width, rounded as in diffusers' tables, to (height, width) in pixels. The sizes are those that
+the original trainer lists for its data: for each side, in whole patches of 32 pixels, the longest other side with an
+area that is not above the square's, up to a ratio of about 2. diffusers' table for 1024 pixels lacks three of them:
+864 x 1184, 960 x 1088 and 1280 x 800.
 """
 
 RESOLUTION_BINS: dict[int, dict[str, tuple[int, int]]] = {
@@ -37,8 +40,10 @@ RESOLUTION_BINS: dict[int, dict[str, tuple[int, int]]] = {
         "0.62": (800, 1280),
         "0.67": (832, 1248),
         "0.68": (832, 1216),
+        "0.73": (864, 1184),
         "0.78": (896, 1152),
         "0.83": (928, 1120),
+        "0.88": (960, 1088),
         "0.94": (992, 1056),
         "1.0": (1024, 1024),
         "1.06": (1056, 992),
@@ -48,6 +53,7 @@ RESOLUTION_BINS: dict[int, dict[str, tuple[int, int]]] = {
         "1.37": (1184, 864),
         "1.46": (1216, 832),
         "1.5": (1248, 832),
+        "1.6": (1280, 800),
         "1.71": (1312, 768),
         "1.75": (1344, 768),
         "1.87": (1376, 736),

@@ -183,10 +183,11 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Draw noise levels for training, in [min_timestep, 1), float32 of shape (n,).
 
-        A logit-normal (arXiv 2403.03206) or uniform draw is shifted and held inside the range; then each sample is
-        replaced, with probability `uniform_fraction`, by a uniform draw on that range, which is not shifted. Each
-        sample takes three numbers of the generator whatever comes out, so that n draws of one generator and one draw
-        of each of n generators have the same distribution, and the draw is a pure function of the generator.
+        A logit-normal (arXiv 2403.03206) or uniform draw is shifted and held inside the range. Of the logit-normal
+        ones each is then replaced, with probability `uniform_fraction`, by a uniform draw on that range, which is not
+        shifted. Each sample takes three numbers of the generator whatever comes out, so that n draws of one generator
+        and one draw of each of n generators have the same distribution, and the draw is a pure function of the
+        generator.
 
         Args:
             n: how many, at least 1.
@@ -211,7 +212,8 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         else:
             t = low_unshifted + (1 - low_unshifted) * u
         t = self.shift * t / (1 + (self.shift - 1) * t)
-        t = torch.where(coin < config["uniform_fraction"], low + (1 - low) * u_plain, t)
+        if config["timestep_sampling"] == "logit_normal":
+            t = torch.where(coin < config["uniform_fraction"], low + (1 - low) * u_plain, t)
         # float32 rounds the ends of the range over its edges: 1 itself is excluded
         return t.clamp(low, 1 - 2**-24).to(device)
 
@@ -264,7 +266,7 @@ class PRXFlowMatchScheduler(_PRXSchedulerBase):
         timestep_sampling: "logit_normal" or "uniform", the base distribution in training.
         logit_mean: mean of the normal behind the logit-normal.
         logit_std: standard deviation of that normal.
-        uniform_fraction: the share of training draws that is uniform and unshifted instead.
+        uniform_fraction: the share of logit-normal training draws that is uniform and unshifted instead.
         min_timestep: the lowest noise level in training.
 
     Raises:

@@ -259,11 +259,14 @@ class TrainingConfig:
     caption_dropout: Annotated[float, "Share of captions replaced by the empty one, for guidance.", SHARE, STAGE] = 0.1
     timestep_sampling: Annotated[
         Literal["logit_normal", "uniform"],
-        "Distribution of t in training.",
+        "Distribution of t in training, before the shift; held in [0.001, 1).",
         STAGE,
     ] = "logit_normal"
     uniform_fraction: Annotated[
-        float, "Share of timesteps that are drawn uniformly instead, without the shift.", SHARE, STAGE
+        float,
+        "With logit_normal, share of timesteps that are drawn uniformly in [0.001, 1) instead, without the shift.",
+        SHARE,
+        STAGE,
     ] = 0.1
     shift: Annotated[
         float, "Timestep shift s t / (1 + (s - 1) t), in training and in the saved scheduler.", POSITIVE, STAGE

@@ -85,7 +85,8 @@ class LPIPSLoss(nn.Module):
     heads. It does not clamp: a prediction outside [-1, 1] has a gradient as well.
 
     Args:
-        scale: images are resized by this factor in (0, 1] first, antialiased; the study uses 0.5.
+        scale: images are resized by this factor in (0, 1] first; the study uses 0.5. Ours are antialiased, which the
+            original's are not: without it fine texture becomes coarse patterns that the loss would then ask for.
         backbone: a file with torchvision's VGG-16 weights (vgg16-397923af.pth), or the weights themselves; by default
             torchvision finds it in its cache or downloads it, 528 MB.
 
@@ -195,9 +196,10 @@ def dino_perceptual_loss(
 ) -> torch.Tensor:
     """1 - the mean cosine over patches between a teacher's features of the prediction and of the image.
 
-    Without a crop the teacher sees the whole image, resized. An image that is not square keeps its aspect, up to whole
-    patches, and about as many patches as a square of `size` has. Predictions are clamped to [-1, 1] as in the study:
-    the teacher knows no other values, and the flow loss pulls back what is outside.
+    Without a crop the teacher sees the whole image, resized by antialiased bicubic interpolation. (The original's is
+    bilinear without antialiasing: of 1024 rows it reads 448.) An image that is not square keeps its aspect, up to
+    whole patches, and about as many patches as a square of `size` has. Predictions are clamped to [-1, 1] as in the
+    study: the teacher knows no other values, and the flow loss pulls back what is outside.
 
     Args:
         teacher: a frozen VisionTeacher; the study uses DINOv2 ViT-B/14 with registers.
