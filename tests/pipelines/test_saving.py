@@ -350,11 +350,11 @@ def test_options_of_from_pretrained(saved):
 # Files that lack a weight, which both libraries fill at random.
 
 
-@pytest.mark.parametrize("layout", ["whole", "sharded", "variant"])
+@pytest.mark.parametrize("layout", ["whole", "sharded", "variant", "device_map"])
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 def test_a_file_that_lacks_a_weight_is_refused(tmp_path, layout, part):
-    options = {"whole": {}, "sharded": {"max_shard_size": "40KB"}, "variant": {"variant": "fp16"}}[layout]
-    load = {"variant": "fp16"} if layout == "variant" else {}
+    options = {"sharded": {"max_shard_size": "40KB"}, "variant": {"variant": "fp16"}}.get(layout, {})
+    load = {"variant": {"variant": "fp16"}, "device_map": {"device_map": "cpu"}}.get(layout, {})
     tiny.latent_pipeline().save_pretrained(tmp_path, **options)
     PRXPipeline.from_pretrained(tmp_path, **load)
     file = sorted((tmp_path / part).glob("*.safetensors"))[-1]
@@ -367,8 +367,9 @@ def test_a_file_that_lacks_a_weight_is_refused(tmp_path, layout, part):
     if part == "transformer":
         with pytest.raises(ValueError, match=re.escape(name)):
             PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, **load)
-        _, info = PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, output_loading_info=True, **load)
-        assert layout == "sharded" or info["missing_keys"] == [name]
+        if layout in ("whole", "variant"):  # who asks for the report gets the model all the same
+            _, info = PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, output_loading_info=True, **load)
+            assert info["missing_keys"] == [name]
     if part == "vae" and not load:
         with pytest.raises(ValueError, match=re.escape(name)):
             latents.load_vae(str(tmp_path))

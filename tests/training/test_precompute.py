@@ -24,6 +24,7 @@ from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.nets import Nets, build_nets
 from diffusers_prx.training.precompute import (
     embed_captions,
+    encode_images,
     fingerprint,
     needed_columns,
     open_precomputed,
@@ -199,6 +200,17 @@ def test_text_is_that_of_the_caption_alone(cached):
         # half a unit in the last place of bfloat16 is 2**-9; a different order of sums is far less
         torch.testing.assert_close(text.float(), alone, rtol=2**-8, atol=1e-5)
     assert [cut for _, cut in embed_captions(captions, nets, stage.cfg)] == [False, False, True]
+
+
+def test_values_that_are_not_finite_make_no_cache(parts, tmp_path):
+    """An overflow is named before it is stored."""
+    nets, (stage,) = opened(settings(parts, tmp_path))
+    next(nets.text_encoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="`text_encoder`"):
+        embed_captions(["a red cat"], nets, stage.cfg)
+    next(nets.vae.parameters()).data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="`vae`"):
+        encode_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ("latent_mean",), nets)
 
 
 def test_text_takes_less_than_half_of_the_padded_one(parts, tmp_path):

@@ -9,6 +9,7 @@ values that the caller keeps and passes in; the model remembers nothing of a run
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -52,14 +53,24 @@ OWN_OPTIONS = ("resolution_tokens", "fusion_range")
 STOCK_CLASS_NAME, OWN_CLASS_NAME = "PRXTransformer2DModel", "PRXExtendedTransformer2DModel"
 
 
-def check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
-    """Raise a ValueError that names the weights that a file lacks.
+def load_complete(load: Callable[..., Any], source: Any, **kwargs: Any) -> Any:
+    """Load a model whose file holds all of its weights; diffusers and transformers fill at random what is missing.
 
     Args:
-        model: what `from_pretrained` returned with `output_loading_info=True`, for diffusers or transformers.
-        info: the report that it returned.
-        source: where the model was loaded from.
+        load: `from_pretrained` of a class of diffusers or transformers.
+        source: what to load, its first argument.
+        kwargs: its other arguments.
+
+    Raises:
+        ValueError: names the weights that are missing.
     """
+    try:
+        model, info = load(source, output_loading_info=True, **kwargs)
+    except NotImplementedError:  # `device_map` cannot move what is not there
+        if kwargs.get("device_map") is None:
+            raise
+        load_complete(load, source, **kwargs | {"device_map": None})
+        raise
     lacking = set(info["missing_keys"])
     if not {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())):
         # what an index promises and no shard holds; offloaded weights wait there as well
@@ -69,6 +80,7 @@ def check_complete(model: Any, info: dict[str, Any], source: Any) -> None:
             f"The weights of {type(model).__name__} in {source} are not complete: {len(lacking)} are missing, such as"
             f" {sorted(lacking)[:8]}. Save or download them again."
         )
+    return model
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -588,9 +600,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         """
         if kwargs.get("output_loading_info") or kwargs.get("use_flashpack"):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        check_complete(model, info, pretrained_model_name_or_path)
-        return model
+        return load_complete(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     def to_json_string(self) -> str:
         """What config.json says: without options of our own that are off, so that it is stock's where stock can be."""

@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixi
 from diffusers.configuration_utils import FrozenDict
 from transformers import PreTrainedModel, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-from ..models.transformer_prx import OWN_CLASS_NAME, STOCK_CLASS_NAME, PRXTransformer2DModel, check_complete
+from ..models.transformer_prx import OWN_CLASS_NAME, STOCK_CLASS_NAME, PRXTransformer2DModel, load_complete
 from ..schedulers.scheduling_prx import STOCK_ONLY_OPTIONS, PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..text import encoder_only
 
@@ -104,9 +104,7 @@ def __getattr__(name: str) -> Any:
     def from_pretrained(cls: Any, folder: str | os.PathLike, **kwargs: Any) -> Any:
         if kwargs.get("use_flashpack"):
             return model_class.from_pretrained(folder, **kwargs)  # a format of one tensor, with no report
-        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
-        check_complete(model, info, folder)
-        return model
+        return load_complete(model_class.from_pretrained, folder, **kwargs)
 
     return type(model_class.__name__, (model_class,), {"from_pretrained": classmethod(from_pretrained)})
 

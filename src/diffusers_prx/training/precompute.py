@@ -42,6 +42,7 @@ from ..data.precomputed import (
 )
 from ..evaluation.networks import fingerprint, tokenizer_fingerprint
 from ..latents import encode
+from ..pipelines.check_finite import check_output
 from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .alignment import teacher_features
 from .config import TrainingConfig, cache_folder
@@ -361,6 +362,7 @@ def encode_images(pixels_uint8: torch.Tensor, columns: Sequence[str], nets: Nets
     found: dict[str, torch.Tensor | None] = {"pixels_uint8": pixels_uint8}
     if nets.vae is not None:
         latents = encode(nets.vae, pixels_uint8.float() / 127.5 - 1)
+        check_output("vae", nets.vae, latents.mean)
         found |= {"latent_mean": latents.mean, "latent_std": latents.std}  # (B, C, h, w) float32
     if "teacher_features" in columns:
         grid = (pixels_uint8.shape[2] // nets.pixels_per_token, pixels_uint8.shape[3] // nets.pixels_per_token)
@@ -378,6 +380,7 @@ def embed_captions(captions: list[str], nets: Nets, cfg: TrainingConfig) -> list
     cut = find_cut(nets.tokenizer, captions, mask, clean)
     ids, mask = trim_tokens(ids, mask)  # (B, M)
     text = encode_text(nets.text_encoder, ids.to(device), mask.to(device)).bfloat16().cpu()  # (B, M, E)
+    check_output("text_encoder", nets.text_encoder, text)
     return [(row[keep], is_cut) for row, keep, is_cut in zip(text, mask, cut)]
 
 
