@@ -13,17 +13,21 @@ QUICKSTART_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TORCHAO := $(VENV)/.torchao
+TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$(abspath $(VENV))/torchao:$$PYTHONPATH"
+VERSIONS := torch|torchvision|diffusers|transformers|accelerate|datasets|peft|huggingface.hub|safetensors|tokenizers|numpy|pillow|gradio
+VERSIONS_TESTS := tests/models tests/pipelines tests/schedulers tests/data tests/test_latents.py tests/test_text.py tests/test_convert.py
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # accelerate launch gives a process one thread unless told; a model of this size gains nothing from more than eight.
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test soak quality bench bench-sampling clean
+.PHONY: help install quickstart demo test test-lower test-upper test-versions soak quality bench bench-sampling clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[A-Za-z0-9_-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make the environment in .venv and install the package with all that developing takes
 
@@ -52,14 +56,35 @@ quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out 
 demo: $(STAMP) ## open the demo in spaces/prx: draw with the models of this machine in a browser
 	$(BIN)/python spaces/prx/app.py
 
-# worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do
-test: $(STAMP) ## run the whole test suite, offline, on two cores
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+# diffusers, transformers and peft import torchao wherever it is installed, and that prints warnings of torch and of
+# diffusers: it has a folder of its own, which only the tests see.
+$(TORCHAO): $(STAMP)
+	$(BIN)/python -m pip install $(PIP_ARGS) --upgrade --no-deps --target $(VENV)/torchao \
+		"$$($(BIN)/python -c 'import importlib.metadata as m; print(next(r.partition(";")[0] for r in m.requires("diffusers-prx") if r.startswith("torchao")))')"
+	@touch $@
 
-soak: $(STAMP) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, a hundred kills of one run, the demo under load
-	RUN_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow \
+# worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do
+test: $(STAMP) $(TORCHAO) ## run the whole test suite, offline, on two cores
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-lower: ## in .venv-lower: install the lowest versions that pyproject.toml allows, test models, pipelines and data, train three steps
+	$(MAKE) test-versions VENV=.venv-lower PIP_ARGS="--constraint tests/lower-bounds.txt $(PIP_ARGS)"
+
+test-upper: ## the same in .venv-upper, with the newest versions that pyproject.toml allows
+	$(MAKE) test-versions VENV=.venv-upper PIP_ARGS="--upgrade --upgrade-strategy eager $(PIP_ARGS)"
+
+test-versions: $(STAMP)
+	$(BIN)/python -m pip list --format=freeze | grep -iE '^($(VERSIONS))=='
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(VERSIONS_TESTS) $(PYTEST_ARGS)
+	rm -rf $(VENV)/three_steps
+	HF_HUB_OFFLINE=1 $(BIN)/python training/train_prx.py --config training/recipes/quickstart.yaml \
+		--output_dir $(VENV)/three_steps --max_train_steps 3 --lr_warmup_steps 1 --lr_decay_steps 1
+	HF_HUB_OFFLINE=1 $(BIN)/python training/evaluate_prx.py --model $(VENV)/three_steps --scenes --num_prompts 4
+
+soak: $(STAMP) $(TORCHAO) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, a hundred kills of one run, the demo under load
+	RUN_SLOW=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m slow \
 		--ignore tests/training/test_faults.py $(PYTEST_ARGS)
-	RUN_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/training/test_faults.py
+	RUN_SLOW=1 $(TEST_ENV) $(BIN)/python -m pytest -m slow tests/training/test_faults.py
 
 quality: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -192,7 +192,7 @@ def test_commands_have_their_flags_and_files(file, options, capsys, monkeypatch)
             wanted = {word for word in words[1:] if "=" not in word}
             assert wanted <= targets, f"{where}: make has no {sorted(wanted - targets)}"
         elif module is None:
-            assert words[0] in ("pip", "hf", ".venv/bin/pytest"), f"{where}: {words[0]} is not known here"
+            assert words[0] in ("pip", "hf", "source", ".venv/bin/pytest"), f"{where}: {words[0]} is not known here"
         else:
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file() or module.startswith("diffusers_prx"), where
             given = {word.partition("=")[0] for word in arguments if word.startswith("--")} - {PLACEHOLDER}

@@ -3,7 +3,9 @@
 import ast
 import email
 import inspect
+import os
 import re
+import site
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import diffusers_prx
 
@@ -283,8 +286,8 @@ def test_every_import_is_declared(metadata):
     training = declared(metadata, "training", "wandb", "trackio")
     assert third_party_imports(SRC) <= training
     assert third_party_imports(ROOT / "training") <= training | declared(metadata, "openmoji", "quantization")
-    # gradio is made with fastapi; ZeroGPU brings spaces, elsewhere there is none
-    assert third_party_imports(ROOT / "spaces") - {"fastapi", "spaces"} <= declared(metadata, "demo")
+    # gradio is made with fastapi and starlette; ZeroGPU brings spaces, elsewhere there is none
+    assert third_party_imports(ROOT / "spaces") - {"fastapi", "starlette", "spaces"} <= declared(metadata, "demo")
     # packaging is a dependency of both huggingface_hub and pytest
     assert third_party_imports(ROOT / "tests") - {"packaging"} <= declared(
         metadata, "training", "openmoji", "quantization", "dev"
@@ -306,6 +309,71 @@ def test_every_dependency_has_a_range_and_says_why():
     for line in requirements:
         assert re.search(r"#\s*\S{2}", line), f"no reason: {line}"
         assert "==" not in line, f"a version is pinned: {line}"
+
+
+def test_the_lower_bounds_that_are_tested_are_those_that_are_declared(metadata):
+    lines = (ROOT / "tests" / "lower-bounds.txt").read_text().splitlines()
+    tested = {normalised(name): floor for name, _, floor in (line.partition("==") for line in lines if "==" in line)}
+    found = {}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        extra = re.findall(r'extra == "([\w-]+)"', str(requirement.marker))
+        floors = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+        name = normalised(requirement.name)
+        if floors and (extra in ([], ["training"], ["evaluation"], ["demo"]) or name in tested):
+            found.setdefault(name, floors[0])
+    assert {name: Version(floor) for name, floor in tested.items()} == {n: Version(f) for n, f in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [({"peft": "0.17.1"}, "peft>=0.18"), ({"torchao": "0.18.0", "torch": "2.9.1+cpu"}, "torch>=2.11")],
+)
+def test_an_installed_version_that_cannot_be_imported_is_named(tmp_path, installed, message):
+    for name, version in installed.items():
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(text)
+    shown = run_python(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        try:
+            import diffusers_prx
+        except ImportError as error:
+            print(error)
+        """,
+        str(tmp_path),
+    )
+    assert message in shown
+    assert all(version in shown for version in installed.values())
+
+
+def test_importing_and_asking_for_help_print_no_warnings():
+    """Of our own or of other libraries. torchao prints some when it is imported: the environment does without it."""
+    if any((Path(folder) / "torchao").is_dir() for folder in site.getsitepackages()):
+        pytest.skip("torchao is installed beside the other libraries")
+    path = [folder for folder in sys.path if not (Path(folder) / "torchao").is_dir()]  # see the Makefile
+    code = """
+        import contextlib, io, runpy, sys
+        import diffusers_prx
+        for name in diffusers_prx.__all__:
+            getattr(diffusers_prx, name)
+        for script in sys.argv[1:]:
+            sys.argv = [script, "--help"]
+            with contextlib.redirect_stdout(io.StringIO()) as shown:
+                try:
+                    runpy.run_path(script, run_name="__main__")
+                except SystemExit as end:
+                    assert not end.code, script
+            assert "--help" in shown.getvalue(), script
+    """
+    scripts = sorted(map(str, [*(ROOT / "training").glob("*.py"), *(ROOT / "training" / "tools").glob("*.py")]))
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *scripts],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SRC), *path])},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # --- the tests' guard

@@ -3,7 +3,9 @@
 The public names are imported when they are first asked for: `import diffusers_prx` by itself loads no other library.
 """
 
+import re
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -41,6 +43,37 @@ __all__ = [
     "fast_scheduler",
     "fast_sigmas",
 ]
+
+
+def _installed(distribution: str) -> tuple[int, ...] | None:
+    """Major and minor version of a distribution; None if it is not installed."""
+    try:
+        return tuple(map(int, re.findall(r"\d+", version(distribution))[:2]))
+    except PackageNotFoundError:
+        return None
+
+
+def _refuse_what_cannot_be_imported() -> None:
+    """Name optional libraries whose installed version breaks diffusers and transformers, which import them.
+
+    Raises:
+        ImportError: with the command that mends the installation.
+    """
+    peft, torchao, torch = map(_installed, ("peft", "torchao", "torch"))
+    if peft is not None and peft < (0, 18):
+        raise ImportError(
+            f"peft {version('peft')} is installed, which cannot be imported with transformers 5; diffusers imports it "
+            "wherever it is installed. Run `pip install --upgrade 'peft>=0.18'`, or `pip uninstall peft`."
+        )
+    if torchao is not None and torch is not None and torchao >= (0, 18) and torch < (2, 10):
+        raise ImportError(
+            f"torchao {version('torchao')} is installed, which cannot be imported with torch {version('torch')}; "
+            "diffusers and transformers import it wherever it is installed. Run `pip install --upgrade 'torch>=2.11'` "
+            "or `pip uninstall torchao`."
+        )
+
+
+_refuse_what_cannot_be_imported()
 
 
 def __getattr__(name: str) -> Any:

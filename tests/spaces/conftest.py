@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 
-REASON = "gradio is not installed: pip install 'diffusers-prx[demo]'"
+REASON = "gradio is not installed: pip install -e '.[demo]'"
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ import tiny
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from space_tools import counted, rests
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
 import gradio as gr
 from training.benchmarks.load_space import ask, draw_body, is_clear, load, main, malformed, send_malformed

@@ -11,8 +11,8 @@ from PIL import Image
 
 from space_tools import counted, rests
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
-pytest.importorskip("playwright", reason="playwright is not installed: pip install 'diffusers-prx[dev]'")
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
+pytest.importorskip("playwright", reason="playwright is not installed: pip install -e '.[dev]'")
 
 from playwright.sync_api import expect, sync_playwright
 

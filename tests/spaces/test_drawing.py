@@ -14,7 +14,7 @@ from diffusers_prx.schedulers import PRXFlowMatchScheduler
 from diffusers_prx.schedulers.stock import set_schedule
 from space_tools import counted, rests
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
 from drawing import Update, draw, predicted_clean, preview_of, with_preset
 from model_cache import ModelCache, Stopped, find_loras

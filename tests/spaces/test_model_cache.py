@@ -8,7 +8,7 @@ import pytest
 
 from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusers-prx[demo]'")
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
 import model_cache
 from model_cache import ModelCache, find_loras, find_models

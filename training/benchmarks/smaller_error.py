@@ -5,7 +5,7 @@
 Every way draws the same held-out scene prompts from the same noise as the pipeline in float32 does. `size` is that of
 the transformer's weights over float32's. `forward` is the relative error (2-norm) of one forward on that noise, the
 worst of the timesteps 0.1, 0.5 and 0.9. `picture` is the root-mean-square difference of a picture's pixels in [0, 1]:
-the median, and the worst. Needs torchao.
+the median, and the worst. Needs torchao: `pip install -e '.[quantization]'`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import TorchAoConfig
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 from diffusers_prx import PRXTransformer2DModel
 from diffusers_prx.data.scenes import LEVELS, ScenesDataset
@@ -60,6 +59,9 @@ def offloaded(model: str) -> PRXTransformer2DModel:
 
 
 def ways(model: str) -> dict[str, Callable[[], PRXTransformer2DModel]]:
+    # not above: importing it prints warnings, and `--help` needs none of it
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
     found: dict[str, Callable[[], PRXTransformer2DModel]] = {"bf16": lambda: plain(model, torch.bfloat16)}
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
         found[f"int8, computed in {name}"] = quantized(model, dtype, Int8WeightOnlyConfig())

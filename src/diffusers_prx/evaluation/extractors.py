@@ -151,7 +151,7 @@ class InceptionExtractor(FeatureExtractor):
         from torchmetrics.image.fid import _TORCH_FIDELITY_AVAILABLE, NoTrainInceptionV3
 
         if not _TORCH_FIDELITY_AVAILABLE:
-            raise ValueError("FID with Inception needs torch-fidelity: pip install 'diffusers-prx[evaluation]'.")
+            raise ValueError("FID with Inception needs torch-fidelity: pip install -e '.[evaluation]'.")
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"`weights` is {str(weights)!r}, which is no file.")
         try:
