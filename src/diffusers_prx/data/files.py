@@ -1,6 +1,5 @@
 """Paths as a user types them, regular files, atomic writes (under another name, then renamed), and hashes of files."""
 
-import hashlib
 import json
 import os
 import stat
@@ -109,11 +108,11 @@ def read_hashed_json(path: Path) -> dict[str, Any]:
 
 def _json_hash(values: Mapping[str, Any]) -> str:
     text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)  # keys and tuples as they are read back
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def hash_tensors(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Feed names, types, shapes and every byte of some tensors to a hash of hashlib, in the order of their names."""
+    """Feed names, types, shapes and every byte of some tensors to a hash, in the order of their names."""
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -149,7 +148,7 @@ def read_hashed_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()
     hash_tensors(digest, tensors)
     return digest.hexdigest()
 

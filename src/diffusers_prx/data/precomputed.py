@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -97,7 +98,7 @@ def different(captions: Mapping[str, str]) -> list[str]:
 
 def value_hash(value: torch.Tensor) -> torch.Tensor:
     """A hash (16,) of the type, the shape and the bytes of a value: uint8."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()
     hash_tensors(digest, {"": value})
     return as_tensor(digest.digest())
 
@@ -177,7 +178,7 @@ def _is_table(name: str) -> bool:
 
 
 def _tables_hash(metadata: Mapping[str, str], tables: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(json.dumps([metadata["skipped"], metadata["bytes"]]).encode(), digest_size=16)
+    digest = xxhash.xxh3_128(json.dumps([metadata["skipped"], metadata["bytes"]]).encode())
     hash_tensors(digest, tables)
     return digest.hexdigest()
 
