@@ -12,15 +12,16 @@ PACKAGE = ROOT / "src" / "diffusers_prx"
 BELOW_PIPELINES = {"models", "schedulers", "latents", "text"}
 BELOW_TRAINING = {"pipelines", *BELOW_PIPELINES}
 MAY_IMPORT = {
+    "cli": {"data"},
     "models": set(),
     "schedulers": set(),
     "latents": set(),
     "text": set(),
     "pipelines": BELOW_PIPELINES,
-    "convert": BELOW_TRAINING,
+    "convert": {"cli", "data", *BELOW_TRAINING},
     "data": BELOW_TRAINING,
-    "evaluation": {"data", *BELOW_TRAINING},
-    "training": {"data", "evaluation", *BELOW_TRAINING},
+    "evaluation": {"cli", "data", *BELOW_TRAINING},
+    "training": {"cli", "data", "evaluation", *BELOW_TRAINING},
 }
 
 HOOKS = {

@@ -164,7 +164,9 @@ def options():
             monkeypatch.setattr(sys, "argv", [module, "--help"])
             with pytest.raises(SystemExit):
                 importlib.import_module(module).main()
-            known[module] = set(re.findall(r"^  (?:-\w, )?(--\w+)", capsys.readouterr().out, re.MULTILINE))
+            shown = capsys.readouterr().out  # "  -h, --help", "  --lora_rank VALUE, --rank VALUE"
+            lines = re.findall(r"^  ((?:-\w, )?--\w+.*)", shown, re.MULTILINE)
+            known[module] = {name for line in lines for name in re.findall(r"(?:^|, )(--\w+)", line)}
             assert "--help" in known[module]
         if module in PASS_ON:
             return known[module] | of("training.train_prx", capsys, monkeypatch)

@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from diffusers_prx.cli import end, parse_flags, path
 from diffusers_prx.data.files import write_json
 from diffusers_prx.evaluation.study import (
     TRAINING,
@@ -64,9 +65,9 @@ WARM_UP = 3
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, required=True, help="The study file.")
-    parser.add_argument("--output_dir", type=Path, help="Folder of the runs; default: outputs/studies/NAME.")
-    parser.add_argument("--report_dir", type=Path, help="Folder of what is kept; default: report in --output_dir.")
+    parser.add_argument("--study", type=path, required=True, help="The study file.")
+    parser.add_argument("--output_dir", type=path, help="Folder of the runs; default: outputs/studies/NAME.")
+    parser.add_argument("--report_dir", type=path, help="Folder of what is kept; default: report in --output_dir.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Only what these findings or arms need.")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Only these of the study's seeds.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at once, each with the study's threads.")
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--hub_model_id", metavar="REPO_ID",
         help="Data set repository to upload to, as name or namespace/name. Default: the study's name.",
     )  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     if args.hub_model_id is not None and not args.push_to_hub:
         parser.error(f"--hub_model_id is {args.hub_model_id!r}, but --push_to_hub is not set")
     for name, least in (("jobs", 1), ("throughput_steps", WARM_UP + 2), ("throughput_repeats", 1)):
@@ -284,7 +285,7 @@ class Runner:
         return "finished" if failure is None else f"failed: {failure['message']}"
 
     def failure(self, stage: str, code: int, log: Path) -> dict[str, Any]:
-        ended = f"killed by signal {-code}" if code < 0 else last_line(log)
+        ended = f"killed by signal {-code}" if code < 0 else last_line(log).removeprefix("error: ")
         if code == EXIT_HUNG:
             ended = "a step did not end in time"
         return {"stage": stage, "exit_code": code, "message": ended}
@@ -444,8 +445,6 @@ def check_settings(runner: Runner, arms: list[str]) -> None:
             parse_config(runner.training_flags(arm, runner.study.seeds[0]))
         except ValueError as error:
             raise ValueError(f"arm {arm}: {error}") from error
-        except SystemExit:  # argparse has said which flag it does not know
-            raise ValueError(f"arm {arm}: has a setting that training/train_prx.py does not know.") from None
 
 
 def repository_of(study: Study, args: argparse.Namespace) -> str | None:
@@ -503,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        end(error)
     except UploadError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_NOT_UPLOADED)

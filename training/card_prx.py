@@ -7,9 +7,9 @@ pictures that it shows go to another folder, and the weights stay.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from diffusers_prx.cli import end, parse_flags, path
 from diffusers_prx.training.cards import copy_card, read_report, said_before, write_card
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -17,11 +17,11 @@ CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="The folder of a finished run.")
+    parser.add_argument("--model", type=path, required=True, help="The folder of a finished run.")
     parser.add_argument("--load_from", help="Folder or repository that the card's code loads. Default: as it is now.")
     parser.add_argument("--license", help="The Hub's identifier, as apache-2.0. Default: as it is now.")
-    parser.add_argument("--output_dir", type=Path, help="Another folder for the card. Default: that of the model.")
-    args = parser.parse_args(argv)
+    parser.add_argument("--output_dir", type=path, help="Another folder for the card. Default: that of the model.")
+    args = parse_flags(parser, argv)
     try:
         given = {"load_from": args.load_from, "license": args.license}
         said = said_before(args.model) | {name: value for name, value in given.items() if value is not None}
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.output_dir is not None:
             card = copy_card(args.model, args.output_dir)
     except (ValueError, OSError) as error:  # no finished run, a report of other weights, somebody's own card
-        sys.exit(f"error: {error}")
+        end(error)
     print(f"written to {card}")
 
 

@@ -12,12 +12,13 @@ model card takes them in.
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import constants
 
+from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.data.files import expand_path
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.metrics import PHOTOROOM
@@ -32,6 +33,12 @@ CACHE = Path(constants.HF_HOME) / "diffusers_prx" / "references"
 NOT_IN_LAST_LINE = ("config", "versions", "evaluation")
 
 
+def metric(text: str) -> str:
+    """Expand the path of an encoder behind the kind of a metric."""
+    kind, colon, encoder = text.partition(":")
+    return kind + colon + expand_path(encoder)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     default = {field.name: field.default for field in fields(EvaluationSettings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         group.add_argument(f"--{name}", type=kind, default=default[name], help=f"{text} Default: {default[name]}.")
 
     model = parser.add_argument_group("the model")
-    model.add_argument("--model", required=True, help="A saved pipeline: a folder or a Hub id.")
+    model.add_argument("--model", required=True, type=expand_path, help="A saved pipeline: a folder or a Hub id.")
     model.add_argument("--revision", help="Of the model on the Hub.")
     model.add_argument(
         "--stock", action="store_true", help="Load it with diffusers' own class: stock PRX, or another text-to-image."
@@ -60,12 +67,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     metrics = parser.add_argument_group("distances to a reference")
     metrics.add_argument(
-        "--metrics", nargs="+", default=(), metavar="METRIC",
+        "--metrics", nargs="+", default=(), metavar="METRIC", type=metric,
         help="fid, cmmd, dino_mmd, clip_score; with another encoder (a folder, a Hub id, a .pth of Inception) "
         "fid:ENCODER, mmd:ENCODER, clip_score:ENCODER.",
     )  # fmt: skip
     metrics.add_argument(
-        "--reference", default="scenes", help="scenes (their held-out split), or a data set as for training."
+        "--reference",
+        default="scenes",
+        type=expand_path,
+        help="scenes (their held-out split), or a data set as for training.",
     )
     metrics.add_argument("--reference_config")
     metrics.add_argument("--reference_split", default="train")
@@ -77,11 +87,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     metrics.add_argument("--compat", choices=[PHOTOROOM], help="Do what the study's public code does.")
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--output_dir", type=Path, help="Where the report goes; default: the model's folder.")
-    run.add_argument("--cache_dir", type=Path, default=CACHE, help=f"Of what is kept of references. Default: {CACHE}.")
+    run.add_argument("--output_dir", type=path, help="Where the report goes; default: the model's folder.")
+    run.add_argument("--cache_dir", type=path, default=CACHE, help=f"Of what is kept of references. Default: {CACHE}.")
     run.add_argument("--metric_batch_size", type=int, default=32, help="Images that an encoder sees at once.")
     run.add_argument("--num_workers", type=int, default=0, help="Processes that read images.")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     if args.metric_batch_size < 1:
         parser.error(f"--metric_batch_size must be at least 1, got {args.metric_batch_size}")
     if args.output_dir is None:
@@ -103,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
             args.settings, args.output_dir, args.cache_dir, args.metric_batch_size, args.num_workers,
             commit_of_this_package(),
         )  # fmt: skip
-    except ValueError as error:  # a model, data or encoders that do not fit: the message says what would
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # a model, data or encoders that do not fit: the message says what would
+        end(error)
     if evaluation is None:  # not the main process
         return
     report = evaluation.report

@@ -4,11 +4,11 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
+from diffusers_prx.cli import end, parse_flags, path
 from diffusers_prx.training.export import export_checkpoint
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -17,20 +17,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="The folder of a complete checkpoint.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Of the pipeline.")
+    parser.add_argument("--checkpoint", type=path, required=True, help="The folder of a complete checkpoint.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Of the pipeline.")
     parser.add_argument(
         "--weights", choices=("average", "trained"), help="Default: the average, where the run keeps one."
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp32", help="Of the stored weights; bf16 halves the files."
     )
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     average = None if args.weights is None else args.weights == "average"
     try:
         export_checkpoint(args.checkpoint, args.output_dir, average, CARD_TEMPLATE, DTYPES[args.dtype])
     except (ValueError, OSError) as error:  # no such checkpoint, or no average in it; a disk that is full
-        sys.exit(f"error: {error}")
+        end(error)
 
 
 if __name__ == "__main__":

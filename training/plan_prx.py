@@ -9,8 +9,8 @@ named, and neither the Hub nor weights are asked for the networks of the study's
 import argparse
 import json
 import sys
-from pathlib import Path
 
+from diffusers_prx.cli import end, path
 from diffusers_prx.training.gpus import GPUS, PRICES
 from diffusers_prx.training.planner import (
     CAPTION_TOKENS,
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         f"{key}: {gpu.name}, {gpu.memory_gb:g} GB, ${gpu.price_per_hour:.2f}" for key, gpu in GPUS.items()
     )
     source = UTILISATION_SOURCE.replace("%", "%%")  # argparse puts values in where a help text has one
-    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="A recipe.")
+    parser.add_argument("--config", type=path, required=True, metavar="RECIPE", help="A recipe.")
     parser.add_argument("--gpu", choices=list(GPUS), required=True, help=kinds)
     parser.add_argument("--num_gpus", type=int, required=True, help="Of all nodes together.")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="That share the fast link.")
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             num_images=args.num_images,
         )
     except (ValueError, OSError) as error:  # settings that do not fit, a file that cannot be read
-        sys.exit(f"error: {error}")
+        end(error)
     print(json.dumps(told, indent=2) if args.json else table(told, str(args.config)))
 
 

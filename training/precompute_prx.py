@@ -5,20 +5,16 @@
 Then train with the same flags. Killed, it goes on where it was when it is started again.
 """
 
-import sys
-
+from diffusers_prx.cli import errors_in_one_sentence, print_notes
 from diffusers_prx.training.precompute import precompute
-from diffusers_prx.training.recipes import parse_config
+from diffusers_prx.training.recipes import read_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        precompute(parse_config(argv))
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # what does not fit, a full disk: the message says what to do
-        sys.exit(f"error: {error}")
+    with errors_in_one_sentence():
+        cfg, notes = read_run(argv)
+        print_notes(notes)
+        precompute(cfg)
 
 
 if __name__ == "__main__":

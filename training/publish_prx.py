@@ -7,25 +7,25 @@ What it is, it sees by the files. Interrupted or failed, the same command goes o
 
 import argparse
 import sys
-from pathlib import Path
 
+from diffusers_prx.cli import end, parse_flags, path
 from diffusers_prx.training.publishing import EXIT_NOT_UPLOADED, UploadError, publish_folder
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="What to publish.")
+    parser.add_argument("--folder", type=path, required=True, help="What to publish.")
     parser.add_argument(
         "--repo_id", help="Name, or namespace/name; created where it is not there. Default: the folder's name."
     )
     parser.add_argument(
         "--private", action="store_true", help="Of a new repository; one that is there stays as it is."
     )
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     try:
         print(f"uploaded to {publish_folder(args.folder, args.repo_id or args.folder.resolve().name, args.private)}")
     except ValueError as error:  # the folder, the token or the name: the message says what is wrong with it
-        sys.exit(f"error: {error}")
+        end(error)
     except UploadError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_NOT_UPLOADED)

@@ -7,24 +7,26 @@ started again; with several processes each writes shards of its own.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 from accelerate import PartialState
 
+from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.data.files import expand_path
 from diffusers_prx.training.recaption import DTYPES, PROMPT, RecaptionSettings, recaption
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="A folder or a Hub id.")
+    parser.add_argument("--model_name_or_path", required=True, type=expand_path, help="A folder or a Hub id.")
     parser.add_argument("--revision", help="Of the model on the Hub.")
-    parser.add_argument("--dataset_name", required=True, help="A folder, pattern or Hub id, as for training.")
+    parser.add_argument(
+        "--dataset_name", required=True, type=expand_path, help="A folder, pattern or Hub id, as for training."
+    )
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_columns", nargs="+", default=["text"], help="Captions to keep.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Of the new data set.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Of the new data set.")
     parser.add_argument("--output_column", default="text_long")
     parser.add_argument(
         "--prompt",
@@ -38,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard_samples", type=int, default=1000, help="What a kill loses is less than a shard.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", help="Default: the one that accelerate gives to the process.")
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         told = recaption(RecaptionSettings(**args), output_dir, batch_size, device)
     except (ValueError, OSError) as error:  # settings, data or a model that do not fit; a full disk
-        sys.exit(f"error: {error}")
+        end(error)
     PartialState().print(told)  # one process does
 
 

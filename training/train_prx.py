@@ -1,20 +1,27 @@
-"""Train PRX: `accelerate launch training/train_prx.py --config training/recipes/quickstart.yaml`."""
+"""Train PRX.
 
-import sys
+From nothing: `accelerate launch training/train_prx.py --config training/recipes/quickstart.yaml`.
+
+Train a saved pipeline further: `accelerate launch training/train_prx.py --pretrained_model_name_or_path PIPELINE \\
+  --train_data_dir FOLDER --num_train_epochs 10 --output_dir outputs/mine`
+
+What the pipeline was trained with (prediction, noise, resolution, shift, tokens) is read from it.
+"""
+
 from pathlib import Path
 
-from diffusers_prx.training.recipes import parse_config
+from diffusers_prx.cli import errors_in_one_sentence, print_notes
+from diffusers_prx.training.recipes import read_run
 from diffusers_prx.training.trainer import Run
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        run = Run(parse_config(argv), CARD_TEMPLATE)
-    except (ValueError, OSError) as error:  # what does not fit or cannot be read: the message says what would do
-        sys.exit(f"error: {error}")
-    run.train()
+    with errors_in_one_sentence():
+        cfg, notes = read_run(argv)
+        print_notes(notes)
+        Run(cfg, CARD_TEMPLATE).train()
 
 
 if __name__ == "__main__":

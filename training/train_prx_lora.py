@@ -7,12 +7,10 @@ It is the run of train_prx.py with other defaults. What the pipeline was trained
 shift, tokens) is read from it.
 """
 
-import sys
 from pathlib import Path
 
-from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.nets import saved_settings
-from diffusers_prx.training.recipes import parse_settings
+from diffusers_prx.cli import errors_in_one_sentence, print_notes
+from diffusers_prx.training.recipes import read_run
 from diffusers_prx.training.trainer import Run
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -31,16 +29,12 @@ DEFAULTS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        settings = parse_settings(argv, DEFAULTS)
-        if settings["lora_rank"] is None:
+    with errors_in_one_sentence():
+        cfg, notes = read_run(argv, DEFAULTS)
+        if cfg.lora_rank is None:
             raise ValueError("`lora_rank` is null: the whole transformer is trained by train_prx.py.")
-        base = settings.get("pretrained_model_name_or_path")
-        saved = {} if base is None else saved_settings(base, settings.get("revision"))
-        run = Run(TrainingConfig(**saved | settings), CARD_TEMPLATE)
-    except (ValueError, OSError) as error:  # what does not fit or cannot be read: the message says what would do
-        sys.exit(f"error: {error}")
-    run.train()
+        print_notes(notes)
+        Run(cfg, CARD_TEMPLATE).train()
 
 
 if __name__ == "__main__":

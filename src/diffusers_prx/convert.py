@@ -13,7 +13,6 @@ import importlib
 import math
 import pickle
 import re
-import sys
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -30,6 +29,8 @@ from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .cli import end, parse_flags, path
+from .data.files import expand_path
 from .latents import latent_channels, load_vae
 from .models.transformer_prx import PRXTransformer2DModel
 from .pipelines.pipeline_prx import PRXPipeline
@@ -470,18 +471,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m diffusers_prx.convert", description="Turn an original PRX training checkpoint into a pipeline."
     )
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="A checkpoint folder, a .pt or a .safetensors file.")
-    add("--output_dir", type=Path, required=True, help="A new or empty folder.")
+    add("--checkpoint_path", type=path, required=True, help="A checkpoint folder, a .pt or a .safetensors file.")
+    add("--output_dir", type=path, required=True, help="A new or empty folder.")
     add("--ema", action="store_true", help="Take the moving average, not the trained weights.")
     add("--prefix", help="What the network's names begin with; default: found.")
     add("--dtype", choices=list(DTYPES), help="Of the network's weights; default: as in the checkpoint.")
 
     parts = parser.add_argument_group("what the network was trained with; names are Hub ids or folders")
     add = parts.add_argument
-    add("--vae_name_or_path", help="The VAE, or a pipeline with one (black-forest-labs/FLUX.1-dev).")
+    add("--vae_name_or_path", type=expand_path, help="The VAE, or a pipeline with one (black-forest-labs/FLUX.1-dev).")
     add("--pixel_space", action="store_true", help="There was no VAE (the original's `identity`).")
-    add("--text_encoder_name_or_path", help="The text encoder and its tokenizer (google/t5gemma-2b-2b-ul2).")
-    add("--components_from", help="A saved or published PRX pipeline: its text encoder, tokenizer and VAE are taken.")
+    add(
+        "--text_encoder_name_or_path",
+        type=expand_path,
+        help="The text encoder and its tokenizer (google/t5gemma-2b-2b-ul2).",
+    )
+    add(
+        "--components_from",
+        type=expand_path,
+        help="A saved or published PRX pipeline: its text encoder, tokenizer and VAE are taken.",
+    )
     add("--transformer_only", action="store_true", help="Save the network alone.")
     add(
         "--prediction_type",
@@ -523,7 +532,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--time_factor", type=float, help="Default: 1000.")
     add("--time_max_period", type=int, help="Default: 10000; of the resolution embedder too.")
 
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     sources = [bool(args.vae_name_or_path), args.pixel_space, bool(args.components_from)]
     if args.transformer_only:
         idle = [name for name in OF_THE_PIPELINE if getattr(args, name) is not None]
@@ -638,7 +647,7 @@ def main(argv: list[str] | None = None) -> None:
         transformer = convert_transformer(args.checkpoint_path, args.ema, args.prefix, dtype, **given)
         converted: Any = transformer if components is None else build_pipeline(transformer, components, args)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        end(error)
     converted.save_pretrained(args.output_dir)
     print(f"saved to {args.output_dir}")
 

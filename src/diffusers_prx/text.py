@@ -23,7 +23,7 @@ from transformers import (
 _TOKENIZER_LOCK = threading.Lock()
 
 # Tokenizers that state no length say 1e30; no PRX reads more than a few hundred tokens.
-_LONGEST = 1_000_000
+LONGEST_TEXT = 1_000_000
 
 
 def encoder_only(module: T5GemmaModuleConfig, **settings: Any) -> T5GemmaConfig:
@@ -96,9 +96,9 @@ def tokenize_prompts(
     Raises:
         ValueError: `max_length` is no length.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= _LONGEST:
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= LONGEST_TEXT:
         raise ValueError(
-            f"`max_length` is {max_length}; it has to be a number of tokens between 1 and {_LONGEST}. Set the"
+            f"`max_length` is {max_length}; it has to be a number of tokens between 1 and {LONGEST_TEXT}. Set the"
             " tokenizer's `model_max_length`, or pass `tokenizer_max_length` to the pipeline."
         )
     cleaned = [clean(prompt) for prompt in prompts]

@@ -2,17 +2,21 @@
 
 import ast
 import dataclasses
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 
 import runs
+from diffusers_prx.cli import sentence
 from diffusers_prx.training.checkpoints import RunState
 from diffusers_prx.training.config import DataSource, TrainingConfig, settings_of_run, sources_of
-from diffusers_prx.training.recipes import parse_config
+from diffusers_prx.training.recipes import ANSWERS, OWN, load_recipe, parse_config, read_command_line, read_run
 from diffusers_prx.training.settings import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -80,7 +84,6 @@ def test_words_that_yaml_reads_otherwise(tmp_path):
         ("use_ema", "1", "bool"),
         ("checkpoints_total_limit", "all", "int | null, at least 1"),
         ("text_encoder_config", "[1]", "dict"),
-        ("validation_prompts", "a cat", "list"),
         ("optimizer", "sgd", "adamw | muon"),
         ("report_to", "all", "tensorboard | wandb | trackio | none"),
         ("mixed_precision", "fp16", "no | bf16"),
@@ -152,10 +155,10 @@ def test_a_value_out_of_range_is_refused_with_field_and_value(name, values):
             "must be trained: set `train_text_encoder`",
         ),
         ({"lr_decay_steps": 10}, "`lr_decay_steps` needs `lr_scheduler` linear or cosine"),
-        ({"max_train_steps": 999}, r"Warm-up \(1000\) and decay \(0\) must fit in `max_train_steps` \(999\)"),
+        ({"max_train_steps": 999, "lr_warmup_steps": 1000}, r"`lr_warmup_steps` \(1000\) .*`max_train_steps` \(999\)"),
         (
-            {"max_train_steps": 1500, "lr_scheduler": "linear", "lr_decay_steps": 501},
-            r"Warm-up \(1000\) and decay \(501\) must fit",
+            {"max_train_steps": 1500, "lr_scheduler": "linear", "lr_warmup_steps": 1000, "lr_decay_steps": 501},
+            r"`lr_warmup_steps` \(1000\) and `lr_decay_steps` \(501\) must fit",
         ),
         (
             {"use_ema": True, "max_train_steps": 9, "lr_warmup_steps": 0},
@@ -239,24 +242,24 @@ def test_a_stage_may_have_data_of_its_own():
         TrainingConfig(**NEEDED, stages=[{"data_sources": [PHOTOS]}])
 
 
-def test_an_unknown_setting_is_refused(tmp_path, capsys):
-    known = r"known: \['activation_budget', .*'train_batch_size'"
-    with pytest.raises(ValueError, match=rf"unknown settings \['batchsize'\]; {known}"):
+def test_an_unknown_setting_is_refused_with_the_one_that_it_may_stand_for(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown settings \['batchsize'\] \(did you mean train_batch_size\?\)"):
         parse_config(recipe(tmp_path, "batchsize: 3\n") + FLAGS)
-    for flag in ("--batchsize", "--train_batch"):  # no abbreviations either
-        with pytest.raises(SystemExit):
+    for flag in ("--batchsize", "--train_batch", "--train-batch-size=3"):  # no abbreviations either
+        with pytest.raises(ValueError, match=rf"{flag}.*\(did you mean --train_batch_size\?\)"):
             parse_config([*FLAGS, flag, "3"])
-        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown arguments: --qqqq 3; --help"):
+        parse_config([*FLAGS, "--qqqq", "3"])
 
 
 def test_a_recipe_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="must be a mapping of settings, got list"):
         parse_config(recipe(tmp_path, "- seed\n"))
-    with pytest.raises(ValueError, match=r"recipe\.yaml` is no valid YAML"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml` is not valid YAML"):
         parse_config(recipe(tmp_path, "seed: [1\n"))
-    with pytest.raises(ValueError, match=r"`config` is 'nowhere\.yaml', which is no file"):
+    with pytest.raises(ValueError, match=r"`config` is 'nowhere\.yaml', which is not a file"):
         parse_config(["--config", "nowhere.yaml"])
-    with pytest.raises(ValueError, match="`transformer_config` is no valid YAML"):
+    with pytest.raises(ValueError, match="`transformer_config` is not valid YAML"):
         parse_config(["--transformer_config", "{depth: 2"])
 
 
@@ -287,7 +290,7 @@ def test_a_recipe_with_a_base_needs_a_folder_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("base", ["nowhere.yaml", "3", "[a]"])
 def test_a_base_that_is_not_there(tmp_path, base):
-    with pytest.raises(ValueError, match=r"`config` is .*, which is no file"):
+    with pytest.raises(ValueError, match=r"`config` is .*, which is not a file"):
         parse_config(recipe(tmp_path, f"base: {base}\noutput_dir: b\n") + FLAGS)
     (tmp_path / "first.yaml").write_text("sead: 1\n")
     with pytest.raises(ValueError, match=r"first\.yaml has unknown settings \['sead'\]"):
@@ -369,7 +372,7 @@ def test_a_stage_changes_the_run_and_nothing_else(tmp_path):
         ([{}, {"optimizer": "muon", "use_ema": True}], r"Stage 1 changes \['optimizer', 'use_ema'\]; a stage may"),
         ([{"stages": []}], r"Stage 0 changes \['stages'\]"),
         ([{}, {"resolution": "large"}], "Stage 1: `resolution` got 'large'; accepted: int"),
-        ([{"max_train_steps": 10}], r"Stage 0: Warm-up \(1000\) and decay \(0\) must fit in `max_train_steps` \(10\)"),
+        ([{"max_train_steps": 10, "lr_warmup_steps": 11}], r"Stage 0: `lr_warmup_steps` \(11\) .* must fit"),
         ([{}, REPA | {"repa_projector": "conv", "route_ratio": 0.5}], "Stage 1: `repa_projector` conv needs"),
         ([3], "`stages` must be a list of mappings of settings, got 3"),
         ([{"max_train_steps": 2000}, REPA | {"repa_until_step": 2000}],
@@ -382,13 +385,16 @@ def test_a_stage_that_is_refused(stages, message):
 
 
 def test_marks_do_not_contradict_each_other():
-    stage, fixed, cached, surroundings = (set(marked(TrainingConfig, mark)) for mark in Mark)
+    stage, fixed, cached, surroundings, path = (set(marked(TrainingConfig, mark)) for mark in Mark)
     assert not fixed & (stage | surroundings)  # what a resumed run must keep no stage changes
     assert cached <= stage
     assert not {"stages", "seed", "output_dir"} & stage
     assert {"seed", "optimizer", "weights_dtype", "prediction_type"} <= fixed
     assert {"resolution", "caption_weights", "instance_prompt", "train_data_dir", "max_crop"} <= cached
     assert {"output_dir", "resume_from_checkpoint", "report_to"} <= surroundings
+    assert path == {name for name in FIELDS if name.endswith(("_path", "_dir", "_teacher", "_backbone"))} | {
+        "dataset_name", "resume_from_checkpoint",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -443,8 +449,9 @@ def attributes_read() -> set[str]:
 
 def test_no_option_that_nothing_reads():
     read = attributes_read()
-    assert {"stage_configs", "timestep_shift", "repo_id"} <= read  # through which these are read
-    assert sorted(set(FIELDS) - read - {"stages", "shift", "shift_base_resolution", "hub_model_id"}) == []
+    assert {"stage_configs", "timestep_shift", "repo_id", "warmup_steps"} <= read  # through which these are read
+    through = {"stages", "shift", "shift_base_resolution", "hub_model_id", "lr_warmup_steps"}
+    assert sorted(set(FIELDS) - read - through) == []
 
 
 def test_a_flag_that_stages_override_is_refused(tmp_path):
@@ -482,3 +489,220 @@ def test_an_older_checkpoint_is_resumed_with_what_it_did(frozen, cleaning):
     assert state.step == 3
     with pytest.raises(ValueError, match=f"`caption_cleaning` {cleaning}"):
         RunState(saved | {"caption_cleaning": "full"}, stages, {"frozen_networks": frozen}).load_state_dict(old)
+
+
+# What a person types
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of nine pictures with captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(9):
+        PIL.Image.new("RGB", (40 + number, 48), (20 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture number {number}")
+    return folder
+
+
+SMALL = str(ROOT / "model_cards" / "prx-scenes-small")
+QUICKSTART = ["--config", str(ROOT / "training" / "recipes" / "quickstart.yaml")]
+
+
+def test_a_pretrained_pipeline_and_data_are_enough(pictures):
+    cfg, notes = read_run(["--pretrained_model_name_or_path", SMALL, "--train_data_dir", str(pictures)])
+    taken = {"resolution": 32, "shift": 3.0, "prediction_type": "velocity", "noise_scale": 1.0}
+    for name, value in (taken | {"max_sequence_length": 64, "caption_cleaning": "light"}).items():
+        assert getattr(cfg, name) == value
+        assert f"`{name}` {value}" in notes[0]
+    lora, _ = read_run(["--pretrained_model_name_or_path", SMALL, "--dataset_name", "x"], {"lora_rank": 4})
+    assert [getattr(lora, name) for name in taken] == list(taken.values())
+
+
+def test_what_replaces_a_setting_of_the_pipeline_is_said(tmp_path, pictures):
+    argv = [*recipe(tmp_path, f"pretrained_model_name_or_path: {SMALL}\nshift: 2\nnoise_scale: 1\n")]
+    cfg, notes = read_run([*argv, "--train_data_dir", str(pictures), "--resolution", "64"])
+    assert (cfg.resolution, cfg.shift, cfg.max_sequence_length) == (64, 2.0, 64)
+    assert "`resolution` is 64 (flag); the pretrained pipeline has 32" in notes
+    assert "`shift` is 2.0 (recipe); the pretrained pipeline has 3.0" in notes
+    assert not any("`noise_scale` is" in note for note in notes)  # it is the same
+    new = [*argv, "--dataset_name", "x", "--transformer_config", "{depth: 2}"]
+    assert read_run(new)[0].resolution == 256  # nothing of the pipeline's transformer is trained
+
+
+def test_a_pipeline_that_cannot_be_continued(tmp_path):
+    def saved(**changes):
+        index = json.loads((Path(SMALL) / "model_index.json").read_text()) | changes
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        return ["--pretrained_model_name_or_path", str(tmp_path), "--dataset_name", "x"]
+
+    shutil.copytree(Path(SMALL) / "scheduler", tmp_path / "scheduler")
+    assert read_run(saved())[0].resolution == 32
+    with pytest.raises(ValueError, match=r"`resolution` got \[32\]"):
+        read_run(saved(default_sample_size=[32]))
+    for name in ("FluxPipeline", None, []):
+        with pytest.raises(ValueError, match=r"`pretrained_model_name_or_path` holds a .*; accepted"):
+            read_run(saved(_class_name=name))
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is 'me/nothing'") as error:
+        read_run(["--pretrained_model_name_or_path", "me/nothing", "--dataset_name", "x"])
+    assert "the Hub could not be reached" in sentence(error.value)
+
+
+def test_data_of_a_flag_take_the_place_of_a_recipes(tmp_path, pictures):
+    line = read_command_line([*QUICKSTART, "--instance_data_dir", str(pictures)])
+    assert (line.settings["train_data_dir"], "dataset_name" in line.settings) == (str(pictures), False)
+    assert line.notes == ["--train_data_dir in place of the recipe's `dataset_name` scenes"]
+    listed = recipe(tmp_path, "data_sources: [{name: a}]\ndataset_split: all\ncaption_column: long\n")
+    for flags in (["--dataset_name", "b"], ["--train_data_dir", "b"]):
+        settings = read_command_line([*listed, *flags]).settings
+        assert settings.keys() == {"caption_column", flags[0][2:]}
+    assert read_command_line([*QUICKSTART, "--dataset_name", "b"]).settings["dataset_name"] == "b"
+    staged = recipe(tmp_path, "stages: [{dataset_name: a}]\n")
+    with pytest.raises(ValueError, match=r"stages of .* set \['dataset_name'\] themselves"):
+        read_command_line([*staged, "--train_data_dir", "b"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay", "warmup"),
+    [(100_000, None, 1000), (10_000, None, 1000), (9_999, None, 999), (60, None, 6), (5, None, 0), (100, 95, 5)],
+)
+def test_the_warm_up_follows_the_length_of_the_run_unless_given(steps, decay, warmup):
+    schedule = {"max_train_steps": steps, "lr_decay_steps": decay, "lr_scheduler": "linear"}
+    cfg = TrainingConfig(**NEEDED, **schedule)
+    assert cfg.warmup_steps == warmup
+    assert TrainingConfig(**NEEDED, **schedule, lr_warmup_steps=0).warmup_steps == 0
+    staged = TrainingConfig(**NEEDED, stages=[{"max_train_steps": 50}, {"max_train_steps": 20_000}])
+    assert [stage.warmup_steps for stage in staged.stage_configs()] == [5, 1000]
+
+
+def test_a_recipes_schedule_follows_a_flag_that_makes_its_run_too_short():
+    cfg, notes = read_run([*QUICKSTART, "--max_train_steps", "100"])
+    assert (cfg.max_train_steps, cfg.lr_warmup_steps, cfg.lr_decay_steps) == (100, 14, 40)
+    assert "`lr_warmup_steps` 100 becomes 14, `lr_decay_steps` 280 becomes 40" in notes[0]
+    cfg, notes = read_run([*QUICKSTART, "--max_train_steps", "380"])  # it fits as it is
+    assert (cfg.lr_warmup_steps, cfg.lr_decay_steps, notes) == (100, 280, [])
+    cfg, _ = read_run([*QUICKSTART, "--max_train_steps", "1"])
+    assert (cfg.lr_warmup_steps, cfg.lr_decay_steps) == (0, 1)
+    with pytest.raises(ValueError, match=r"`lr_warmup_steps` \(200\) and `lr_decay_steps` \(40\) must fit"):
+        read_run([*QUICKSTART, "--max_train_steps", "100", "--lr_warmup_steps", "200"])
+
+
+def test_epochs_become_steps(pictures, tmp_path, monkeypatch):
+    start = ["--pretrained_model_name_or_path", SMALL, "--train_data_dir", str(pictures), "--num_train_epochs", "5"]
+    cfg, notes = read_run([*start, "--train_batch_size", "4"])
+    assert cfg.max_train_steps == 12  # 45 samples
+    assert "`num_train_epochs` 5: 12 steps of 4 of the 9 samples" in notes
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    batch = ["--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--num_validation_samples", "3"]
+    assert read_run([*start, *batch])[0].max_train_steps == 3  # 30 samples by 12
+    cfg, notes = read_run([*QUICKSTART, *start[2:]])  # in place of the recipe's steps, and its schedule follows
+    assert (cfg.max_train_steps, cfg.lr_warmup_steps, cfg.lr_decay_steps) == (1, 0, 1)
+    assert "--train_data_dir and --num_train_epochs in place of the recipe's `dataset_name` scenes" in notes[0]
+    of_recipe = recipe(tmp_path, "num_train_epochs: 5\n")
+    assert read_run([*of_recipe, *start[:-1], "6"])[0].max_train_steps == 1
+    assert read_run([*of_recipe, *start[:-2], "--max_train_steps", "7"])[0].max_train_steps == 7
+    for argv, message in (
+        ([*start, "--max_train_steps", "3"], "`num_train_epochs` and `max_train_steps` are both given"),
+        ([*FLAGS, "--num_train_epochs", "3"], "`num_train_epochs` is 3, but the run has data without an end"),
+        ([*start, "--stages", "[{resolution: 64}]"], "`num_train_epochs` is 5, but the run has stages"),
+        ([*start[:-1], "0"], "`num_train_epochs` must be at least 1, got 0"),
+        (recipe(tmp_path, "num_train_epochs: 5\nmax_train_steps: 5\n"), "keep one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_run(argv)
+
+
+def test_one_string_is_one_prompt(tmp_path):
+    for flags, prompts in (
+        (["--validation_prompts", "a cat: big, and a dog"], ["a cat: big, and a dog"]),
+        (["--validation_prompt", "yes"], ["yes"]),
+        (["--validation_prompts", "a cat", "a dog"], ["a cat", "a dog"]),
+        (["--validation_prompts", "[a cat, a dog]"], ["a cat", "a dog"]),
+        (["--validation_prompts", "[]"], []),
+        (["--validation_prompt", "a cat", "--num_validation_images", "3"], ["a cat"] * 3),
+    ):
+        assert parse_config([*FLAGS, *flags]).validation_prompts == prompts
+    assert parse_config([*recipe(tmp_path, "validation_prompts: a cat\n"), *FLAGS]).validation_prompts == ["a cat"]
+    with pytest.raises(ValueError, match="`validation_prompts` got 3; accepted: list"):
+        parse_config([*recipe(tmp_path, "validation_prompts: 3\n"), *FLAGS])
+
+
+def test_flags_and_values_of_diffusers_scripts(tmp_path):
+    flags = [
+        "--optimizer",
+        "AdamW",
+        "--lr_scheduler",
+        "constant_with_warmup",
+        "--rank",
+        "4",
+        "--lora_layers",
+        "up_proj, a",
+    ]
+    settings = read_command_line(flags).settings
+    assert settings == {
+        "optimizer": "adamw", "lr_scheduler": "constant", "lora_rank": 4, "lora_layers": ["up_proj", "a"],
+    }  # fmt: skip
+    for flag, answer in ANSWERS.items():
+        assert flag not in settings_of(TrainingConfig)
+        for argv in ([f"--{flag}", "3"], [f"--{flag}=3"], [f"--{flag}"]):
+            with pytest.raises(ValueError, match=re.escape(f"--{flag}` is not a flag here: {answer}")):
+                read_command_line(argv)
+        with pytest.raises(ValueError, match=re.escape(f"`{flag}`, which is not a setting here: {answer}")):
+            read_command_line(recipe(tmp_path, f"{flag}: 3\n"))
+    for named in re.findall(r"--(\w+)", " ".join(ANSWERS.values())):  # what an answer names is there
+        assert named in settings_of(TrainingConfig) | OWN
+
+
+def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PICTURES", "pics")
+    names = [name for name in marked(TrainingConfig, Mark.PATH) if name not in ("train_data_dir", "dataset_name")]
+    needed = NEEDED | {
+        "train_text_encoder": False, "repa_weight": 0.5, "dino_weight": 0.1, "lpips_weight": 0.1,
+        "perceptual_decode_latents": True, "resolution": 256,
+    }  # fmt: skip
+    off = {"precomputed_dir"}  # excludes others
+    cfg = TrainingConfig(**needed | dict.fromkeys(set(names) - off, "~/$PICTURES"))
+    for name in set(names) - off:
+        assert getattr(cfg, name) == f"{tmp_path}/pics"
+    stages = [{"train_data_dir": "$HOME/a", "dataset_name": None}]
+    staged = TrainingConfig(**NEEDED, stages=stages)
+    assert staged.stage_configs()[0].train_data_dir == f"{tmp_path}/a"
+    listed = TrainingConfig(**NEEDED | {"dataset_name": None, "data_sources": [{"name": "~/{0..3}.tar"}]})
+    assert sources_of(listed)[0].name == f"{tmp_path}/{{0..3}}.tar"
+    for untouched in ("a~b", "me/data", "$NOWHERE/x"):
+        assert TrainingConfig(**NEEDED | {"output_dir": untouched}).output_dir == untouched
+    (tmp_path / "mine.yaml").write_text("seed: 3\nbase: $HOME/base.yaml\noutput_dir: ~/x\n")
+    (tmp_path / "base.yaml").write_text("shift: 2\n")
+    cfg = parse_config(["--config", "~/mine.yaml", *FLAGS])
+    assert (cfg.seed, cfg.shift, cfg.output_dir) == (3, 2.0, f"{tmp_path}/x")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nshift: 2\nseed: 2\n", r"has the key 'seed' twice \(line 3\)"),
+        ('seed: 1\n"seed": 1\n', "has the key 'seed' twice"),
+        ("transformer_config: {depth: 1, depth: 2}\n", "has the key 'depth' twice"),
+        ("stages:\n- {seed: 1, seed: 2}\n", "has the key 'seed' twice"),
+        (BOMB, "has more than 100,000 values once its aliases are written out"),
+        ("stages: &a [*a]\n", "has an alias inside of what it stands for"),
+        ("[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("? [a]\n: 1\n", "is not valid YAML"),
+    ],
+)
+def test_yaml_that_is_not_what_it_seems(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(Path(recipe(tmp_path, text)[1]))
+
+
+def test_aliases_and_merged_keys_are_read(tmp_path):
+    text = "stages:\n- &a {shift: 2, resolution: 64}\n- *a\n- {<<: *a, shift: 3}\n"
+    stages = load_recipe(Path(recipe(tmp_path, text)[1]))["stages"]
+    assert stages[1] == {"shift": 2, "resolution": 64}
+    assert stages[2] == {"shift": 3, "resolution": 64}

@@ -314,16 +314,21 @@ def test_captions_of_the_scenes_by_weight(text_encoder, tmp_path):
 def test_data_that_are_not_there(text_encoder, tmp_path):
     name = write_beside(tmp_path / "photos")
     for changes, message in (
-        ({"dataset_name": None, "train_data_dir": "nowhere"}, "`train_data_dir` is no folder: nowhere"),
-        (
-            {"dataset_name": name, "num_validation_samples": 7},
-            r"but the data set has 12 samples \(.*photos, of which 7",
-        ),
+        ({"dataset_name": None, "train_data_dir": "nowhere"}, "`train_data_dir` is 'nowhere', which is not a folder"),
         ({"caption_weights": {"long": 1, "tags": 1}}, "`caption_column` .*tags"),
         ({"dataset_name": name, "streaming": True}, "is read by index: leave `streaming` out"),
     ):
         with pytest.raises(ValueError, match=message):
             runs.start(runs.settings(tmp_path / "run", text_encoder, **changes))
+
+
+def test_more_held_out_samples_than_half_of_the_data_become_a_tenth(text_encoder, tmp_path, capsys):
+    name = write_beside(tmp_path / "photos")  # 12 pictures
+    for asked, kept in ((6, 6), (7, 1), (128, 1)):
+        values = {"dataset_name": name, "num_validation_samples": asked, "train_batch_size": 2, "max_train_steps": 1}
+        run = runs.start(runs.settings(tmp_path / f"{asked}", text_encoder, **values))
+        assert [len(run.stages[0].held_out), len(run.stages[0].source)] == [kept, 12 - kept]
+        assert (f"{kept} samples, since {asked} (`num_validation_samples`)" in capsys.readouterr().out) == (asked > 6)
 
 
 # Streams

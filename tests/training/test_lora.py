@@ -30,7 +30,7 @@ from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.nets import saved_settings
 from diffusers_prx.training.preflight import memory, outline
 from diffusers_prx.training.publishing import ADAPTER_LOADED_FROM, LOADED_FROM, UNPUBLISHED_BASE, hub_id, is_ours
-from diffusers_prx.training.recipes import parse_settings
+from diffusers_prx.training.recipes import read_command_line
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state
 from training import train_prx_lora
@@ -365,7 +365,7 @@ def test_the_script_reads_from_the_pipeline_how_it_was_trained(base, tmp_path):
 def test_defaults_of_a_script_are_under_the_recipe_and_the_flags(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{lora_rank: 4, seed: 3}")
     flags = ["--config", str(tmp_path / "recipe.yaml"), "--seed", "5"]
-    assert parse_settings(flags, {"lora_rank": 16, "max_train_steps": 7}) == {
+    assert read_command_line(flags, {"lora_rank": 16, "max_train_steps": 7}).settings == {
         "lora_rank": 4, "max_train_steps": 7, "seed": 5,
     }  # fmt: skip
 
@@ -375,9 +375,9 @@ def test_wrong_settings_end_the_script_with_one_line(base, tmp_path):
         SystemExit, match=r"^error: `lora_rank` is 16, but there is no `pretrained_model_name_or_path`"
     ):
         train_prx_lora.main(["--dataset_name", "scenes"])
-    with pytest.raises(SystemExit, match=r"^error: `lora_rank` is null: the whole transformer is trained by"):
-        train_prx_lora.main(["--rank", "null"])
     flags = ["--pretrained_model_name_or_path", str(base), "--dataset_name", "scenes", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: `lora_rank` is null: the whole transformer is trained by"):
+        train_prx_lora.main([*flags, "--rank", "null"])
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(SystemExit, match=r"^error: `lora_layers` has 'to_q', which is no linear layer .*'down_proj'"):
         train_prx_lora.main([*flags, "--lora_layers", "[to_q]"])

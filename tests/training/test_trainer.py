@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -23,12 +25,14 @@ import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.evaluation.networks import tokenizer_fingerprint
+from diffusers_prx.training import trainer
 from diffusers_prx.training.averages import Averages
 from diffusers_prx.training.checkpoints import find_checkpoint
-from diffusers_prx.training.distributed import Trained
+from diffusers_prx.training.distributed import Trained, check_environment
 from diffusers_prx.training.export import export_checkpoint
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state, saved_weights
+from training import train_prx
 
 PROMPTS = ["a red circle", "a blue square"]
 # everything at once: Muon and AdamW, averages, a schedule, dropped captions, validation, a tracker
@@ -155,10 +159,31 @@ def test_accumulation_sees_the_same_step_also_from_the_middle_of_a_run(smooth, t
         assert max((one[key] - start[key]).abs().max() for key in one) > 3e-4
 
 
-def test_an_environment_variable_does_not_change_the_accumulation(smooth, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
-    run = runs.start(smooth.cfg.to_dict() | {"output_dir": str(tmp_path)})
-    assert run.accelerator.gradient_accumulation_steps == 1
+@pytest.mark.parametrize(
+    ("variable", "accepted", "refused", "setting"),
+    [
+        ("MIXED_PRECISION", ["no", "bf16", "BF16", ""], ["fp16", "fp8"], "mixed_precision"),
+        ("DYNAMO_BACKEND", ["NO", "no", ""], ["INDUCTOR", "EAGER"], "compile"),
+        ("GRADIENT_ACCUMULATION_STEPS", ["2", ""], ["4", "1", "auto"], "gradient_accumulation_steps"),
+    ],
+)
+def test_the_environment_asks_for_what_the_run_does(monkeypatch, variable, accepted, refused, setting):
+    cfg = runs.config(mixed_precision="bf16", gradient_accumulation_steps=2)
+    for value in accepted:
+        monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+        check_environment(cfg)
+    for value in refused:
+        monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+        with pytest.raises(ValueError, match=f"ACCELERATE_{variable} is {value} .*`--{setting}`"):
+            check_environment(cfg)
+    for name, value in (("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")):
+        monkeypatch.delenv(f"ACCELERATE_{variable}", raising=False)
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=name):  # and the other way round
+            check_environment(runs.config(mixed_precision="no"))
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    check_environment(runs.config(compile=True))
 
 
 def _train_in_two_processes(values: dict) -> None:
@@ -495,8 +520,7 @@ def test_starting_from_a_pipeline_in_pixel_space(whole, tmp_path):
             {"text_encoder_config": {"width": 8}, "train_text_encoder": True},
             r"`text_encoder_config` has keys \['width'\] that T5GemmaModuleConfig does not have",
         ),
-        ({"num_validation_samples": 4}, "`num_validation_samples` is 4, but the data set has 6 samples"),
-        ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has \['image', 'caption'\]"),
+        ({"caption_column": "text"}, "`caption_column` is 'text'.*'image', 'caption'"),
     ],
 )
 def test_networks_and_data_that_do_not_fit(latent, tmp_path, changes, message):
@@ -516,6 +540,40 @@ def test_another_shift_than_the_pretrained_one_is_said(latent, tmp_path, caplog)
 def test_too_many_unreadable_samples(latent, tmp_path):
     with pytest.raises(ValueError, match=r"of \d+ samples cannot be read, more than `max_corrupt_share` 0\.0 allows"):
         runs.train(fine_tuning(tmp_path, latent, max_corrupt_share=0.0))
+
+
+def test_an_error_of_the_training_is_one_sentence_and_exit_code_1(tmp_path, text_encoder):
+    values = runs.settings(tmp_path / "run", text_encoder, learning_rate=1e30, lr_warmup_steps=0, max_train_steps=9)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit) as ended:
+        train_prx.main(["--config", str(tmp_path / "recipe.yaml")])
+    message = str(ended.value.code)  # a text: Python prints it and exits with 1
+    assert message.startswith("error: The loss is not finite at step")
+    assert "\n" not in message
+
+
+def test_the_bar_shows_the_loss_from_the_first_step_and_messages_are_above_it(tmp_path, text_encoder, capsys):
+    values = runs.settings(tmp_path, text_encoder, max_train_steps=3, logging_steps=100, checkpointing_steps=100)
+    seen = []
+
+    class Bar(trainer.tqdm):
+        def update(self, n=1):
+            seen.append(self.postfix)
+            return super().update(n)
+
+        @classmethod
+        def write(cls, text, **_):
+            seen.append(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "tqdm", Bar)
+        run = runs.train(values)
+    assert re.fullmatch(r"loss=\d+\.\d{4}, lr=1\.0e-03", seen[1])
+    assert seen[0].startswith("stored values by type")
+    assert len(seen) == 4
+    assert "stored values by type" not in capsys.readouterr().out
+    assert [entry["step"] for entry in run.state.history] == [3]
 
 
 def test_a_loss_that_is_no_number(tmp_path, text_encoder):

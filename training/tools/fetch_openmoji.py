@@ -24,7 +24,6 @@ import io
 import json
 import os
 import re
-import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -39,6 +38,8 @@ import datasets
 import PIL.Image
 import pyarrow.parquet as pq
 from tqdm import tqdm
+
+from diffusers_prx.cli import end, parse_flags, path
 
 VERSION = "17.0.0"
 REGISTRY = "https://registry.npmjs.org"
@@ -87,7 +88,7 @@ class Sample:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the data set.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Folder of the data set.")
     parser.add_argument("--size", type=int, default=64, help="Side of the pictures in pixels.")
     parser.add_argument("--format", default=",".join(WRITERS), help="Which of them to write, with commas between.")
     parser.add_argument("--version", default=VERSION, help="Of the npm package.")
@@ -97,7 +98,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="Also the same persons and hands in five skin tones, nearly as many drawings as all others.",
     )
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")
     args.formats = list(dict.fromkeys(args.format.split(",")))
@@ -405,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fetch_openmoji(parse_args(argv))
     except (ValueError, OSError) as error:  # no network, a package that is not what it should be, a full disk
-        sys.exit(f"error: {error}")
+        end(error)
 
 
 if __name__ == "__main__":

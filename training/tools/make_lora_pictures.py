@@ -21,6 +21,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
+from diffusers_prx.cli import parse_flags, path
 from diffusers_prx.data.scenes import (
     BACKGROUNDS,
     Scene,
@@ -95,10 +96,10 @@ KINDS = {"mushroom": mushrooms, "emoji": emojis}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=tuple(KINDS), required=True)
-    parser.add_argument("--openmoji", type=Path, required=True, help="The imagefolder of fetch_openmoji.py.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Of the pictures.")
+    parser.add_argument("--openmoji", type=path, required=True, help="The imagefolder of fetch_openmoji.py.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Of the pictures.")
     parser.add_argument("--resolution", type=int, default=32, help="Height and width in pixels.")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         for note in NOTES:

@@ -20,9 +20,7 @@ same number of threads.
 import argparse
 import json
 import math
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.data.files import expand_path
 from diffusers_prx.data.scenes import LEVELS, ScenesDataset
 from diffusers_prx.latents import VAE, EncodedImages, decode, encode, latent_channels, vae_scale_factor
 from diffusers_prx.training.alignment import alignment_loss, teacher_features
@@ -48,7 +48,7 @@ KL_WEIGHT, ALIGN_WEIGHT = 1e-4, 0.5
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the autoencoder.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Folder of the autoencoder.")
     parser.add_argument("--kind", choices=KINDS, required=True, help="Class of the autoencoder.")
     parser.add_argument("--downsample", type=int, default=4, help="Pixels per latent, along a side: a power of 2.")
     parser.add_argument(
@@ -57,7 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base_channels", type=int, default=16, help="Width at full resolution; doubled twice below.")
     parser.add_argument("--layers_per_block", type=int, default=1)
     parser.add_argument("--kl_weight", type=float, help=f"Of the mean KL of a code (kl, flux2); default: {KL_WEIGHT}.")
-    parser.add_argument("--align_to", help="Vision teacher (folder or Hub id) to align the latents with.")
+    parser.add_argument(
+        "--align_to", type=expand_path, help="Vision teacher (folder or Hub id) to align the latents with."
+    )
     parser.add_argument("--align_weight", type=float, help=f"Of 1 - cosine, with --align_to; default: {ALIGN_WEIGHT}.")
     parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Of the scenes.")
     parser.add_argument("--resolution", type=int, default=32, help="Of the scenes, in pixels: 32 to 256.")
@@ -69,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the weights, the scenes and the noise.")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's.")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     for name in ("latent_channels", "layers_per_block", "steps", "batch_size", "num_eval", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         teacher = load_teacher(args.align_to).to(device) if args.align_to is not None else None
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        end(error)
     torch.manual_seed(args.seed)
     vae = build_vae(args).to(device)
     assert vae_scale_factor(vae) == args.downsample

@@ -16,7 +16,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, get_cosine_schedule_with_warmup
 
+from diffusers_prx.cli import parse_flags, path
 from diffusers_prx.data.scenes import LEVELS, Scene, ScenesDataset, cell_corner, get_level, object_mask
 from diffusers_prx.training.export import commit_of_this_package
 
@@ -41,7 +41,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the teacher.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Folder of the teacher.")
     parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Of the scenes.")
     parser.add_argument("--resolution", type=int, default=32, help="Of the scenes, in pixels: 32 to 256.")
     parser.add_argument("--patch_size", type=int, default=4, help="Side of a patch in pixels.")
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_eval", type=int, default=512, help="Held-out scenes to grade, and as many novel ones.")
     parser.add_argument("--seed", type=int, default=0, help="Of the weights and the scenes.")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's.")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "steps", "batch_size", "num_eval", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -1,4 +1,5 @@
-"""Paths as a user types them, regular files, atomic writes (under another name, then renamed), and hashes of files."""
+"""Paths as a user types them, regular files, atomic writes (under another name, then renamed), hashes of files, and
+careful reading of YAML."""
 
 import json
 import os
@@ -12,12 +13,15 @@ from typing import IO, Any
 
 import torch
 import xxhash
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 UNFINISHED = ".unfinished"
 HASH_KEY = "hash"  # of a JSON file, and of the metadata of a safetensors file
 HASH_NAME = "xxh3_128"  # of a whole file, see `hash_file`
+# Values of a YAML text, each alias counted with all that it stands for: ten short lines can stand for a billion.
+YAML_VALUES = 100_000
 NAMES_SHOWN = 5
 
 
@@ -167,3 +171,53 @@ def hash_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+def read_yaml(source: str | Path, text: str) -> Any:
+    """Read YAML from a person or a stranger as plain data.
+
+    Args:
+        source: file or setting that the text comes from, for messages.
+        text: one document.
+
+    Raises:
+        ValueError: if it is not valid YAML, a mapping has a key twice (YAML would keep the last one), or aliases stand
+            for more than `YAML_VALUES` values.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _count_values(source, node, {})
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{source}` is not valid YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"`{source}` is not valid YAML: it is nested too deeply.") from None
+
+
+def _count_values(source: str | Path, node: yaml.Node, counted: dict[int, int]) -> int:
+    """Count the values of a node; `counted` has those of the nodes that were seen, 0 while one is being counted."""
+    if id(node) in counted:
+        if not counted[id(node)]:
+            raise ValueError(f"`{source}` has an alias inside of what it stands for{_line(node)}.")
+        return counted[id(node)]
+    counted[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys: set[tuple[str, Any]] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                raise ValueError(f"`{source}` has the key {key.value!r} twice{_line(key)}: keep one of them.")
+            keys.add((key.tag, str(key.value)))
+            children += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    count = 1 + sum(_count_values(source, child, counted) for child in children)
+    if count > YAML_VALUES:
+        raise ValueError(f"`{source}` has more than {YAML_VALUES:,} values once its aliases are written out.")
+    counted[id(node)] = count
+    return count
+
+
+def _line(node: yaml.Node) -> str:
+    return f" (line {node.start_mark.line + 1})"

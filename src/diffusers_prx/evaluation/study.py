@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..data.files import write_json
+from ..data.files import read_yaml, write_json
 
 # The scores of the training itself, named like those of an evaluation: `training/validation_loss`.
 TRAINING = "training"
@@ -311,10 +309,7 @@ def load_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise ValueError(f"`study` is {str(path)!r}, which is no file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    values = read_yaml(path, path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a mapping, got {type(values).__name__}.")
     for key, kind in (("arms", Arm), ("findings", Finding), ("metrics", Metric), ("needs", Need)):

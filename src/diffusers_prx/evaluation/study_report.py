@@ -206,7 +206,7 @@ def constant_until(record: dict[str, Any]) -> int:
     if cfg["lr_scheduler"] == "constant":
         return cfg["max_train_steps"]
     decay = cfg["lr_decay_steps"]
-    return cfg["lr_warmup_steps"] if decay is None else cfg["max_train_steps"] - decay
+    return (cfg["lr_warmup_steps"] or 0) if decay is None else cfg["max_train_steps"] - decay
 
 
 # --- words and numbers

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..data.files import expand_path
 from ..pipelines.prompt_cleaning import CaptionCleaning
 from .publishing import check_name
 from .settings import (
@@ -16,6 +17,7 @@ from .settings import (
     FROM_ONE,
     NOT_NEGATIVE,
     PART,
+    PATH,
     POSITIVE,
     SHARE,
     STAGE,
@@ -27,6 +29,8 @@ from .settings import (
 
 # The share of unreadable samples is judged over at least this many, so that a single one does not stop a run.
 SAMPLES_BEFORE_JUDGING = 1000
+# The study's warm-up, of a run of 100,000 steps; a run of fewer than ten times as many steps has a shorter one.
+WARMUP_STEPS = 1000
 # What an adapter changes unless told otherwise: every matrix of the blocks but that of the modulation.
 LORA_LAYERS = (
     "attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0", "gate_proj", "up_proj", "down_proj",
@@ -65,18 +69,23 @@ class TrainingConfig:
 
     # the model
     pretrained_model_name_or_path: Annotated[
-        str | None, "A saved PRX pipeline (folder or Hub id) whose components the run starts from."
+        str | None,
+        "A saved PRX pipeline (folder or Hub id) whose components the run starts from.",
+        PATH,
     ] = None
     revision: Annotated[str | None, "Revision of the pretrained pipeline on the Hub."] = None
     transformer_config: Annotated[
         dict, "Configuration of a new transformer, trained from scratch: keys of PRXTransformer2DModel."
     ] = field(default_factory=dict)
     vae_name_or_path: Annotated[
-        str | None, "Autoencoder (folder or Hub id, `vae` subfolder allowed) whose latents are modelled; none: pixels."
+        str | None,
+        "Autoencoder (folder or Hub id, `vae` subfolder allowed) whose latents are modelled; none: pixels.",
+        PATH,
     ] = None
     text_encoder_name_or_path: Annotated[
         str | None,
         "Text encoder and tokenizer (folder or Hub id), where they do not come with the pretrained pipeline.",
+        PATH,
     ] = None
     text_encoder_config: Annotated[
         dict, "A new T5Gemma text encoder, trained along: keys of T5GemmaModuleConfig; its tokenizer is trained first."
@@ -127,6 +136,7 @@ class TrainingConfig:
         "`scenes` (built in, drawn on the fly), or a data set on the Hub or on disk that `datasets` can load.",
         STAGE,
         CACHED,
+        PATH,
     ] = None
     dataset_config_name: Annotated[
         str | None, "Configuration of the data set, where it has several.", STAGE, CACHED
@@ -137,6 +147,7 @@ class TrainingConfig:
         "A folder of images with a metadata.jsonl or captions beside them, instead of --dataset_name.",
         STAGE,
         CACHED,
+        PATH,
     ] = None
     data_sources: Annotated[
         list,
@@ -171,6 +182,7 @@ class TrainingConfig:
         "Folder that keeps what tars have where; none: they are searched at every start.",
         STAGE,
         SURROUNDINGS,
+        PATH,
     ] = None
     caption_statistics_samples: Annotated[
         int, "Captions of each stage that are looked at before the run, in tokens; 0: none.", NOT_NEGATIVE
@@ -206,6 +218,7 @@ class TrainingConfig:
         "Folder of what `training/precompute_prx.py` has computed of the data; the run then reads no images. Needs "
         "`center_crop`.",
         STAGE,
+        PATH,
     ] = None
     max_corrupt_share: Annotated[
         float,
@@ -251,7 +264,12 @@ class TrainingConfig:
         "After the warm-up: constant, or decay to zero over the last `lr_decay_steps`.",
         STAGE,
     ] = "constant"
-    lr_warmup_steps: Annotated[int, "Steps of linear warm-up.", NOT_NEGATIVE, STAGE] = 1000
+    lr_warmup_steps: Annotated[
+        int | None,
+        f"Steps of linear warm-up; none: {WARMUP_STEPS}, or a tenth of `max_train_steps` where that is fewer.",
+        NOT_NEGATIVE,
+        STAGE,
+    ] = None
     lr_decay_steps: Annotated[
         int | None, "Steps of the final decay (linear, cosine); none: all after warm-up.", AT_LEAST_ONE, STAGE
     ] = None
@@ -341,7 +359,10 @@ class TrainingConfig:
         STAGE,
     ] = 0.0
     repa_teacher: Annotated[
-        str | None, "Vision model (folder or Hub id) to align with, as facebook/dinov2-with-registers-large.", STAGE
+        str | None,
+        "Vision model (folder or Hub id) to align with, as facebook/dinov2-with-registers-large.",
+        STAGE,
+        PATH,
     ] = None
     repa_block: Annotated[int, "The block, from 0, whose output is aligned.", NOT_NEGATIVE, STAGE] = 7
     repa_projector: Annotated[
@@ -376,13 +397,20 @@ class TrainingConfig:
         int, "Measurements of the gradients' cosine that decide on the end.", AT_LEAST_ONE, STAGE
     ] = 20
     repa_cache_dir: Annotated[
-        str | None, "Folder that keeps the teacher's features of every image and crop.", STAGE, SURROUNDINGS
+        str | None,
+        "Folder that keeps the teacher's features of every image and crop.",
+        STAGE,
+        SURROUNDINGS,
+        PATH,
     ] = None
     lpips_weight: Annotated[
         float, "Weight of LPIPS-VGG (arXiv 1801.03924); the study: 0.1, in pixels.", NOT_NEGATIVE, STAGE
     ] = 0.0
     lpips_backbone: Annotated[
-        str | None, "File with torchvision's VGG-16 weights (vgg16-397923af.pth); none: torchvision's cache.", STAGE
+        str | None,
+        "File with torchvision's VGG-16 weights (vgg16-397923af.pth); none: torchvision's cache.",
+        STAGE,
+        PATH,
     ] = None
     lpips_scale: Annotated[float, "Images are made smaller by this factor for LPIPS.", PART, STAGE] = 0.5
     dino_weight: Annotated[
@@ -392,7 +420,10 @@ class TrainingConfig:
         STAGE,
     ] = 0.0
     dino_teacher: Annotated[
-        str | None, "Vision model (folder or Hub id) of it, as facebook/dinov2-with-registers-base.", STAGE
+        str | None,
+        "Vision model (folder or Hub id) of it, as facebook/dinov2-with-registers-base.",
+        STAGE,
+        PATH,
     ] = None
     dino_size: Annotated[int, "Height and width in pixels that this vision model sees.", AT_LEAST_ONE, STAGE] = 224
     dino_crop: Annotated[bool, "Show it a random crop of that size, not the whole image resized to it.", STAGE] = False
@@ -429,7 +460,9 @@ class TrainingConfig:
         "Stages of the run, one after the other: each a mapping of the settings that it changes, as resolution, data, "
         "batch size, learning rate and techniques; its `max_train_steps` counts its own steps.",
     ] = field(default_factory=list)
-    output_dir: Annotated[str, "Where checkpoints, logs and the final pipeline go.", SURROUNDINGS] = "outputs/prx"
+    output_dir: Annotated[str, "Where checkpoints, logs and the final pipeline go.", SURROUNDINGS, PATH] = (
+        "outputs/prx"
+    )
     checkpointing_steps: Annotated[int, "Steps between two checkpoints.", AT_LEAST_ONE, SURROUNDINGS] = 1000
     checkpoints_total_limit: Annotated[
         int | None, "Keep only this many checkpoints; none: all.", AT_LEAST_ONE, SURROUNDINGS
@@ -438,6 +471,7 @@ class TrainingConfig:
         str | None,
         "The folder of a checkpoint, or `latest`: the last one in output_dir, where there is one.",
         SURROUNDINGS,
+        PATH,
     ] = None
     non_finite: Annotated[
         Literal["stop", "skip"],
@@ -466,11 +500,24 @@ class TrainingConfig:
     ] = None
 
     def __post_init__(self) -> None:
+        self._expand_paths()
         self._check_ranges()
         self._check_adapter()
         self._check_combinations()
         self._check_techniques()
         self.stage_configs()
+
+    def _expand_paths(self) -> None:
+        for name in marked(TrainingConfig, PATH):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, expand_path(value))
+        sources = [
+            source | {"name": expand_path(source["name"])}
+            if isinstance(source, dict) and isinstance(source.get("name"), str)
+            else source
+            for source in self.data_sources
+        ]
+        object.__setattr__(self, "data_sources", sources)
 
     def _check_ranges(self) -> None:
         for name, setting in settings_of(TrainingConfig).items():
@@ -498,10 +545,10 @@ class TrainingConfig:
         if self.lr_scheduler == "constant" and self.lr_decay_steps is not None:
             raise ValueError("`lr_decay_steps` needs `lr_scheduler` linear or cosine; it is constant.")
         decay = self.lr_decay_steps or 0
-        if self.lr_warmup_steps + decay > self.max_train_steps:
+        if self.warmup_steps + decay > self.max_train_steps:
             raise ValueError(
-                f"Warm-up ({self.lr_warmup_steps}) and decay ({decay}) must fit in `max_train_steps` "
-                f"({self.max_train_steps})."
+                f"`lr_warmup_steps` ({self.warmup_steps}) and `lr_decay_steps` ({decay}) must fit in "
+                f"`max_train_steps` ({self.max_train_steps}): make them smaller, or leave them out."
             )
         if self.weights_dtype == "bf16" and self.mixed_precision != "bf16":
             raise ValueError("`weights_dtype` bf16 needs `mixed_precision` bf16.")
@@ -695,6 +742,14 @@ class TrainingConfig:
     def repo_id(self) -> str:
         """The repository to upload to; without a namespace it is the token's own."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up: `lr_warmup_steps`, or what serves a run (or a stage) of this length."""
+        if self.lr_warmup_steps is not None:
+            return self.lr_warmup_steps
+        room = self.max_train_steps - (self.lr_decay_steps or 0)
+        return max(0, min(WARMUP_STEPS, self.max_train_steps // 10, room))
 
     @property
     def timestep_shift(self) -> float:

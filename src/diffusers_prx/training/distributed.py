@@ -59,14 +59,9 @@ def start_accelerator(cfg: TrainingConfig) -> Accelerator:
     """The processes, precision, accumulation and trackers of a run, through accelerate.
 
     Raises:
-        ValueError: if the tracker is not installed, or accelerate was told by its own configuration to shard.
+        ValueError: if the tracker is not installed, or see `check_environment`.
     """
-    asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if _is_set(f"ACCELERATE_USE_{name}")]
-    if asked:
-        raise ValueError(
-            f"accelerate was launched with {', '.join(asked)}, which this script does not use: launch with one of "
-            "training/accelerate_configs and give `sharding` full or hybrid instead."
-        )
+    check_environment(cfg)
     accelerator = Accelerator(
         # said here: of processes that torchrun starts without a GPU, each would take itself for the only one
         cpu=not torch.accelerator.is_available(),
@@ -81,6 +76,42 @@ def start_accelerator(cfg: TrainingConfig) -> Accelerator:
     if cfg.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"`report_to` is {cfg.report_to}, which is not installed: pip install {cfg.report_to}.")
     return accelerator
+
+
+def check_environment(cfg: TrainingConfig) -> None:
+    """Refuse what accelerate's configuration or the environment asks for and this run would not do.
+
+    `accelerate launch` itself sets precision and compiler to "no" where nobody asked for one: that leaves the choice
+    to the run.
+
+    Raises:
+        ValueError: with the variable, its value and the setting of the run that takes its place.
+    """
+    asked = [
+        name
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        if _is_set(f"ACCELERATE_USE_{name}")
+    ]
+    if asked:
+        raise ValueError(
+            f"accelerate was launched with {', '.join(asked)}, which this script does not use: launch with one of "
+            "training/accelerate_configs and give `sharding` full or hybrid instead."
+        )
+    compiled = "inductor" if cfg.compile else "no"
+    steps = sorted({str(stage.gradient_accumulation_steps) for stage in cfg.stage_configs()})
+    for variable, accepted, setting in (
+        ("MIXED_PRECISION", ["no", cfg.mixed_precision], f"`mixed_precision` is {cfg.mixed_precision}"),
+        ("DYNAMO_BACKEND", ["no", compiled], f"`compile` is {cfg.compile}"),
+        ("GRADIENT_ACCUMULATION_STEPS", steps[:1] if len(steps) == 1 else [],
+         f"`gradient_accumulation_steps` is {', '.join(steps)}"),
+    ):  # fmt: skip
+        value = os.environ.get(f"ACCELERATE_{variable}", "")
+        if value and value.lower() not in accepted:
+            flag = setting.partition("`")[2].partition("`")[0]
+            raise ValueError(
+                f"ACCELERATE_{variable} is {value} in the environment (`accelerate launch` sets it too), but the "
+                f"run's {setting}: unset it, and set what you want with `--{flag}`."
+            )
 
 
 def _is_set(variable: str) -> bool:

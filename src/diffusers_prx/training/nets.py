@@ -26,12 +26,13 @@ from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
 from ..pipelines.prompt_cleaning import CLEANERS, CaptionCleaning
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
-from ..text import encoder_only, load_text_encoder
+from ..text import LONGEST_TEXT, encoder_only, load_text_encoder
 from .alignment import FeatureCache, build_projector
 from .config import TrainingConfig
 from .distributed import learning
 from .lora import adapter_settings, add_adapter, base_fingerprint
 from .losses import LPIPSLoss
+from .settings import settings_of
 from .teachers import load_teacher
 
 logger = logging.get_logger(__name__)
@@ -451,21 +452,28 @@ def pipeline_class_of(cfg: TrainingConfig) -> type[PRXPipeline] | type[PRXPixelP
     return _named_class(config["_class_name"])
 
 
-def _named_class(name: str) -> type[PRXPipeline] | type[PRXPixelPipeline]:
+def _named_class(name: Any) -> type[PRXPipeline] | type[PRXPixelPipeline]:
     classes = {"PRXPipeline": PRXPipeline, "PRXPixelPipeline": PRXPixelPipeline}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"`pretrained_model_name_or_path` holds a {name}; accepted: {sorted(classes)}.")
     return classes[name]
 
 
 def saved_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """The settings of a run that goes on from a saved pipeline in the way in which that was trained.
+    """Read from a saved pipeline, without its weights, how it was trained: the settings of a run that continues it.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        revision: revision on the Hub.
 
     Raises:
-        ValueError: if it is none of the two.
+        ValueError: if there is no PRX pipeline, or the Hub could not be reached.
     """
-    cfg = DiffusionPipeline.load_config(name_or_path, revision=revision)
-    pipeline_class: Any = _named_class(cfg["_class_name"])
+    try:
+        cfg: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    except OSError as error:
+        raise ValueError(f"`pretrained_model_name_or_path` is {name_or_path!r}: {error}") from error
+    pipeline_class: Any = _named_class(cfg.get("_class_name") if isinstance(cfg, dict) else cfg)
     unsaid = {name: value.default for name, value in inspect.signature(pipeline_class.__init__).parameters.items()}
     where: dict[str, Any] = {"revision": revision} if revision else {}
     if pipeline_class is PRXPixelPipeline:
@@ -473,14 +481,21 @@ def saved_settings(name_or_path: str, revision: str | None = None) -> dict[str, 
     else:
         tokens = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **where).model_max_length
     scheduler = PRXFlowMatchScheduler.load_config(name_or_path, subfolder="scheduler", **where)
-    return {
+    found = {
         "prediction_type": cfg.get("prediction_type") or pipeline_class.default_prediction_type,
         "noise_scale": cfg.get("noise_scale", unsaid["noise_scale"]),
         "resolution": cfg.get("default_sample_size") or pipeline_class.default_resolution,
         "max_sequence_length": tokens,
-        "shift": float(scheduler.get("shift", 1.0)),
+        "shift": scheduler.get("shift", 1.0),
         "caption_cleaning": cfg.get("caption_cleaning") or pipeline_class.default_caption_cleaning,
     }
+    if tokens > LONGEST_TEXT:  # the tokenizer states no length
+        del found["max_sequence_length"]
+    known = settings_of(TrainingConfig)
+    try:
+        return {name: known[name].read(name, value) for name, value in found.items()}
+    except ValueError as error:
+        raise ValueError(f"The pipeline {name_or_path} cannot be continued as it is: {error}") from error
 
 
 def _check_continued(cfg: TrainingConfig, pipeline: PRXPipeline | PRXPixelPipeline) -> None:

@@ -452,11 +452,11 @@ def build_lr_scheduler(cfg: TrainingConfig, optimizer: Optimizer, step: int = 0)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = cfg.learning_rate
     if cfg.lr_scheduler == "constant":
-        return get_constant_schedule_with_warmup(optimizer, cfg.lr_warmup_steps, last_epoch=step - 1)
-    decay_steps = cfg.lr_decay_steps or cfg.max_train_steps - cfg.lr_warmup_steps
+        return get_constant_schedule_with_warmup(optimizer, cfg.warmup_steps, last_epoch=step - 1)
+    decay_steps = cfg.lr_decay_steps or cfg.max_train_steps - cfg.warmup_steps
     return get_wsd_schedule(
         optimizer,
-        num_warmup_steps=cfg.lr_warmup_steps,
+        num_warmup_steps=cfg.warmup_steps,
         num_decay_steps=decay_steps,
         num_training_steps=cfg.max_train_steps,
         decay_type=cfg.lr_scheduler,

@@ -21,7 +21,7 @@ from .gpus import GPU
 from .nets import Nets
 from .optimizers import Weight, muon_weights, newton_schulz_flops, share_out
 from .preflight import memory
-from .recipes import load_recipe, parse_config
+from .recipes import DATA, load_recipe, parse_config, read_command_line, read_run
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,6 @@ SMALL_BATCH_SECONDS = 0.03
 SHARE_OF_TRAFFIC = 0.5
 # what the planner needs of a recipe that names no data; nothing is read from it
 NO_DATA = "(not named)"
-DATA = ("dataset_name", "train_data_dir", "data_sources")
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,15 @@ def read_config(recipe: Path, flags: list[str]) -> TrainingConfig:
     Raises:
         ValueError: see `parse_config`.
     """
-    settings = load_recipe(recipe)
-    named = any(settings.get(name) or f"--{name}" in flag for name in DATA for flag in ["", *flags])
-    cfg = parse_config(["--config", str(recipe), *flags, *([] if named else ["--dataset_name", NO_DATA])])
+    argv = ["--config", str(recipe), *flags]
+    if not any(read_command_line(argv).settings.get(name) for name in DATA):
+        argv += ["--dataset_name", NO_DATA]
+    cfg = parse_config(argv)
     start = cfg.pretrained_model_name_or_path
-    if start is None or Path(start).exists():
+    if start is None:
         return cfg
+    if Path(start).exists():
+        return read_run(argv)[0]
     for other in sorted(recipe.parent.glob("*.yaml")):
         made = load_recipe(other)
         if made.get("output_dir") == start and other != recipe:

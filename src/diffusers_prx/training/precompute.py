@@ -46,6 +46,7 @@ from ..pipelines.check_finite import check_output
 from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .alignment import teacher_features
 from .config import TrainingConfig, cache_folder
+from .distributed import check_environment
 from .nets import Nets, build_nets
 from .preflight import outline
 from .settings import CACHED, marked
@@ -148,6 +149,7 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
         ValueError: for data that cannot be cached, or a cache that was begun with other settings.
         OSError: if a disk is full; what was written before is kept.
     """
+    check_environment(cfg)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=cfg.mixed_precision)
     shared: dict[Path, list[Stage]] = {}
     with accelerator.main_process_first():  # what it finds in the data and keeps, the others find there

@@ -209,8 +209,17 @@ def _stage_rows(stage: Stage, figures: CaptionStatistics | None, processes: int)
     for source, size in zip(sources, sizes):
         share = "" if source.weight is None or len(sources) == 1 else f", weight {source.weight:g}"
         rows.append(("  data", f"{source.name}: {size}{share}"))
-    if stage.held_out is not None:
-        rows.append(("  held out", f"{len(stage.held_out)} samples"))
+    held_out = 0 if stage.held_out is None else len(stage.held_out)
+    if held_out < cfg.num_validation_samples:
+        rows.append(
+            (
+                "  held out",
+                f"{held_out} samples, since {cfg.num_validation_samples} (`num_validation_samples`) would be more "
+                "than half of the data: pass a smaller --num_validation_samples, or 0 for no validation loss",
+            )
+        )
+    elif held_out:
+        rows.append(("  held out", f"{held_out} samples"))
     rows.append(("  resolution", f"{cfg.resolution} pixels"))
     if cfg.aspect_ratio_buckets != "none":
         first, *others = stage.buckets.summary().splitlines()

@@ -22,9 +22,10 @@ class Mark(Enum):
     )
     CACHED = "It makes a sample of an image or a caption; stages that share a cache have it in common."
     SURROUNDINGS = "It is of the run's surroundings, and no part of its recipe."
+    PATH = "A path, or a name that may be one: `~` and variables of the environment are expanded."
 
 
-STAGE, FIXED, CACHED, SURROUNDINGS = Mark.STAGE, Mark.FIXED, Mark.CACHED, Mark.SURROUNDINGS
+STAGE, FIXED, CACHED, SURROUNDINGS, PATH = Mark.STAGE, Mark.FIXED, Mark.CACHED, Mark.SURROUNDINGS, Mark.PATH
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ class Setting:
             if choices:
                 # YAML reads a bare `no` as false
                 value = "no" if value is False and "no" in choices else value
-                if value in choices and isinstance(value, str):
-                    return value
+                if isinstance(value, str) and value.lower() in choices:
+                    return value.lower()
+            elif member is list and isinstance(value, str):
+                return [value]  # one prompt, one layer
             elif member is float and not isinstance(value, bool):
                 try:
                     return float(value)  # YAML reads 1e-4 as a word

@@ -1,6 +1,7 @@
 """The run: build everything, loop over its stages, watch, save. The arithmetic of a step is in `train_step.py`."""
 
 import json
+import logging
 import math
 import signal
 import sys
@@ -16,6 +17,7 @@ import PIL.Image
 import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..evaluation.sheets import image_grid
@@ -72,6 +74,8 @@ COUNTS = ("samples_read", "unreadable", "unfit", "upscaled", "truncated", "lost_
 # fewer image tokens than this, and a route costs quality: FID 18.20 became 21.61 (TREAD) and 22.56 (SPRINT) at 256
 # tokens, while at 1024 it became 14.10 and 16.90 from 17.42 (PRX study)
 TOKENS_FOR_A_ROUTE = 512
+# whose messages appear above the progress bar instead of inside of it; the libraries have handlers of their own
+LOGGERS = [logging.getLogger(name) for name in ("", "diffusers", "transformers", "datasets", "huggingface_hub")]
 
 
 class Run:
@@ -264,7 +268,7 @@ class Run:
             disable=not self.accelerator.is_local_main_process,
             unit="step",
         )
-        with bar as progress, self.watch:
+        with bar as progress, logging_redirect_tqdm(LOGGERS), self.watch:
             self.tracking.start(self.cfg)
             if self.accelerator.is_main_process:
                 (self.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
@@ -278,6 +282,11 @@ class Run:
             self.writer.wait()
         self._finish()
 
+    def _print(self, text: str) -> None:
+        """Print a line once, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
     def _enter(self, number: int, stage: Stage) -> None:
         """Make the run that of a stage: its settings, its schedules, the networks of its losses."""
         cfg, accelerator, state = stage.cfg, self.accelerator, self.state
@@ -290,11 +299,9 @@ class Run:
         self._release_teacher()
         tokens = (cfg.resolution // self.nets.pixels_per_token) ** 2
         if len(self.stages) > 1:
-            accelerator.print(
-                f"stage {number}: steps {stage.first_step} to {stage.stop_step}, {cfg.resolution} pixels"
-            )
+            self._print(f"stage {number}: steps {stage.first_step} to {stage.stop_step}, {cfg.resolution} pixels")
         if cfg.route_ratio and tokens < TOKENS_FOR_A_ROUTE:
-            accelerator.print(
+            self._print(
                 f"`route_ratio` is {cfg.route_ratio} on {tokens} image tokens: the PRX study found that routing costs "
                 f"quality below about {TOKENS_FOR_A_ROUTE} tokens (FID 18.2 became 21.6 and 22.6 at 256) and gains at "
                 "1024."
@@ -337,17 +344,19 @@ class Run:
             of_step.append(({name: batch[name] for name in ("sample_index", "captions")}, output))
             if not accelerator.sync_gradients:
                 continue
-            grad_norm = self._optimizer_step(of_step)
+            grad_norm, loss = self._optimizer_step(of_step)
             if grad_norm is not None:
                 since_log += [output.losses for _, output in of_step]
             of_step = []
             state.step += 1
             self._release_teacher()
             state.seconds += time.perf_counter() - tick
+            # drawn by update, at most ten times a second
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr_scheduler.get_last_lr()[0]:.1e}", refresh=False)
             progress.update()
             last = state.step == stage.stop_step
             if state.step % cfg.logging_steps == 0 or last:
-                progress.set_postfix(self._log(since_log, grad_norm))
+                self._log(since_log, grad_norm)
                 since_log = []
             if self.stop_signal:
                 self._save()
@@ -407,14 +416,20 @@ class Run:
         losses = {name: loss.detach() for name, loss in output.losses.items()}
         return output._replace(loss=output.loss.detach(), losses=losses)
 
-    def _optimizer_step(self, of_step: list[tuple[dict[str, Any], StepOutput]]) -> torch.Tensor | None:
-        """What follows the backward passes of a step. Returns the norm of the gradients, or None for a step that was
-        skipped because it or a loss is not finite."""
+    def _optimizer_step(self, of_step: list[tuple[dict[str, Any], StepOutput]]) -> tuple[torch.Tensor | None, float]:
+        """Do what follows the backward passes of a step.
+
+        Returns:
+            The norm of the gradients, None for a step that was skipped because it or a loss is not finite; and this
+            process's flow-matching loss.
+        """
         cfg, accelerator, state = self.stage.cfg, self.accelerator, self.state
         grad_norm = norm_of_clipped(accelerator, self.parameters, cfg.max_grad_norm)
         loss = torch.stack([output.loss for _, output in of_step]).sum()
+        flow = torch.stack([output.losses["flow"] for _, output in of_step]).mean()
+        total, shown = torch.stack([loss + grad_norm, flow]).tolist()  # the one wait for the device in a step
         # one question to all processes per step: whether one of them is broken, and whether one was told to stop
-        finite = bool((loss + grad_norm).isfinite())
+        finite = math.isfinite(total)
         broken, self.stop_signal = self.exchange.maximum([not finite, self.watch.received])
         if broken:
             self._not_finite(of_step, float(grad_norm))
@@ -424,15 +439,15 @@ class Run:
         self.optimizer.zero_grad()
         self.lr_scheduler.step()  # a function of the step, skipped or not
         if broken:
-            return None
+            return None, shown
         if not self.precision_checked:  # now that the optimizer has its moments
             self.precision_checked = True
             if cfg.weights_dtype == "bf16" and cfg.lora_rank is None:
-                accelerator.print("`weights_dtype` is bf16: updates smaller than a weight's last digit are lost")
-            accelerator.print(f"stored values by type: {dict(self._check_precision())}")
+                self._print("`weights_dtype` is bf16: updates smaller than a weight's last digit are lost")
+            self._print(f"stored values by type: {dict(self._check_precision())}")
         if (state.step + 1) % cfg.ema_update_every == 0:
             self.averages.update()
-        return grad_norm
+        return grad_norm, shown
 
     def _not_finite(self, of_step: list[tuple[dict[str, Any], StepOutput]], grad_norm: float) -> None:
         """Write down the samples of a step that is not finite; stop, or count it."""
@@ -453,14 +468,14 @@ class Run:
                 + ("" if cfg.non_finite == "stop" else f"These were {self.skipped_in_a_row} steps in a row. ")
                 + "The weights are those before it; the last checkpoint may be affected too."
             )
-        accelerator.print(f"{told}; it is skipped, as {state.skipped_steps} until now")
+        self._print(f"{told}; it is skipped, as {state.skipped_steps} until now")
 
     def _leave(self) -> None:
         """End the run because a signal asked for it, once its checkpoint is complete."""
         accelerator, state = self.accelerator, self.state
         self.writer.wait()
         name = signal.Signals(int(self.stop_signal)).name
-        accelerator.print(f"{name} at step {state.step}: saved, ending with exit code {EXIT_PREEMPTED}")
+        self._print(f"{name} at step {state.step}: saved, ending with exit code {EXIT_PREEMPTED}")
         if accelerator.is_main_process:
             (self.output_dir / PREEMPTED_FILE).write_text(json.dumps({"signal": name, "step": state.step}) + "\n")
         self.tracking.end()
@@ -479,7 +494,7 @@ class Run:
         self.state.alignment_history.append({"step": step, "cosine": cosine})
         self.tracking.log({"alignment/gradient_cosine": cosine}, step)
         if self.burn_in.ended_at is not None:
-            accelerator.print(f"alignment ends at step {self.burn_in.ended_at}: its gradient opposes the flow's")
+            self._print(f"alignment ends at step {self.burn_in.ended_at}: its gradient opposes the flow's")
 
     def _check_precision(self) -> Counter[str]:
         """Stop unless everything that training changes is stored as it has to be; count it by type."""
@@ -505,7 +520,7 @@ class Run:
                 f"{cfg.max_corrupt_share} allows."
             )
 
-    def _log(self, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor | None) -> dict[str, str]:
+    def _log(self, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor | None) -> None:
         """One entry of the log: the mean of every loss since the last one, over all processes."""
         accelerator, state = self.accelerator, self.state
         self._add_counts()
@@ -515,7 +530,7 @@ class Run:
                 since[name].append(loss)
         means = {n: accelerator.reduce(torch.stack(values).mean(), "mean").item() for n, values in since.items()}
         if not means:
-            return {"loss": "not finite"}
+            return
         before = state.history[-1] if state.history else {}
         images = state.samples_read - state.unreadable - state.unfit
         entry = {
@@ -530,7 +545,6 @@ class Run:
         }
         state.history.append(entry)
         self.tracking.log({name: value for name, value in entry.items() if name != "step"}, state.step)
-        return {"loss": f"{entry['loss/flow']:.4f}", "lr": f"{entry['lr']:.1e}"}
 
     def _validate(self) -> None:
         """Validation loss and pictures, with the averaged weights where there are any; shared out over processes."""
