@@ -309,6 +309,8 @@ def test_wrong_use(cls):
     for n in (0, 2.5, True, "2"):
         with pytest.raises(ValueError, match="`n`"):
             scheduler.sample_timesteps(n)
+    with pytest.raises(ValueError, match="`generator`"):
+        scheduler.sample_timesteps(1, generator=0)
 
 
 def test_predictions_of_another_shape_are_refused():
@@ -317,6 +319,9 @@ def test_predictions_of_another_shape_are_refused():
         PRXFlowMatchScheduler().clean(one, x, 0.5)
     with pytest.raises(ValueError, match="`model_output`"):
         PRXXPredictionScheduler().velocity(one, x, 0.5)
+    for sigma in (NAN, "0.5", None, True):
+        with pytest.raises(ValueError, match="`sigma`"):
+            PRXFlowMatchScheduler().clean(x, x, sigma)
 
 
 @pytest.mark.parametrize("cls", BOTH)

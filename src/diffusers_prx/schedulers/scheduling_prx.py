@@ -195,9 +195,11 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             device: where the result goes; the generator's device when None.
 
         Raises:
-            ValueError: `n` is not a whole number of at least 1.
+            ValueError: `n` is not a whole number of at least 1, or `generator` is not a generator.
         """
         n = check_count("n", n)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"`generator` is a {type(generator).__name__}; it has to be a torch.Generator or None.")
         config, low = self.config, self.config["min_timestep"]
         source = generator.device if generator is not None else "cpu"
         u, coin, u_plain = torch.rand(n, 3, generator=generator, device=source).unbind(1)  # each (n,)
@@ -422,10 +424,11 @@ def _check_tensors(sample: torch.Tensor, **others: torch.Tensor) -> None:
 
 
 def _as_levels(name: str, values: Any) -> torch.Tensor:
-    """One value or (B,) values as float32."""
+    """One value or (B,) values as float32. The values of a tensor are not checked: that would wait for a GPU."""
     tensor = isinstance(values, torch.Tensor) and not values.is_complex() and values.dtype != torch.bool
-    if not tensor and (not isinstance(values, numbers.Real) or isinstance(values, bool)):
-        raise ValueError(f"`{name}` is {values!r}; it has to be a number, or a tensor of one for each row.")
+    number = isinstance(values, numbers.Real) and not isinstance(values, bool) and math.isfinite(values)
+    if not tensor and not number:
+        raise ValueError(f"`{name}` is {values!r}; it has to be a finite number, or a tensor of one for each row.")
     return torch.as_tensor(values, dtype=torch.float32)
 
 
