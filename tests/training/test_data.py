@@ -22,6 +22,7 @@ import runs
 import tiny
 from diffusers_prx.data.mixing import ENDLESS
 from diffusers_prx.data.scenes import ScenesDataset, long_caption, short_caption
+from diffusers_prx.training import stages
 from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.faults import steady_batches
 from diffusers_prx.training.nets import build_nets
@@ -176,12 +177,75 @@ def test_the_time_spent_waiting_for_data_is_told(text_encoder, tmp_path):
     assert record["seconds_waiting_for_data"] == round(run.state.seconds_waiting, 1)
 
 
+@pytest.mark.parametrize("kind", ["folder", "beside", "parquet", "tars"])
+def test_images_that_are_all_too_small_are_refused_with_the_flag(text_encoder, tmp_path, kind):
+    name = WRITERS[kind](tmp_path / "photos")  # 40 x 33 pixels
+    values = runs.settings(tmp_path / "run", text_encoder, dataset_name=name, resolution=64)
+    with pytest.raises(
+        ValueError, match=r"`resolution` is 64, but 12 of 12 images .* 40 x 33.*`--resolution 32`"
+    ) as error:
+        runs.start(values)
+    assert "`--max_upscale none`" in str(error.value)
+    for fix in ({"resolution": 32}, {"max_upscale": None}):
+        assert runs.start(values | fix).stages[0].left_out == []
+    buckets = {"aspect_ratio_buckets": "computed"}
+    with pytest.raises(ValueError, match=r"`resolution` is 64, but 12 of 12 images .*`--resolution 32`"):
+        runs.start(values | buckets)
+    assert runs.start(values | buckets | {"resolution": 32}).stages[0].left_out == []
+
+
+@pytest.mark.parametrize("buckets", ["none", "computed"])
+def test_what_will_be_left_out_is_told_before_the_run(text_encoder, tmp_path, capsys, buckets):
+    folder = Path(write_beside(tmp_path / "photos"))
+    for place, size in ((2, (20, 20)), (3, (30, 31)), (4, (33, 300)), (5, (2000, 40))):
+        PIL.Image.new("RGB", size).save(folder / f"{place:02}.png")
+    (folder / "06.png").write_bytes(b"")
+    (folder / "07.txt").write_text(" ")
+    (folder / "08.txt").write_bytes(b"\xff")
+    changes = {"dataset_name": str(folder), "aspect_ratio_buckets": buckets, "dry_run": True, "train_batch_size": 1}
+    values = runs.settings(tmp_path / "run", text_encoder, **changes)
+    with pytest.raises(SystemExit):
+        runs.start(values)
+    small, elongated, unreadable, captions = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  left out")
+    )
+    assert "2 of 12 images are smaller (the largest: 30 x 31)" in small
+    assert "Pass `--resolution 24` (10 of 12 are large enough), or `--max_upscale none`" in small
+    assert "02.png (20 x 20)" in small
+    assert "03.png (30 x 31)" in small
+    assert "`max_crop` is 0.5" in elongated
+    assert "2 of 12 images" in elongated
+    assert f"`--max_crop {0.98 if buckets == 'none' else 0.97}`" in elongated
+    assert "05.png (2000 x 40)" in elongated
+    assert "1 of 12 images cannot be read" in unreadable
+    assert "06.png" in unreadable
+    assert "2 of 12 captions cannot be read" in captions
+    assert "07.png" in captions
+    assert "08.png" in captions
+    with pytest.raises(SystemExit):
+        runs.start(values | {"max_upscale": None, "max_crop": 0.99})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  left out")]
+    assert len(lines) == 2  # those that cannot be read
+
+
+def test_of_large_data_some_images_are_looked_at(text_encoder, tmp_path, monkeypatch):
+    folder = Path(write_beside(tmp_path / "photos"))
+    for place in range(0, 12, 2):
+        PIL.Image.new("RGB", (20, 20)).save(folder / f"{place:02}.png")
+    monkeypatch.setattr(stages, "IMAGES_CHECKED", 4)
+    run = runs.start(runs.settings(tmp_path / "run", text_encoder, dataset_name=str(folder)))
+    assert "of 4 images are smaller" in run.stages[0].left_out[0]
+    assert "4 of 12 images, spread over all" in run.stages[0].left_out[-1]
+
+
 def test_held_out_images_that_cannot_be_used_are_refused_before_training(text_encoder, tmp_path):
     name = write_folder(tmp_path / "photos")
     for place in (10, 11):
         PIL.Image.new("RGB", (20, 20)).save(tmp_path / "photos" / f"{place}.png")
     values = runs.settings(tmp_path / "run", text_encoder, **FIELDS, dataset_name=name)
-    with pytest.raises(ValueError, match=r"Held-out images \(`num_validation_samples`\): None of 2 samples in a row"):
+    with pytest.raises(
+        ValueError, match=r"Held-out images \(`num_validation_samples`\): .* 2 of 2 images .*`--resolution 16`"
+    ):
         runs.start(values)
     runs.start(values | {"max_upscale": 1.6})
 

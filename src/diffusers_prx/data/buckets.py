@@ -203,7 +203,10 @@ def sort_into_buckets(
     }
     left_out = {reason: count for reason, count in left_out.items() if count}
     if not counts.any():
-        raise ValueError(f"None of the {len(image_sizes)} images fits any of the buckets {sizes}: {left_out}.")
+        raise ValueError(
+            f"None of the {len(image_sizes)} images fits any of the buckets {sizes}: {left_out}. Pass a smaller "
+            "`--resolution`, or larger `--max_upscale` and `--max_crop`."
+        )
     members = [readable[bucket == place] for place in range(len(sizes))]
     return Buckets(sizes, members, max_upscale, max_crop, left_out, {size: n for size, n in closed.items() if n})
 

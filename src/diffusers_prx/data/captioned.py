@@ -21,13 +21,16 @@ class CaptionedImages(Protocol):
 
 
 class ListedImages(CaptionedImages, Protocol):
-    """A source that also tells captions, sizes and hashes (16 bytes) of the stored images without decoding any."""
+    """A source that also gives captions, sizes, hashes (16 bytes) and places (paths or the like, for messages) of its
+    samples without decoding an image."""
 
     def captions(self, index: int) -> dict[str, str]: ...
 
     def size(self, index: int) -> tuple[int, int]: ...
 
     def image_hash(self, index: int) -> bytes: ...
+
+    def place(self, index: int) -> str: ...
 
 
 def read_sample(image: bytes | str | UnreadableSample | None, captions: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +149,10 @@ class Rearranged(ABC):
     def image_hash(self, index: int) -> bytes:
         source, inside = self.locate(index)
         return self.sources[source].image_hash(inside)
+
+    def place(self, index: int) -> str:
+        source, inside = self.locate(index)
+        return self.sources[source].place(inside)
 
 
 class Slice(Rearranged):

@@ -196,9 +196,8 @@ def _read(source: bytes | str | None, use: Callable[[PIL.Image.Image], T]) -> T:
     try:
         return _decode(source, use)
     except PIL.UnidentifiedImageError as error:  # its own message names an object in memory
-        raise UnreadableSample(
-            f"no readable image: none of the formats that are read ({', '.join(FORMATS)})"
-        ) from error
+        kinds = ", ".join(FORMATS[:3])
+        raise UnreadableSample(f"no readable image: none of the formats that are read ({kinds}, ...)") from error
     except Exception as error:  # decoders raise nearly anything on a corrupt file
         raise UnreadableSample(f"no readable image: {error!r}") from error
 

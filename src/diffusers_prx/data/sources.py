@@ -135,6 +135,9 @@ class SceneImages:
     def image_hash(self, index: int) -> bytes:
         return hashlib.blake2b(self.scenes[index]["image"].tobytes(), digest_size=16).digest()
 
+    def place(self, index: int) -> str:
+        return f"scene {index}"
+
 
 def expand(pattern: str) -> list[str]:
     """The files that a pattern stands for, in order: braces are written out, then `*` and `?` looked up.

@@ -166,6 +166,10 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
             stages[0].forget_sizes()
         with accelerator.main_process_first():  # reads the sizes of all images, the others find them
             stages[0].sort(pixels_per_token, accelerator.num_processes)
+            if stages[0].cfg.aspect_ratio_buckets == "none":
+                stages[0].check_squares(pixels_per_token)
+        for message in stages[0].left_out:
+            accelerator.print(f"left out: {message}")
         assert stages[0].buckets is not None
         accelerator.print(f"{folder}: {len(stages[0].source)} samples, {stages[0].buckets.summary()}")
     if cfg.dry_run:

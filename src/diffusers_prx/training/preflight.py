@@ -224,6 +224,7 @@ def _stage_rows(stage: Stage, figures: CaptionStatistics | None, processes: int)
     if cfg.aspect_ratio_buckets != "none":
         first, *others = stage.buckets.summary().splitlines()
         rows += [("  buckets", first), *(("", line) for line in others)]
+    rows += [("  left out", message) for message in stage.left_out]
     rows.append(
         (
             "  batch",

@@ -76,6 +76,9 @@ class Setting:
 
     def read(self, name: str, value: Any) -> Any:
         """The value as the field's type, or a ValueError: recipes and flags go through the same door."""
+        kinds = _members(self.annotation)
+        if isinstance(value, str) and value.lower() == "none" and type(None) in kinds and str not in kinds:
+            return None  # as people type it; YAML has null
         for member in _members(self.annotation):
             choices = typing.get_args(member) if typing.get_origin(member) is Literal else ()
             if choices:

@@ -34,6 +34,7 @@ from ..data.stream import BucketStreamSampler, Position, StreamSampler, every_sa
 from ..data.streaming import Place, StreamedBatches, StreamedImages, build_stream_loader
 from .config import DataSource, TrainingConfig, sources_of
 from .distributed import shared_out
+from .image_checks import IMAGES_CHECKED, Spread, check_images
 from .rng import derive_seed
 
 CAPTIONS_FOR_TOKENIZER = 5000
@@ -55,6 +56,7 @@ class Stage:
         image_sizes: (width, height) of each of them, by the name of the file that keeps them in a checkpoint; only
             where there are buckets by aspect ratio.
         precomputed: what the training images are read from, with `precomputed_dir`; see `precompute.open_precomputed`.
+        left_out: messages about images and captions that will not be used, once `sort` has been called.
     """
 
     cfg: TrainingConfig
@@ -69,6 +71,7 @@ class Stage:
     held_out_buckets: Buckets | None = None
     image_sizes: dict[str, np.ndarray] = field(default_factory=dict)
     precomputed: PrecomputedImages | None = None
+    left_out: list[str] = field(default_factory=list)
 
     def sort(self, multiple: int, processes: int, checkpoint: Path | None = None) -> None:
         """Sort the images into buckets by their aspect ratios, or all into one square.
@@ -89,23 +92,39 @@ class Stage:
         if cfg.aspect_ratio_buckets == "none":
             count = 0 if self.source is None else len(self.source)
             self.buckets = Buckets.square(cfg.resolution, count, **limits)
+            if cfg.precomputed_dir is None:  # the cache knows what it has left out
+                self.check_squares(multiple)
             if self.held_out is not None:
                 self.held_out_buckets = Buckets.square(cfg.resolution, len(self.held_out), **limits)
+                stored = isinstance(self.held_out, JoinedSource) and not all(
+                    isinstance(part, SceneImages) for part in self.held_out.sources
+                )
+                if stored:
+                    found = self._image_sizes(self.held_out, "held_out")
+                    self._check_held_out_sizes(found, self.held_out_buckets.sizes, multiple)
         else:
             if cfg.aspect_ratio_buckets == "study":
                 sizes = study_buckets(cfg.resolution, multiple)
             else:
                 sizes = compute_buckets(cfg.resolution, multiple, cfg.max_aspect_ratio)
-            step_size = self.step_size(processes)
-            self.buckets = self._sort(self.source, "train", sizes, step_size, limits, checkpoint)
+            found = self._kept_sizes(self.source, "train", checkpoint)
+            self.left_out += check_images(cfg, self.source, found, sizes, multiple)
+            self.buckets = sort_into_buckets(found, sizes, self.step_size(processes), **limits)
             if self.held_out is not None:
-                self.held_out_buckets = self._sort(
-                    self.held_out, "held_out", self.buckets.sizes, 1, limits, checkpoint
-                )
+                found = self._kept_sizes(self.held_out, "held_out", checkpoint)
+                self._check_held_out_sizes(found, self.buckets.sizes, multiple)
+                self.held_out_buckets = sort_into_buckets(found, self.buckets.sizes, 1, **limits)
         for size in self.buckets.sizes:
             cfg.check_perceptual_size(min(size))
         if self.held_out_buckets is not None:
             self._check_held_out(self.held_out_buckets)
+
+    def _check_held_out_sizes(self, image_sizes: np.ndarray, sizes: Sequence[Any], multiple: int) -> None:
+        try:
+            found = check_images(self.cfg, self.held_out, image_sizes, sizes, multiple)
+        except ValueError as error:
+            raise ValueError(f"Held-out images (`num_validation_samples`): {error}") from error
+        self.left_out += [f"held out: {message}" for message in found]
 
     def _check_held_out(self, buckets: Buckets) -> None:
         """Refuse held-out images none of which can be used: validation would find out only after hours of training.
@@ -121,24 +140,38 @@ class Stage:
                 except ValueError as error:
                     raise ValueError(f"Held-out images (`num_validation_samples`): {error}") from error
 
-    def _sort(
-        self,
-        source: Any,
-        name: str,
-        sizes: Any,
-        minimum: int,
-        limits: dict[str, float],
-        checkpoint: Path | None,
-    ) -> Buckets:
+    def check_squares(self, multiple: int) -> None:
+        """Count in `left_out` the images that do not fit the square of the run, and captions that cannot be read.
+        Streams and scenes are not looked at.
+
+        Raises:
+            ValueError: if no image of a source can be used.
+        """
+        parts = self.source.sources if isinstance(self.source, MixedSource) else [self.source]
+        for number, part in enumerate(parts):
+            if self.stream is not None or isinstance(part, SceneImages):
+                continue
+            some, side = Spread(part, IMAGES_CHECKED), self.cfg.resolution
+            sizes = self._image_sizes(some, "train" if len(parts) == 1 else f"train-{number}")
+            found = check_images(self.cfg, some, sizes, [(side, side)], multiple)
+            if found and len(some) < len(part):
+                found.append(f"These were counted among {len(some)} of {len(part)} images, spread over all.")
+            self.left_out += found
+
+    def _image_sizes(self, source: Any, name: str) -> np.ndarray:
+        cache = self._sizes_file(name)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        return image_sizes(source, self.cfg.dataloader_num_workers, cache)
+
+    def _kept_sizes(self, source: Any, name: str, checkpoint: Path | None) -> np.ndarray:
+        """The sizes of images, from the checkpoint where it has them; it will keep them."""
         kept, found = f"image_sizes-{name}-{self.first_step}.npy", None
         if checkpoint is not None and (checkpoint / kept).is_file():
             found = np.load(checkpoint / kept)
         if found is None or len(found) != len(source):  # of other data, which `RunState` refuses, or held out anew
-            cache = self._sizes_file(name)
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            found = image_sizes(source, self.cfg.dataloader_num_workers, cache)
+            found = self._image_sizes(source, name)
         self.image_sizes[kept] = found
-        return sort_into_buckets(found, sizes, minimum, **limits)
+        return found
 
     def derived(self) -> dict[str, bytes]:
         """The files of a checkpoint that keep what was found in the data, by name."""
