@@ -45,7 +45,9 @@ USED_WITHOUT_IMPORT = {
 }
 
 # What runs without the training extra: everything that draws images.
-CORE = ("__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py")
+CORE = (
+    "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py", "cli.py", "data/files.py"
+)  # fmt: skip
 
 
 def run_python(code: str, *arguments: str, **kwargs) -> str:

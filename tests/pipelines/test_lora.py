@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tiny
 from diffusers_prx import PRXPixelPipeline
@@ -455,9 +454,16 @@ def compile_blocks(pipe, folder):
     pipe.transformer.compile_repeated_blocks(backend="eager")
 
 
+def to_int8(module):
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="torchao is not installed: pip install -e '.[quantization]'"
+    )
+    quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
+
+
 def quantized_reference():
     small = shallow().transformer
-    quantize_(small, Int8WeightOnlyConfig())
+    to_int8(small)
     return with_weights(lambda name, weight: small.get_submodule(name).weight.dequantize())
 
 
@@ -488,7 +494,7 @@ def cast(pipe, folder):
 
 
 def quantize(pipe, folder):
-    quantize_(pipe.transformer, Int8WeightOnlyConfig())
+    to_int8(pipe.transformer)
 
 
 SETTINGS = {  # what is done to the pipeline, a plain one with the same weights, calls that are refused
