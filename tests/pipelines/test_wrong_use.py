@@ -19,6 +19,12 @@ from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionSchedu
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
+class Elsewhere(torch.Generator):
+    """A generator as on a GPU."""
+
+    device = torch.device("cuda")
+
+
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.latent_pipeline()
@@ -79,6 +85,8 @@ def embeds(rows=1, tokens=5, width=tiny.TEXT_WIDTH):
         ("`skip_text_cleaning`", {"skip_text_cleaning": "yes"}),
         ("`generator`", {"generator": []}),
         ("`generator`", {"generator": [None]}),
+        ("`generator` is on", {"generator": Elsewhere()}),
+        ("`generator` is on", {"generator": [torch.Generator(), Elsewhere()], "num_images_per_prompt": 2}),
         ("`latents` is of torch.int64", {"latents": torch.zeros(1, 4, 16, 16, dtype=torch.int64)}),
         ("`latents` is a ndarray", {"latents": np.zeros((1, 4, 16, 16))}),
         ("`prompt_embeds` is a list", {"prompt": None, "prompt_embeds": [[0.0]], "guidance_scale": 1.0}),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 SHOWN = 3  # weights named in an error
 
@@ -87,14 +88,17 @@ class FiniteWatch:
 
 def _reason(name: str, module: Any, source: str) -> str:
     """What to do about a module whose output is not finite; looks at its weights."""
-    broken = [key for key, value in module.named_parameters() if _is_plain(value) and not torch.isfinite(value).all()]
+    # group offloading to disk leaves memory without values in their place
+    weights = {} if _is_group_offload_enabled(module) else dict(module.named_parameters())
+    broken = [key for key, value in weights.items() if _is_plain(value) and not torch.isfinite(value).all()]
     if broken:
         return f"{len(broken)} of its weights are not finite, such as {broken[:SHOWN]}; load or train it again."
     dtype = getattr(module, "dtype", None)
     if dtype == torch.float16:
         return f"{source}values above 65504 overflow in float16: load it with `dtype={{'{name}': torch.bfloat16}}`."
     other = "" if dtype == torch.float32 else ", or load it in float32"
-    return f"{source}its weights are finite, and it computed in {dtype}: check what it was given{other}."
+    found = "its weights are finite, and " if weights else ""
+    return f"{source}{found}it computed in {dtype}: check what it was given{other}."
 
 
 def _is_plain(value: torch.Tensor) -> bool:

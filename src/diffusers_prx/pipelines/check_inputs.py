@@ -167,7 +167,8 @@ def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool
         )
 
 
-def check_generator(generator: Any, batch_size: int) -> None:
+def check_generator(generator: Any, batch_size: int, device: torch.device) -> None:
+    """Check that a generator, or one for each image, can draw the noise of a call on this device."""
     if isinstance(generator, list):
         if len(generator) != batch_size or not all(isinstance(entry, torch.Generator) for entry in generator):
             raise ValueError(
@@ -177,6 +178,13 @@ def check_generator(generator: Any, batch_size: int) -> None:
     elif generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(
             f"`generator` is a {type(generator).__name__}; it has to be a torch.Generator or a list of them."
+        )
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    kinds = {entry.device.type for entry in generators}
+    if len(kinds) > 1 or not kinds <= {"cpu", device.type}:  # noise of the CPU's is moved to the device
+        raise ValueError(
+            f"`generator` is on {sorted(kinds)}, and the call on {device.type}; accepted are generators on the CPU, or"
+            " all of them on the device of the call."
         )
 
 

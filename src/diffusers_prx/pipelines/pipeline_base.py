@@ -495,7 +495,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
         prompts = check_prompts(guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch_size = prompts * num_images_per_prompt
-        check_generator(generator, batch_size)
+        check_generator(generator, batch_size, self._execution_device)
         size, drawn_size = self._sizes(height, width, use_resolution_binning)
 
         # 2. State of this call: nothing that another call could touch.
