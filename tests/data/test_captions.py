@@ -150,6 +150,7 @@ def test_warnings():
     assert cut.startswith("30.0% of the captions are longer than `max_sequence_length` 60")
     (empty,) = warnings([*long, ""])
     assert empty.startswith("3.2% of the captions have no word left")
+    assert "--caption_cleaning light" in empty
     (again,) = warnings(long + long[:10])
     assert again.startswith("25.0% of the captions repeat")
 

@@ -166,7 +166,10 @@ class CaptionStatistics:
                 "are cut."
             )
         if self.empty > EMPTY_SHARE:
-            found.append(f"{self.empty:.1%} of the captions have no word left after cleaning.")
+            found.append(
+                f"{self.empty:.1%} of the captions have no word left after cleaning: `--caption_cleaning light` keeps "
+                "what is text, in any writing."
+            )
         if self.duplicated > DUPLICATED_SHARE:
             found.append(f"{self.duplicated:.1%} of the captions repeat an earlier one.")
         return found
