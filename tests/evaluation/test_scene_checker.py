@@ -20,7 +20,6 @@ from diffusers_prx.data.scenes import (
 from diffusers_prx.evaluation.scene_checker import UNKNOWN, attributes_right, read_instead, read_scene, scene_matches
 from diffusers_prx.evaluation.sheets import pictures_of_grid
 
-
 NOISY_PICTURES = Path(__file__).resolve().parents[1] / "golden" / "noisy_scenes.png"
 
 
@@ -94,8 +93,8 @@ def test_small_flaws_are_forgiven(level):
     assert right >= 0.9 * count
 
 
-# Pictures of a network whose weights were disturbed, all judged wrong before noise was taken off: (split, seed, index) of
-# the scene that was asked for. All but the last two show it.
+# Pictures of a network whose weights were disturbed, all judged wrong before noise was taken off: (split, seed, index)
+# of the scene that was asked for. All but the last two show it.
 NOISY = [
     ("heldout", 9, 4), ("heldout", 9, 50), ("heldout", 9, 74), ("heldout", 9, 4), ("heldout", 9, 13),
     ("heldout", 9, 43), ("heldout", 9, 45), ("heldout", 9, 50), ("heldout", 9, 53), ("heldout", 9, 59),

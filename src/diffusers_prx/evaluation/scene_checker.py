@@ -38,10 +38,10 @@ BACKGROUND_NOISE = 16.0
 # keep 0.93 and more after JPEG (quality 90); a Gaussian blob reaches at most 0.81 against a sharp disc, whatever its
 # width, but more against discs of only a few pixels.
 MATCH = 0.92
-# Noise in the background (a network that has not learned long draws a pattern there) counts as noise in the objects
-# too: its energy, measured in the quietest empty cell, is taken off |x|^2 before MATCH, up to this share of |x|^2. Of 41 pictures
-# with such noise (0.1 to 0.2 of an object's contrast) that were judged wrong, 39 were right to the eye: the best template
-# explained 0.81 to 0.92 before, and explains 0.94 and more now. Without noise nothing changes.
+# Noise in the background counts as noise in the objects too: its energy, measured in the quietest empty cell, is taken
+# off |x|^2 before MATCH, up to this share of |x|^2. Without noise nothing changes. Of 41 pictures with noise (15 to 25
+# per pixel, from disturbed weights) that were judged wrong, 39 were right to the eye: the best template explained 0.81
+# to 0.92 of |x|^2 in them, and 0.94 and more after; at most 0.91 in the two that were wrong.
 NOISE_SHARE = 0.2
 # A cell holds something if, after a 3x3 mean, at least this share of it differs from the background by OCCUPIED_BY.
 OCCUPIED_SHARE, OCCUPIED_BY = 0.02, 45.0
