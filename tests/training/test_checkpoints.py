@@ -192,7 +192,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(two_checkpoin
     assert "checkpoint-2" in caplog.text
     assert named in caplog.text
     for name in ("checkpoint-2", str(folder)):
-        with pytest.raises(ValueError, match=rf"`resume_from_checkpoint` is .*checkpoint-2.*{named}"):
+        with pytest.raises(
+            ValueError, match=rf"`resume_from_checkpoint` is .*checkpoint-2.*{named}.* has \['checkpoint-1'\]"
+        ):
             find_checkpoint(folder.parent, name)
     save(new_writer(folder.parent), 2)  # when the run comes there again
     assert find_checkpoint(folder.parent, "latest").name == "checkpoint-2"

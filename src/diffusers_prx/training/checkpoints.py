@@ -512,10 +512,11 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchang
                 break
             damages.append(f" ({damage})")
         if start is None:
+            others = [path.name for path in found if path not in folders and is_complete(path)]
             raise ValueError(
                 f"`resume_from_checkpoint` is {resume_from!r}, which is not a complete checkpoint"
-                f"{''.join(damages[:1])}; {output_dir} has {[path.name for path in found if is_complete(path)]}. Name "
-                "one of these, or pass `latest`, which starts from the newest that is not damaged."
+                f"{''.join(damages[:1])}; {output_dir} has {others}. Name one of these, or pass `latest`, which "
+                "starts from the newest that is not damaged."
             )
     later = [path.name for path in found if start is None or step_of(path) > step_of(start)]
     if later:
