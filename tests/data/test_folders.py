@@ -331,6 +331,41 @@ def test_metadata_name_only_files_of_their_folder(tmp_path, name):
     assert captions(tmp_path / "photos") == ["1"]
 
 
+# Tables
+
+
+@pytest.mark.parametrize("name", ["https://example.com/0.parquet", "/etc/0.parquet", "../0.parquet", "zip://x::0.zip"])
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_cards_name_only_files_of_the_data_set(tmp_path, name, card):
+    pyarrow.parquet.write_table(pa.table({"image": [b""], "text": ["1"]}), tmp_path / "0.parquet")
+    for file, refused in ((name, True), ("0.parquet", False)):
+        files = [{"split": "train", "path": [file]}]
+        mark = "---\n" if card == "README.md" else ""
+        text = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
+        (tmp_path / card).write_text(f"{mark}{text}\n{mark}")
+        for load in (load_source, load_stream):
+            if refused:
+                with pytest.raises(ValueError, match=r"card of .* names .* not inside"):
+                    load(str(tmp_path))
+            else:
+                assert len(load(str(tmp_path))) == 1
+
+
+def test_tables_that_are_no_files_or_have_names_of_addresses_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "0.parquet")
+    for name in ("0.parquet", "*.parquet", ""):
+        with pytest.raises(ValueError, match=r"not a regular file|has no data"):
+            load_source(f"{tmp_path}/{name}")
+    table = pa.table({"image": [b""], "text": ["1"]})
+    for name in ("a::b", "[x]", "{1,2}", "file:z"):
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        if "::" in name:
+            with pytest.raises(ValueError, match="has '::' in its name"):
+                load_source(f"{tmp_path}/{name}.parquet")
+        else:
+            assert len(load_source(f"{tmp_path}/{name}.parquet")) == 1
+
+
 # Cells of tables
 
 OUTSIDE = ["/etc/hostname", "../secret.png", "simplecache::file:///etc/hostname", "github://a:b@main/x.png",

@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from .captioned import CaptionedImages, ListedImages, OneCaption, Slice, StoredImages
 from .captions import require_column
-from .files import expand_path, is_remote
+from .files import expand_path, is_remote, printable, read_yaml
 from .folders import Contents, FolderImages, folder_kind, list_folder, split_folder
 from .images import NOWHERE, Scope, UnreadableSample, image_value, to_rgb
 from .scenes import CAPTIONS, Scene, ScenesDataset, long_caption, one_of, sample_scene, short_caption
@@ -146,7 +146,9 @@ def expand(pattern: str) -> list[str]:
         ValueError: if a file is not there, or a pattern matches none.
     """
     files: list[str] = []
-    for path in _expand_braces(expand_path(pattern)):
+    pattern = expand_path(pattern)
+    exact = not is_remote(pattern) and os.path.exists(pattern)
+    for path in [pattern] if exact else _expand_braces(pattern):
         if path.startswith(("http://", "https://")):
             found = [path]
             files += found
@@ -263,15 +265,56 @@ def _find(name: str, caption_columns: Sequence[str]) -> _Place:
             return _Place("saved", name)
         contents = list_folder(folder)
         kind = folder_kind(folder, contents, caption_columns)
+        if kind == "tables":
+            _check_no_address(name, ("::", "*", "?", "["))
+            _check_tables(folder, contents)
         return _Place(kind, name, contents.tars if kind == "tars" else (), contents)
     for kind, ending in (("tars", ".tar"), ("parquet", ".parquet")):
         if name.endswith(ending):
-            return _Place(kind, name, [name] if is_remote(name) and kind == "tars" else expand(name))
+            files = [name] if is_remote(name) and kind == "tars" else expand(name)
+            if kind == "parquet" and not is_remote(name):
+                for file in files:
+                    _check_no_address(file)
+                    if not os.path.isfile(file):
+                        raise ValueError(f"{file} is not a regular file.")
+            return _Place(kind, name, files)
     if folder.is_file():
         raise ValueError(f"{name} is a file: give a folder, tars (.tar), parquet files, or the name of a data set.")
     if name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"There is no folder {name}.")
     return _Place("hub", name)
+
+
+def _check_no_address(path: str, signs: Sequence[str] = ("::",)) -> None:
+    """Refuse paths of tables that `datasets` takes for a chain of addresses, or for a pattern."""
+    found = [sign for sign in signs if sign in path]
+    if found:
+        raise ValueError(f"{path} has {found[0]!r} in its name, which `datasets` does not take for a path: rename it.")
+
+
+def _check_tables(folder: Path, contents: Contents) -> None:
+    """Refuse what `datasets` would open outside of a folder of tables: its card may name any file or host."""
+    if contents.irregular:
+        raise ValueError(f"{printable(contents.irregular[0])} is not a regular file: remove it.")
+    configs: list[Any] = []
+    for name in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            if name == datasets.config.REPOCARD_FILENAME:
+                text = text.split("---")[1] if text.startswith("---") else ""
+            values = read_yaml(folder / name, text)
+            configs.append(values.get("configs") if isinstance(values, dict) else None)
+    for value in _texts(configs):
+        if is_remote(value) or os.path.isabs(value) or ".." in Path(value).parts or "::" in value:
+            raise ValueError(f"The card of {folder} names {value!r}, which is not inside of it: remove it there.")
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, (list, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _texts(value)
 
 
 def _load_stored(
@@ -306,7 +349,7 @@ def _load_rows(place: _Place, config_name: str | None, split: str) -> datasets.D
     name = place.name
     if place.kind == "parquet":
         _check_no_splits(name, split)
-        return datasets.load_dataset("parquet", data_files=list(place.files), split="train")
+        return datasets.load_dataset("parquet", data_files=_as_patterns(place.files), split="train")
     if place.kind == "saved" and (Path(name) / "state.json").is_file():
         _check_no_splits(name, split)
         return datasets.load_from_disk(name)
@@ -316,6 +359,11 @@ def _load_rows(place: _Place, config_name: str | None, split: str) -> datasets.D
             raise ValueError(f"`dataset_split` is {split!r}, but {name} has {sorted(splits)}.")
         return splits[split]
     return datasets.load_dataset(name, config_name, split=split)
+
+
+def _as_patterns(files: Sequence[str]) -> list[str]:
+    """Files as `datasets` takes them: as patterns."""
+    return [file if is_remote(file) else glob.escape(file) for file in files]
 
 
 def _scope(place: _Place) -> Scope:
@@ -361,7 +409,9 @@ def load_stream(
     with _explain_errors(name):
         if place.kind == "parquet":
             _check_no_splits(name, split)
-            rows = datasets.load_dataset("parquet", data_files=list(place.files), split="train", streaming=True)
+            rows = datasets.load_dataset(
+                "parquet", data_files=_as_patterns(place.files), split="train", streaming=True
+            )
         else:
             rows = datasets.load_dataset(place.name, config_name, split=split, streaming=True)
     return HubShards(rows, image_column, caption_columns, name, _scope(place))
