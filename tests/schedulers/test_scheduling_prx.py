@@ -319,9 +319,15 @@ def test_predictions_of_another_shape_are_refused():
         PRXFlowMatchScheduler().clean(one, x, 0.5)
     with pytest.raises(ValueError, match="`model_output`"):
         PRXXPredictionScheduler().velocity(one, x, 0.5)
-    for sigma in (NAN, "0.5", None, True):
+    for sigma in (NAN, "0.5", None, True, -0.1, 1.1):
         with pytest.raises(ValueError, match="`sigma`"):
             PRXFlowMatchScheduler().clean(x, x, sigma)
+
+
+@pytest.mark.parametrize("shift", [1e9, 1e30])
+def test_levels_that_repeat_in_float32_are_refused(shift):
+    with pytest.raises(ValueError, match=r"`num_inference_steps`.*`shift`"):
+        PRXFlowMatchScheduler(shift=shift).set_timesteps(4)
 
 
 @pytest.mark.parametrize("cls", BOTH)

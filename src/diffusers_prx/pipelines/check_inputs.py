@@ -1,6 +1,5 @@
 """Checks of what a pipeline call is given. Each raises a ValueError with what came and what is accepted."""
 
-import math
 import numbers
 from typing import Any
 
@@ -10,12 +9,9 @@ from diffusers.guiders import BaseGuidance
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from torch.distributed import ProcessGroup
 
+from ..schedulers.scheduling_prx import is_number
+
 DEFAULT_GUIDANCE_SCALE = 4.0
-
-
-def _is_number(value: Any) -> bool:
-    """True for a finite number of Python or NumPy; booleans, strings and tensors are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -29,7 +25,7 @@ def check_guidance(guidance_scale: Any) -> float:
     A value between them would interpolate, and one below 0 would lead away from the prompt. diffusers' PRX refuses
     both, and its other pipelines treat both as off without a word.
     """
-    if not _is_number(guidance_scale) or not (guidance_scale == 0 or guidance_scale >= 1):
+    if not is_number(guidance_scale) or not (guidance_scale == 0 or guidance_scale >= 1):
         raise ValueError(
             f"`guidance_scale` is {guidance_scale!r}; it has to be a finite number above 1, or 1 or 0 (both: off)."
         )
@@ -124,7 +120,7 @@ def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, flo
         raise ValueError(f"`token_route` is {token_route!r}; it has to be {wanted}.")
     start, stop, ratio = token_route
     whole = all(isinstance(block, numbers.Integral) and not isinstance(block, bool) for block in (start, stop))
-    if not whole or not 0 <= start < stop or not _is_number(ratio) or not 0 < ratio < 1:
+    if not whole or not 0 <= start < stop or not is_number(ratio) or not 0 < ratio < 1:
         raise ValueError(f"`token_route` is {token_route!r}; it has to be {wanted}.")
     if transformer is not None:
         depth, fusion_range = transformer.config["depth"], transformer.config.get("fusion_range")
@@ -139,7 +135,7 @@ def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, flo
 
 
 def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool, transformer: Any) -> None:
-    if not _is_number(self_guidance_scale) or self_guidance_scale < 1:
+    if not is_number(self_guidance_scale) or self_guidance_scale < 1:
         raise ValueError(
             f"`self_guidance_scale` is {self_guidance_scale!r}; it has to be a finite number of at least 1 (off)."
         )

@@ -96,7 +96,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             # diffusers' solvers have a setting of that name, which says something else
             stock = is_stock(self.scheduler)
             prediction_type = self.default_prediction_type if stock else self.scheduler.prediction_type
-        if prediction_type not in PREDICTION_TYPES:
+        if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"`prediction_type` is {prediction_type!r}; accepted are {list(PREDICTION_TYPES)} and None."
             )
@@ -142,7 +142,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         return self.config.get("caption_cleaning") or self.default_caption_cleaning
 
     def _check_output_type(self, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; accepted are {list(OUTPUT_TYPES)}.")
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -488,6 +488,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         lora_scale = check_adapters(self.transformer, attention_kwargs)
         num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        check_flag("return_dict", return_dict)
         check_flag("use_resolution_binning", use_resolution_binning)
         check_flag("skip_text_cleaning", skip_text_cleaning)
         text_width = self.transformer.config["context_in_dim"]

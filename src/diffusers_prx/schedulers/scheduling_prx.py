@@ -62,7 +62,8 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             if name in self.config:
                 checked[name] = check_number(name, self.config[name], 0, 1)
         self.register_to_config(**checked)
-        if self.config["timestep_sampling"] not in ("logit_normal", "uniform"):
+        sampling = self.config["timestep_sampling"]
+        if not isinstance(sampling, str) or sampling not in ("logit_normal", "uniform"):
             raise ValueError(
                 f"`timestep_sampling` is {self.config['timestep_sampling']!r}; accepted: 'logit_normal', 'uniform'."
             )
@@ -123,6 +124,11 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
                     " of them out, or make them agree."
                 )
             grid = np.append(given, 0.0)
+        if bool(np.any(np.diff(grid.astype(np.float32)) >= 0)):
+            raise ValueError(
+                f"`num_inference_steps` is {len(grid) - 1} and `shift` {self.shift:g}: such noise levels repeat in"
+                " float32. Take fewer steps, or a shift nearer to 1."
+            )
         self.num_inference_steps = len(grid) - 1
         # float64 up to here, so that both lists are the correctly rounded float32 values
         self.sigmas = torch.from_numpy(grid.astype(np.float32)).to(device)
@@ -139,7 +145,7 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             raise ValueError("There is no schedule yet: call `set_timesteps` first.")
         if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
             timestep = timestep.item()
-        if not isinstance(timestep, numbers.Real) or isinstance(timestep, bool):
+        if not is_number(timestep):
             raise ValueError(f"`timestep` is {timestep!r}; it has to be one of `scheduler.timesteps`.")
         value = float(timestep)
         distance = (self.timesteps.cpu().double() - value).abs()
@@ -172,7 +178,7 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         """
         _check_tensors(sample=sample, noise=noise)
         highest = self.config["num_train_timesteps"]
-        timestep = _as_levels("timestep", timestep)
+        timestep = _as_levels("timestep", timestep, highest)
         if not bool(((timestep >= 0) & (timestep <= highest)).all()):
             raise ValueError(f"`timestep` is {timestep.tolist()}; it has to be in [0, {highest}].")
         sigma = _like_sample(timestep.to(sample.device) / highest, sample)
@@ -361,14 +367,23 @@ class PRXXPredictionScheduler(_PRXSchedulerBase):
         return model_output + (sigma_next / sigma) * (sample - model_output)
 
 
+def is_number(value: Any) -> bool:
+    """True for a finite number of Python or NumPy that a float can hold; booleans, strings and tensors are none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int of more than 308 digits
+        return False
+
+
 def check_number(name: str, value: Any, low: float, high: float, closed: bool = False) -> float | int:
     """Return a finite number between low and high (those values included if `closed`), as a number of Python.
 
     Raises:
         ValueError: anything else; NumPy's numbers are numbers, booleans and strings are not.
     """
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (low <= value <= high if closed else low < value < high):
+    if not is_number(value) or not (low <= value <= high if closed else low < value < high):
         edges = "[]" if closed else "()"
         raise ValueError(f"`{name}` is {value!r}; it has to be a finite number in {edges[0]}{low}, {high}{edges[1]}.")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -404,7 +419,7 @@ def check_levels(name: str, values: Any, highest: float = 1.0) -> np.ndarray:
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
     plain = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in values]
-    if not all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in plain):
+    if not all(is_number(value) for value in plain):
         raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
     levels = np.array([float(value) for value in plain], dtype=np.float64)
     kept = (levels / highest).astype(np.float32)
@@ -423,12 +438,11 @@ def _check_tensors(sample: torch.Tensor, **others: torch.Tensor) -> None:
             raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be as `sample`, {tuple(sample.shape)}.")
 
 
-def _as_levels(name: str, values: Any) -> torch.Tensor:
+def _as_levels(name: str, values: Any, highest: float = 1.0) -> torch.Tensor:
     """One value or (B,) values as float32. The values of a tensor are not checked: that would wait for a GPU."""
     tensor = isinstance(values, torch.Tensor) and not values.is_complex() and values.dtype != torch.bool
-    number = isinstance(values, numbers.Real) and not isinstance(values, bool) and math.isfinite(values)
-    if not tensor and not number:
-        raise ValueError(f"`{name}` is {values!r}; it has to be a finite number, or a tensor of one for each row.")
+    if not tensor and not (is_number(values) and 0 <= values <= highest):
+        raise ValueError(f"`{name}` is {values!r}; it has to be in [0, {highest:g}], or a tensor of one for each row.")
     return torch.as_tensor(values, dtype=torch.float32)
 
 
