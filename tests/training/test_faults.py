@@ -401,6 +401,8 @@ def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, caps
         print(f"before {refused} of them a second run was refused, after each the folder was free")
     assert writing >= kills // 5
     assert refused >= kills // 2
+    left = {path.suffix for path in (tmp_path / "killed").iterdir()} & {".unfinished", ".removed", ".lock"}
+    assert not left
 
 
 def test_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerFast
 from ..evaluation.sheets import image_grid
 from .alignment import BurnIn, gradient_cosine
 from .averages import Averages
-from .cards import validation_sheet
+from .cards import REPORT_FILE, validation_sheet
 from .checkpoints import (
     TOKENIZER_FILE,
+    UNFINISHED,
     CheckpointWriter,
     RunState,
     find_checkpoint,
@@ -120,6 +121,8 @@ class Run:
         if self.accelerator.is_main_process:
             try:
                 lock = FolderLock(self.output_dir)
+                for left in self.output_dir.glob(f"{REPORT_FILE}.*{UNFINISHED}"):  # by a run that was killed
+                    left.unlink(missing_ok=True)
             except (ValueError, OSError) as error:
                 failure = str(error)
         failure = self.exchange.gather(failure)[0]
