@@ -86,19 +86,25 @@ def number(value: float) -> bytes:
 
 
 def icc_profile(red: tuple, green: tuple, blue: tuple) -> bytes:
-    """An ICC profile with the primaries in XYZ (D50) and the curve of sRGB, written by its specification."""
+    """An ICC profile with the primaries in XYZ (D50) and the curve of sRGB."""
     curve = b"para\0\0\0\0\0\3\0\0" + b"".join(map(number, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
-    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 78, b"cprt": b"text\0\0\0\0x\0\0\0"}
-    for name, value in ((b"wtpt", (0.9642, 1, 0.8249)), (b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue)):
-        tags[name] = b"XYZ \0\0\0\0" + b"".join(map(number, value))
-    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    tags = {name: xyz(value) for name, value in ((b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue))}
+    return write_profile(b"RGB ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve))
+
+
+def xyz(values: tuple) -> bytes:
+    return b"XYZ \0\0\0\0" + b"".join(map(number, values))
+
+
+def write_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile of version 2.4 for displays, written by its specification."""
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 78
+    tags |= {b"cprt": b"text\0\0\0\0x\0\0\0", b"wtpt": xyz((0.9642, 1, 0.8249))}
     table, body = struct.pack(">I", len(tags)), b""
     for name, value in tags.items():
         table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(value))
         body += value
-    header = struct.pack(
-        ">I4xI4s4s4s12x4s28x", 128 + len(table + body), 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp"
-    )
+    header = struct.pack(">I4xI4s4s4s12x4s28x", 128 + len(table + body), 0x02400000, b"mntr", space, b"XYZ ", b"acsp")
     return (header + b"".join(map(number, (0.9642, 1, 0.8249)))).ljust(128, b"\0") + table + body
 
 
@@ -113,7 +119,7 @@ def test_colors_of_an_icc_profile_are_converted(kind):
     assert np.abs(np.subtract(found.getpixel((3, 3)), (250, 31, 14))).max() <= (1 if kind in ("png", "tiff") else 4)
 
 
-def test_colors_of_transparent_palette_and_gray_pictures_are_converted():
+def test_colors_of_transparent_and_palette_pictures_are_converted():
     palette = PIL.Image.new("P", (8, 8), 1)
     palette.putpalette([0, 255, 0, 230, 60, 40])
     palette.paste(0, (0, 0, 4, 8))
@@ -124,17 +130,23 @@ def test_colors_of_transparent_palette_and_gray_pictures_are_converted():
         left, right = found.getpixel((1, 1)), found.getpixel((6, 6))
         assert left == ((250, 31, 14) if image is half else (255, 255, 255))
         assert right == ((252, 143, 134) if image is half else (250, 31, 14))
-    gray = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("XYZ")).tobytes()
-    image = PIL.Image.new("L", (8, 8), 77)
-    for profile in (DISPLAY_P3, gray):  # of another color model
-        assert read_image(encode(image, "png", icc_profile=profile)).getpixel((1, 1)) == (77, 77, 77)
+
+
+def test_gray_pictures_have_profiles_too():
+    linear = write_profile(b"GRAY", {b"kTRC": b"curv" + b"\0" * 8})
+    shown = (149, 149, 149)  # 255 (1.055 (77 / 255)^(1 / 2.4) - 0.055)
+    deep = PIL.Image.fromarray(np.full((8, 8), 77 * 257, dtype=np.uint16))
+    for image in (PIL.Image.new("L", (8, 8), 77), PIL.Image.new("LA", (8, 8), (77, 255)), deep):
+        assert read_image(encode(image, "png", icc_profile=linear)).getpixel((1, 1)) == shown
+        other = read_image(encode(image, "png", icc_profile=DISPLAY_P3))  # of another color model
+        assert other.getpixel((1, 1)) == (77, 77, 77)
 
 
 def test_srgb_and_broken_profiles_change_no_pixel():
     image = PIL.Image.fromarray(NOISE)
     srgb = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
     own = icc_profile((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
-    for profile in (srgb, own, b"", b"no profile" * 30, DISPLAY_P3[:200], DISPLAY_P3[:-60]):
+    for profile in (srgb, own, b"", b"no profile" * 30, DISPLAY_P3[:200], DISPLAY_P3[:-200]):
         assert read_image(encode(image, "png", icc_profile=profile)).tobytes() == image.tobytes()
 
 

@@ -165,6 +165,8 @@ def split_folder(folder: Path, contents: Contents, split: str) -> Path:
     Raises:
         ValueError: for another split than `train` that is no subfolder.
     """
+    if split == "train" and not (folder / "train").is_dir():
+        return folder
     parts = {
         os.path.relpath(path, folder).split(os.sep)[0] for path in (*contents.pictures, *contents.metadata)
     }  # names at the top
