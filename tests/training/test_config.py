@@ -165,6 +165,10 @@ def test_a_value_out_of_range_is_refused_with_field_and_value(name, values):
             r"`ema_update_every` \(10\) must be at most `max_train_steps` \(9\)",
         ),
         ({"hub_model_id": "me/prx"}, "`hub_model_id` is 'me/prx', but `push_to_hub` is not set"),
+        (
+            {"timestep_sampling": "uniform", "uniform_fraction": 0.3},
+            r"`uniform_fraction` is 0\.3.*`timestep_sampling`",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other(changes, message):

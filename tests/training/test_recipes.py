@@ -216,3 +216,20 @@ def test_a_twin_that_needs_nothing_runs(name, tmp_path):
 @pytest.mark.parametrize("path", [path for path in TWINS if path.stem not in QUICK], ids=identity)
 def test_every_other_twin_runs(path, tools, tmp_path):
     run_for_three_steps(path, tools, tmp_path)
+
+
+@pytest.mark.parametrize("file", FULL_SCALE, ids=identity)
+def test_captions_are_cleaned_as_in_the_study(file):
+    """Fully for T5Gemma, lightly for Qwen3-VL, in latents and in pixels."""
+    settings = load_recipe(file)
+    encoder = settings.get("text_encoder_name_or_path") or ""
+    expected = "light" if "Qwen3-VL" in encoder else "full"
+    assert settings.get("caption_cleaning", "full") == expected
+    assert settings["ema_warmup"] is False
+
+
+@pytest.mark.parametrize("file", [*EXAMPLES, *TWINS], ids=identity)
+def test_recipes_that_were_measured_before_keep_their_cleaning_and_their_average(file):
+    settings = load_recipe(file)
+    assert settings["caption_cleaning"] == ("full_v1" if settings.get("vae_name_or_path") else "light")
+    assert settings.get("ema_warmup", True) is True

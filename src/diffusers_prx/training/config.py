@@ -31,6 +31,7 @@ from .settings import (
 SAMPLES_BEFORE_JUDGING = 1000
 # The study's warm-up, of a run of 100,000 steps; a run of fewer than ten times as many steps has a shorter one.
 WARMUP_STEPS = 1000
+DEFAULT_UNIFORM_FRACTION = 0.1
 # What an adapter changes unless told otherwise: every matrix of the blocks but that of the modulation.
 LORA_LAYERS = (
     "attention.img_qkv_proj", "attention.txt_kv_proj", "attention.to_out.0", "gate_proj", "up_proj", "down_proj",
@@ -285,7 +286,7 @@ class TrainingConfig:
         "With logit_normal, share of timesteps that are drawn uniformly in [0.001, 1) instead, without the shift.",
         SHARE,
         STAGE,
-    ] = 0.1
+    ] = DEFAULT_UNIFORM_FRACTION
     shift: Annotated[
         float, "Timestep shift s t / (1 + (s - 1) t), in training and in the saved scheduler.", POSITIVE, STAGE
     ] = 1.0
@@ -542,6 +543,11 @@ class TrainingConfig:
             raise ValueError("A new text encoder (`text_encoder_config`) must be trained: set `train_text_encoder`.")
         if self.precomputed_dir is not None:
             self._check_precomputed()
+        if self.timestep_sampling == "uniform" and self.uniform_fraction not in (0.0, DEFAULT_UNIFORM_FRACTION):
+            raise ValueError(
+                f"`uniform_fraction` is {self.uniform_fraction}, a share of logit_normal timesteps, but "
+                "`timestep_sampling` is uniform: leave one of them out."
+            )
         if self.lr_scheduler == "constant" and self.lr_decay_steps is not None:
             raise ValueError("`lr_decay_steps` needs `lr_scheduler` linear or cosine; it is constant.")
         decay = self.lr_decay_steps or 0
