@@ -46,7 +46,8 @@ USED_WITHOUT_IMPORT = {
 
 # What runs without the training extra: everything that draws images.
 CORE = (
-    "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py", "cli.py", "data/files.py"
+    "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py", "cli.py",
+    "data/files.py",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,6 +59,9 @@ RENAMES = (
     (r"sprint_mask_token", r"fusion.mask_token"),
 )
 
+# More than any checkpoint has: dictionaries in each other, and entries in all of them.
+MAX_DEPTH, MAX_ENTRIES = 64, 1_000_000
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Options that no network alone has a use for.
@@ -85,8 +88,11 @@ _INDEX_GLOBALS: dict[tuple[str, str], Any] = {
 # Reading.
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads the index of a checkpoint folder; a pickle can do nothing without globals, and gets only these."""
+class _IndexUnpickler(pickle._Unpickler):
+    """Reads the index of a checkpoint folder; a pickle can do nothing without globals, and gets only these.
+
+    The one written in Python: the other allocates 16 bytes for every number up to the largest that a pickle names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _INDEX_GLOBALS:
@@ -117,8 +123,17 @@ def _check_index(index: Any) -> None:
         if len(file.parts) != 1 or file.name == "..":
             raise pickle.UnpicklingError(f"it names {file}, which is not inside the folder")
     for name, entry in index.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise pickle.UnpicklingError(f"it names an entry with a {type(name).__name__}")
         if not isinstance(entry, metadata.TensorStorageMetadata):
             continue
+        if not isinstance(entry.properties.dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"{name} has no type, but {type(entry.properties.dtype).__name__}")
+        for sizes in (entry.size, *(chunk.sizes for chunk in entry.chunks)):
+            if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+                raise pickle.UnpicklingError(f"{name} has the impossible size {tuple(sizes)!r:.100}")
+        if math.prod(entry.size) >= 2**60:
+            raise pickle.UnpicklingError(f"{name} has the impossible size {tuple(entry.size)}")
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise pickle.UnpicklingError(f"it does not list the whole of {name}")
 
@@ -154,7 +169,7 @@ def list_tensors(path: Path) -> dict[str, torch.Tensor | None]:
     if path.suffix == ".safetensors":
         try:
             return dict(safetensors.torch.load_file(path))
-        except (safetensors.SafetensorError, OSError) as error:
+        except Exception as error:  # types that torch does not have are a KeyError
             raise ValueError(f"{path} is broken or not a safetensors file: {error}.") from error
     return _flat(_load_file(path))
 
@@ -168,8 +183,10 @@ def _load_file(path: Path) -> Any:
     plain_arrays: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     plain_arrays += [(multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     try:
+        if is_zip := zipfile.is_zipfile(path):
+            _check_zip(path)
         with torch.serialization.safe_globals(plain_arrays):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a broken pickle can raise anything
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
@@ -183,17 +200,77 @@ def _load_file(path: Path) -> Any:
         ) from error
 
 
-def _flat(tree: Any, parent: str = "") -> dict[str, torch.Tensor | None]:
-    """The leaves of nested dictionaries under the names that lead to them, joined by dots."""
-    if not isinstance(tree, Mapping):
-        return {parent: tree if isinstance(tree, torch.Tensor) else None}
+def _check_zip(path: Path) -> None:
+    """Refuse a zip that torch.save does not write: compressed entries, which may become as large as they like."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed or claims {entry.file_size} bytes")
+
+
+def _flat(tree: Any) -> dict[str, torch.Tensor | None]:
+    """The leaves of nested dictionaries under the names that lead to them, joined by dots.
+
+    Raises:
+        ValueError: dictionaries that contain themselves, or more of them in each other, or more entries, than a
+            checkpoint has; two entries of one name.
+    """
     leaves: dict[str, torch.Tensor | None] = {}
-    for key, value in tree.items():
-        below = _flat(value, f"{parent}.{key}" if parent else str(key))
-        if leaves.keys() & below.keys():
-            raise ValueError(f"The checkpoint has two entries of one name: {sorted(leaves.keys() & below.keys())}.")
-        leaves |= below
+    for name, leaf in _walk(tree, "", 0):
+        if name in leaves:
+            raise ValueError(f"The checkpoint has two entries of one name: {name:.200}.")
+        leaves[name] = leaf if isinstance(leaf, torch.Tensor) else None
+        if len(leaves) > MAX_ENTRIES:
+            raise ValueError(f"The checkpoint has more than {MAX_ENTRIES:,} entries, which no PRX has.")
     return leaves
+
+
+def _walk(tree: Any, parent: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        yield parent, tree
+        return
+    if depth == MAX_DEPTH:
+        raise ValueError(
+            f"The checkpoint has dictionaries that contain themselves, or more than {MAX_DEPTH} in each other: under "
+            f"{parent:.200}."
+        )
+    for key, value in tree.items():
+        if not isinstance(key, str | int):
+            raise ValueError(f"The checkpoint names an entry under {parent:.200} by a {type(key).__name__}.")
+        yield from _walk(value, f"{parent}.{key}" if parent else str(key), depth + 1)
+
+
+def _check_stored(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that claim more values than the file has, which a file of torch.save can state.
+
+    Raises:
+        ValueError: also for tensors that are sparse or have no values.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise ValueError(f"{name} of {path} is no plain tensor: {tensor.layout}, {tensor.device}, {tensor.dtype}.")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{name} of {path} claims the shape {list(tensor.shape)}, of which only "
+                f"{tensor.untyped_storage().nbytes():,} bytes are stored."
+            )
+
+
+def _check_folder(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors whose files are missing or smaller than the index says, before memory is taken for them."""
+    stored: Counter[str] = Counter()
+    for place, info in _read_index(folder).storage_data.items():
+        if place.fqn in tensors:
+            file = folder / info.relative_path
+            if not file.is_file() or file.stat().st_size < info.offset + info.length:
+                raise ValueError(f"A file of {folder} is missing or broken: {info.relative_path}.")
+            stored[place.fqn] += info.length
+    for name, tensor in tensors.items():
+        if stored[name] < tensor.numel() * tensor.itemsize:
+            raise ValueError(
+                f"{name} of {folder} claims the shape {list(tensor.shape)}, of which only {stored[name]:,} bytes are "
+                "stored."
+            )
 
 
 def read_tensors(
@@ -206,7 +283,9 @@ def read_tensors(
     """
     tensors = {name: tensor for name in names if (tensor := listed[name]) is not None}
     if not path.is_dir():
+        _check_stored(path, tensors)
         return tensors
+    _check_folder(path, tensors)
     tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
     wanted: dict[str, Any] = dict(tensors)
     try:
@@ -216,6 +295,8 @@ def read_tensors(
     except CheckpointException as error:  # not an Exception
         cause = next(iter(error.failures.values()))[0]
         raise ValueError(f"A file of {path} is missing or broken: {type(cause).__name__}: {cause}.") from cause
+    except Exception as error:  # an index that contradicts its files can raise anything
+        raise ValueError(f"A file of {path} is missing or broken: {type(error).__name__}: {error}.") from error
     return tensors
 
 
@@ -390,6 +471,7 @@ def convert_transformer(
     tensors = {name: tensor for name, stored in stored_as.items() if (tensor := listed[stored]) is not None}
     if len(tensors) < len(stored_as):
         raise ValueError(f"Not tensors, of the network: {[s for n, s in stored_as.items() if n not in tensors]}.")
+    (_check_folder if path.is_dir() else _check_stored)(path, {stored_as[name]: t for name, t in tensors.items()})
     if ema:
         _check_begun(path, listed)
 
@@ -401,6 +483,11 @@ def convert_transformer(
 
     read = read_tensors(path, listed, stored_as.values())
     weights = {name: _on_its_own(_in_our_shape(name, read[stored]), dtype) for name, stored in stored_as.items()}
+    if broken := [stored_as[name] for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(
+            f"{len(broken)} tensors of the network have values that are NaN or infinite{_in(dtype)}: {broken[:8]}. "
+            "Convert an earlier checkpoint."
+        )
     transformer.load_state_dict(weights, assign=True)
     _report(transformer, listed, stored_as)
     beside = [stored for stored in stored_as.values() if ema and AVERAGED not in stored]
@@ -420,6 +507,10 @@ def _check_begun(path: Path, listed: Mapping[str, torch.Tensor | None]) -> None:
 def _in_our_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The original's mask token is (1, 1, D), ours is (D,)."""
     return tensor[0, 0] if name == "fusion.mask_token" and tuple(tensor.shape[:-1]) == (1, 1) else tensor
+
+
+def _in(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else f" in {dtype}"
 
 
 def _on_its_own(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -646,9 +737,9 @@ def main(argv: list[str] | None = None) -> None:
         dtype = None if args.dtype is None else DTYPES[args.dtype]
         transformer = convert_transformer(args.checkpoint_path, args.ema, args.prefix, dtype, **given)
         converted: Any = transformer if components is None else build_pipeline(transformer, components, args)
-    except (ValueError, OSError) as error:
+        converted.save_pretrained(args.output_dir)
+    except (ValueError, OSError, safetensors.SafetensorError) as error:  # the last for a full disk
         end(error)
-    converted.save_pretrained(args.output_dir)
     print(f"saved to {args.output_dir}")
 
 

@@ -8,6 +8,7 @@ values that the caller keeps and passes in; the model remembers nothing of a run
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -525,6 +526,15 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         super().__init__()
         if hidden_size % num_heads != 0:
             raise ValueError(f"`hidden_size` must be a multiple of `num_heads`, got {hidden_size} and {num_heads}.")
+        positive = {
+            "theta": theta,
+            "time_factor": time_factor,
+            "time_max_period": time_max_period,
+            "mlp_ratio": mlp_ratio,
+        }
+        for name, value in positive.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
         axes = (32, 32) if axes_dim is None else tuple(axes_dim)  # None is how stock configurations say (32, 32)
         head_dim = hidden_size // num_heads
         if len(axes) != 2 or sum(axes) != head_dim or any(dim % 2 for dim in axes):
