@@ -77,9 +77,6 @@ def sentence(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             why = " (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
-            return (
-                f"{text.rstrip('. ')}. It is not a folder on this disk, and the Hub could not be reached{why}: check "
-                "the name and the connection."
-            )
+            return f"{text.rstrip('. ')}. The Hub could not be reached{why}: check the name and the connection."
         cause = cause.__cause__ or cause.__context__
     return text

@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -472,7 +473,8 @@ def saved_settings(name_or_path: str, revision: str | None = None) -> dict[str, 
     try:
         cfg: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
     except OSError as error:
-        raise ValueError(f"`pretrained_model_name_or_path` is {name_or_path!r}: {error}") from error
+        where_not = "" if Path(name_or_path).is_dir() else ", which is not a folder on this disk"
+        raise ValueError(f"`pretrained_model_name_or_path` is {name_or_path!r}{where_not}: {error}") from error
     pipeline_class: Any = _named_class(cfg.get("_class_name") if isinstance(cfg, dict) else cfg)
     unsaid = {name: value.default for name, value in inspect.signature(pipeline_class.__init__).parameters.items()}
     where: dict[str, Any] = {"revision": revision} if revision else {}

@@ -248,22 +248,19 @@ def _read_value(name: str, value: Any, setting: Setting) -> Any:
 
 def _without_replaced(recipe: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a recipe without what flags replace under another name, and what there is to say about it."""
-    notes, replaced = [], []
-    if kinds := [name for name in DATA if flags.get(name)]:
-        replaced = [name for name in DATA if recipe.get(name) and name not in kinds]
-        if replaced:  # where the other data come from; columns and captions stay
-            replaced += [name for name in ("dataset_config_name", "dataset_split") if name in recipe]
     if EPOCHS in flags and "max_train_steps" in flags:
         raise ValueError(f"`{EPOCHS}` and `max_train_steps` are both given: pass one of them.")
+    replaced: dict[str, str] = {}  # setting of the recipe -> the flag in its place
+    for kind in (name for name in DATA if flags.get(name)):
+        if others := [name for name in DATA if recipe.get(name) and name not in flags]:
+            # where the other data come from; columns and captions stay
+            replaced |= {name: kind for name in (*others, "dataset_config_name", "dataset_split") if name in recipe}
     for one, other in ((EPOCHS, "max_train_steps"), ("max_train_steps", EPOCHS)):
         if one in flags and other in recipe:
-            replaced.append(other)
-    if EPOCHS in recipe and "max_train_steps" in recipe and not replaced:
+            replaced[other] = one
+    if EPOCHS in recipe and "max_train_steps" in recipe and not {EPOCHS, "max_train_steps"} & set(replaced):
         raise ValueError(f"The recipe has `{EPOCHS}` and `max_train_steps`: keep one of them.")
-    if replaced:
-        instead = " and ".join(f"--{name}" for name in flags if name in (*DATA, EPOCHS, "max_train_steps"))
-        lost = ", ".join(f"`{name}` {recipe[name]}" for name in replaced)
-        notes.append(f"{instead} in place of the recipe's {lost}")
+    notes = [f"--{flag} in place of the recipe's `{name}` {recipe[name]}" for name, flag in replaced.items()]
     return {name: value for name, value in recipe.items() if name not in replaced}, notes
 
 
