@@ -210,7 +210,7 @@ def test_what_will_be_left_out_is_told_before_the_run(text_encoder, tmp_path, ca
         line for line in capsys.readouterr().out.splitlines() if line.startswith("  left out")
     )
     assert "2 of 12 images are smaller (the largest: 30 x 31)" in small
-    assert "Pass `--resolution 24` (10 of 12 are large enough), or `--max_upscale none`" in small
+    assert "Pass `--max_upscale 1.6` to enlarge them" in small
     assert "02.png (20 x 20)" in small
     assert "03.png (30 x 31)" in small
     assert "`max_crop` is 0.5" in elongated
@@ -226,6 +226,18 @@ def test_what_will_be_left_out_is_told_before_the_run(text_encoder, tmp_path, ca
         runs.start(values | {"max_upscale": None, "max_crop": 0.99})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  left out")]
     assert len(lines) == 2  # those that cannot be read
+
+
+def test_one_large_image_among_small_ones_is_told_with_the_resolution_of_the_others(text_encoder, tmp_path):
+    folder = Path(write_beside(tmp_path / "photos"))
+    for place in range(1, PHOTOS):
+        PIL.Image.new("RGB", (20, 20)).save(folder / f"{place:02}.png")
+    run = runs.start(runs.settings(tmp_path / "run", text_encoder, dataset_name=str(folder)))
+    (message,) = run.stages[0].left_out
+    assert "`resolution` is 32, but 11 of 12 images are smaller (the largest: 20 x 20)" in message
+    assert "Pass `--resolution 16`, or `--max_upscale none` to enlarge them" in message
+    assert "01.png (20 x 20), " in message
+    assert "and 6 more" in message
 
 
 def test_of_large_data_some_images_are_looked_at(text_encoder, tmp_path, monkeypatch):

@@ -434,6 +434,7 @@ def test_the_script(cached, tmp_path, capsys):
     precompute_prx.main(["--config", str(recipe), "--precomputed_dir", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "9 samples in 1 shards; left out: 1 unreadable, 1 unfit" in shown
+    assert "left out: `resolution` is 32, but 1 of 11 images are smaller" in shown  # before anything is computed
     assert f"latent_mean: {9 * 4 * 16 * 16 * 4 / 1e6:.1f} MB" not in shown  # too small to be told
     assert_same_contents(tmp_path / "32", Path(cached["precomputed_dir"]) / "32")
 

@@ -67,7 +67,10 @@ def check_images(
     found = []
     if small.any():
         largest = image_sizes[small][image_sizes[small].min(axis=1).argmax()]
-        remedy = f"Pass {_smaller(cfg, scale, small, multiple)}`--max_upscale none` to enlarge them."
+        if 2 * small.sum() < total:
+            remedy = f"Pass `--max_upscale {np.ceil(scale[small].max() * 100 - 1e-6) / 100:g}` to enlarge them."
+        else:
+            remedy = f"Pass {_smaller(cfg, scale, small, multiple)}`--max_upscale none` to enlarge them."
         found.append(
             f"`resolution` is {cfg.resolution}, but {small.sum()} of {total} images are smaller (the largest: "
             f"{largest[0]} x {largest[1]}). {remedy} {named(np.flatnonzero(small), sized)}."
