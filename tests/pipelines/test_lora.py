@@ -265,6 +265,8 @@ def test_a_pipeline_with_adapters_is_not_saved(tmp_path):
     pipe.load_lora_weights(adapter(pipe.transformer, 1), adapter_name="mine")
     with pytest.raises(ValueError, match=r"`transformer` has the adapters \['mine'\]"):
         pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has the adapters \['mine'\]"):
+        pipe.transformer.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -802,6 +804,9 @@ def test_what_is_offloaded_to_disk_is_not_saved(part, tmp_path):
     with pytest.raises(ValueError, match=f"`{part}` is offloaded to disk"):
         pipe.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    if part == "transformer":
+        with pytest.raises(ValueError, match="offloaded to disk"):
+            pipe.transformer.save_pretrained(tmp_path / "saved")
     if part == "text_encoder":  # whose weights an adapter does not touch
         pipe.load_lora_weights(in_pool("mlp"))
         assert (draw_once(pipe) - draw_once(by_hand(shallow(), (1, in_pool("mlp"))))).abs().max() < TOLERANCE

@@ -7,6 +7,7 @@ What no step of a sampling run changes can be computed once before it: `PRXTextC
 values that the caller keeps and passes in; the model remembers nothing of a run.
 """
 
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from diffusers.hooks import (
     apply_context_parallel,
 )
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -618,6 +620,17 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         stored = {key: value for key, value in stored.items() if value or key not in OWN_OPTIONS}
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the arguments
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `ModelMixin.save_pretrained`, of weights that are in memory and under the names of files.
+
+        Raises:
+            ValueError: the model is offloaded to disk, has adapters or was quantized after it was loaded; nothing is
+                written.
+        """
+        check_saving("transformer", self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def enable_parallelism(self, *, config: ContextParallelConfig | ParallelConfig, cp_plan: Any = None) -> None:
         """Share one forward out over several processes, each with its part of the image tokens (sampling only).
 
@@ -995,6 +1008,36 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if not return_dict:
             return (sample,) if feature_block is None else (sample, features, feature_indices)
         return PRXTransformer2DModelOutput(sample, features, feature_indices)
+
+
+def check_saving(name: str, module: nn.Module) -> None:
+    """Refuse to save weights that are not in memory, or under names that nothing loads.
+
+    Args:
+        name: of the component, for the message.
+        module: any network of diffusers or transformers.
+
+    Raises:
+        ValueError: it is offloaded to disk, has adapters or was quantized after it was loaded.
+    """
+    hook = _get_top_level_group_offload_hook(module)
+    if hook is not None and hook.config.offload_to_disk_path is not None:
+        raise ValueError(
+            f"`{name}` is offloaded to disk, so that its weights are not in memory to be saved. Load the pipeline "
+            "again, and save it before `enable_group_offload` or without `offload_to_disk_path`."
+        )
+    saves_itself = getattr(module, "hf_quantizer", None) is not None
+    if not saves_itself and any(type(parameter) is not nn.Parameter for parameter in module.parameters()):
+        raise ValueError(
+            f"`{name}` was quantized after it was loaded, and a file has no place for such weights. To save it "
+            "quantized, load it with a `quantization_config`."
+        )
+    named = [getattr(part, "lora_A", None) for part in module.modules()]
+    if layers := [adapters for adapters in named if isinstance(adapters, nn.ModuleDict)]:
+        raise ValueError(
+            f"`{name}` has the adapters {sorted(set().union(*layers))}. To save it without them, call "
+            "`unload_lora_weights` of the pipeline before; with them in its weights, `fuse_lora` and then that."
+        )
 
 
 def join_mask(text_mask: AttentionMask, tokens: int) -> Any:

@@ -400,7 +400,7 @@ def read_adapter(state_dict: Mapping[str, Any], metadata: Any, transformer: Any)
     inside = tuple(f"{name}." for name in adapted)  # parts of other adapters
     linear = {name: module for name, module in linear.items() if not name.startswith(inside)}
     parts = set().union(*tensors.values())
-    misfits = {name: _misfit(linear.get(name), own, parts, transformer) for name, own in tensors.items()}
+    misfits = {name: _misfit(linear.get(name), own, parts) for name, own in tensors.items()}
     wrong = [f"{name} {misfit}" for name, misfit in misfits.items() if misfit is not None]
     settings = _read_settings(metadata)
     ranks, alphas = {}, {}
@@ -411,6 +411,12 @@ def read_adapter(state_dict: Mapping[str, Any], metadata: Any, transformer: Any)
         if stated != rank:
             wanted, came = (stated, *own["lora_A"].shape[1:]), tuple(own["lora_A"].shape)
             wrong.append(f"{name} takes lora_A of the shape {wanted}, not {came}, by the rank in the file's metadata")
+    fitting = {} if wrong else tensors
+    if broken := [name for name, own in fitting.items() if not _is_finite_as(own, linear[name], transformer)]:
+        raise ValueError(
+            f"The adapter has NaN or infinite values, in the type of the weights of its layers, in {len(broken)} of "
+            f"{len(tensors)} layers, as {broken[:SHOWN]}: its file is damaged or its training diverged."
+        )
     if wrong:
         raise ValueError(
             f"The adapter does not fit this transformer, in {len(wrong)} of {len(tensors)} layers: "
@@ -420,7 +426,7 @@ def read_adapter(state_dict: Mapping[str, Any], metadata: Any, transformer: Any)
     return Adapter(tensors, ranks, alphas, settings["use_rslora"])
 
 
-def _misfit(layer: Any, tensors: Mapping[str, Any], parts: set[str], model: Any) -> str | None:
+def _misfit(layer: Any, tensors: Mapping[str, Any], parts: set[str]) -> str | None:
     """Say what is wrong with the adapter of one layer, where others have these parts."""
     if layer is None:
         return "is not there"
@@ -428,7 +434,6 @@ def _misfit(layer: Any, tensors: Mapping[str, Any], parts: set[str], model: Any)
         return f"has only {sorted(tensors)} in the file"
     if not hasattr(layer, "in_features"):
         return f"is a {type(layer).__name__}, not a linear layer"
-    dtype = _dtype(layer, model)
     if other := [part for part, tensor in tensors.items() if not _is_number_tensor(tensor)]:
         return f"has no tensor of floating-point numbers in {other}"
     shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
@@ -438,8 +443,6 @@ def _misfit(layer: Any, tensors: Mapping[str, Any], parts: set[str], model: Any)
     for part, shape in shapes.items():
         if shape != wanted[part]:
             return f"takes {part} of the shape {wanted[part]}, not {shape}"
-    if broken := [part for part, tensor in tensors.items() if not torch.isfinite(tensor.to(dtype)).all()]:
-        return f"has NaN or infinite values in {broken}, in the type {dtype} of its weights"
     return None
 
 
@@ -518,6 +521,10 @@ def _dtype(layer: Any, model: Any) -> torch.dtype:
     return layer.weight.dtype if layer.weight.dtype in PLAIN_DTYPES else model.dtype
 
 
+def _is_finite_as(tensors: Mapping[str, torch.Tensor], layer: Any, model: Any) -> bool:
+    return all(bool(torch.isfinite(tensor.to(_dtype(layer, model))).all()) for tensor in tensors.values())
+
+
 # Adapters that are loaded.
 
 
@@ -567,34 +574,6 @@ def check_adapters(transformer: Any, attention_kwargs: Any) -> float:
     if not _disabled(model):
         _require_weights_for_dora(model, [layer.get_base_layer() for layer in dora if not layer.merged])
     return scale
-
-
-def check_saving(components: Mapping[str, Any]) -> None:
-    """Refuse to save weights that are not there, or under names that nothing loads.
-
-    Raises:
-        ValueError: components that are offloaded to disk, or that were quantized after they were loaded; a transformer
-            with adapters, whose layers a saved transformer has no place for.
-    """
-    modules = {name: _unwrapped(part) for name, part in components.items() if isinstance(part, nn.Module)}
-    for name, module in modules.items():
-        if _on_disk(module):
-            raise ValueError(
-                f"`{name}` is offloaded to disk, so that its weights are not in memory to be saved. Load the pipeline "
-                "again, and save it before `enable_group_offload` or without `offload_to_disk_path`."
-            )
-        saves_itself = getattr(module, "hf_quantizer", None) is not None
-        if not saves_itself and any(type(parameter) is not nn.Parameter for parameter in module.parameters()):
-            raise ValueError(
-                f"`{name}` was quantized after it was loaded, and a file has no place for such weights. To save it "
-                "quantized, load it with a `quantization_config`."
-            )
-        if layers := lora_layers(module):
-            adapters = sorted({adapter for layer in layers.values() for adapter in layer.lora_A})
-            raise ValueError(
-                f"`{name}` has the adapters {adapters}. To save it without them, call `unload_lora_weights` "
-                "before; with them in its weights, `fuse_lora` and then `unload_lora_weights`."
-            )
 
 
 def _loaded(model: Any) -> list[str]:

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed import ProcessGroup
 
 from ..models.token_routing import TokenRoute, sample_route
+from ..models.transformer_prx import check_saving
 from ..schedulers.scheduling_prx import check_count, check_number
 from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
 from ..text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
@@ -42,7 +43,7 @@ from .check_inputs import (
     check_token_route,
 )
 from .loading import check_same_kind, resolve_components, stored_form
-from .lora import PRXLoraLoaderMixin, check_adapters, check_saving, scale_adapters
+from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
 from .prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
@@ -229,7 +230,9 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             ValueError: the transformer has adapters, whose layers a saved transformer has no place for, or a component
                 is offloaded to disk, so that its weights are not in memory to be saved. Nothing is written.
         """
-        check_saving(self.components)
+        for name, component in self.components.items():
+            if isinstance(component, torch.nn.Module):
+                check_saving(name, getattr(component, "_orig_mod", component))  # out of the wrapper of torch.compile
         DiffusionPipeline.save_pretrained(stored_form(self), str(save_directory), *args, **kwargs)
 
     # Text.
