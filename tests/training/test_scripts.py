@@ -10,7 +10,7 @@ import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
-from training import evaluate_prx, train_prx
+from training import card_prx, evaluate_prx, export_prx, publish_prx, train_prx
 
 SCORES = ("scene_accuracy", "scene_accuracy_novel")
 QUICK = ["--scenes", "--num_prompts", "3", "--num_inference_steps", "2", "--seed", "1"]
@@ -89,6 +89,22 @@ def test_an_evaluation_has_to_be_asked_for_something(trained, capsys):
     assert "Nothing is asked for" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^error: .* has no preprocessor_config\.json"):
         evaluate_prx.main(["--model", str(trained), "--metrics", f"fid:{trained}"])
+
+
+def test_unknown_flags_and_paths_of_a_home_in_every_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        export_prx.main(["--checkpoint", "x", "--output_dir", "y", "--dytpe", "bf16"])
+    assert "unrecognized arguments: --dytpe bf16 (did you mean --dtype?)" in capsys.readouterr().err
+    for main, flags in (
+        (export_prx.main, ["--output_dir", "y", "--checkpoint"]),
+        (card_prx.main, ["--model"]),
+        (publish_prx.main, ["--folder"]),
+        (evaluate_prx.main, ["--scenes", "--output_dir", "y", "--model"]),
+    ):
+        with pytest.raises(SystemExit, match=rf"^error: .*{tmp_path}/none"):
+            main([*flags, "~/none"])
+    assert evaluate_prx.metric("fid:~/encoder") == f"fid:{tmp_path}/encoder"
 
 
 @pytest.mark.parametrize(

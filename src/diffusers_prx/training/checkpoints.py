@@ -95,7 +95,7 @@ class RunState:
         if step > self.stages[-1]["stop_step"]:
             raise ValueError(
                 f"The checkpoint is at step {step}, beyond the {self.stages[-1]['stop_step']} of this run "
-                "(`max_train_steps`, of all stages together)."
+                "(`max_train_steps`, of all stages together): pass a new `--output_dir`, or more steps."
             )
         in_pixels = "vae" not in state["networks"].get("frozen_networks", {})
         saved = settings_of_run(state["settings"], in_pixels)
