@@ -115,8 +115,10 @@ def describe(name: str, source: str) -> Model:
     """
     try:
         config = DiffusionPipeline.load_config(source)
-    except (TypeError, AttributeError, RecursionError) as error:  # JSON, but not an object
-        raise ValueError(f"model_index.json is not a JSON object ({error}).") from error
+    except (TypeError, AttributeError, RecursionError):  # JSON of another kind; some is read all the same
+        config = None
+    if not isinstance(config, Mapping):
+        raise ValueError("model_index.json is not a JSON object.")
     class_name = config.get("_class_name")
     if class_name not in CLASSES:
         raise ValueError(f"model_index.json states `_class_name` {class_name!r}; accepted: {', '.join(CLASSES)}.")
