@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import PIL.ImageCms
 import PIL.PngImagePlugin
@@ -113,6 +114,8 @@ DISPLAY_P3 = icc_profile((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.0418
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "avif"])
 def test_colors_of_an_icc_profile_are_converted(kind):
+    if kind == "avif" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow cannot write AVIF; 11.3 and newer can")
     options = {"lossless": True} if kind == "webp" else {"quality": 100, "subsampling": 0} if kind == "jpeg" else {}
     stored = PIL.Image.new("RGB", (16, 16), (230, 60, 40))
     found = read_image(encode(stored, kind, icc_profile=DISPLAY_P3, **options))

@@ -247,7 +247,10 @@ def autocast_bf16(device: str):
         torch.clear_autocast_cache()
 
 
-needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch has no CUDA rules")
+needs_cuda_build = pytest.mark.skipif(
+    not torch.backends.cuda.is_built() or (torch.__version__ < "2.10" and not torch.cuda.is_available()),
+    reason="this PyTorch has no CUDA rules, or is older than 2.10 and asks the driver for fake tensors",
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda_build)])

@@ -278,7 +278,7 @@ def test_in_bf16_the_adapter_has_the_type_of_the_weights(kind):
     pipe.load_lora_weights(tensors)
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
     images = draw(pipe)
-    exact = draw(by_hand(make(kind), (1, tensors)))
+    exact = draw(by_hand(make(kind), (1, tensors)).to(dtype=torch.bfloat16))  # torch 2.9 draws other noise in float32
     assert (images - exact).abs().mean() < 0.3 * (base - exact).abs().mean()
 
 
