@@ -346,7 +346,7 @@ def test_what_cannot_be_read_is_counted(model, encoder, sources, tmp_path):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "images" / "002.png").write_bytes(b"no picture")
-    (tmp_path / "images" / "004.txt").unlink()
+    (tmp_path / "images" / "004.txt").write_text("")
     report = evaluated(settings(model, encoder, reference=str(tmp_path / "images")), tmp_path).report
     assert (report["reference"]["images"], report["reference"]["unreadable_images"]) == (6, 2)
     assert report["reference"]["samples_without_caption"] == 1
