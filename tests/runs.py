@@ -13,11 +13,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import tiny
+from diffusers_prx.training import trainer
 from diffusers_prx.training.checkpoints import read_tensors
 from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.faults import HELD
 from diffusers_prx.training.nets import Nets, new_text_encoder, train_tokenizer
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.run import Run
+from diffusers_prx.training.setup import set_up_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD_TEMPLATE = ROOT / "model_cards" / "template.md"
@@ -79,12 +81,12 @@ def start(values: dict[str, Any], in_a_new_process: bool = True) -> Run:
         lock.release()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Run(TrainingConfig(**values), CARD_TEMPLATE)
+    return set_up_run(TrainingConfig(**values), CARD_TEMPLATE)
 
 
 def train(values: dict[str, Any]) -> Run:
     run = start(values)
-    run.train()
+    trainer.train(run)
     return run
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from diffusers_prx.cli import errors_in_one_sentence, print_notes
 from diffusers_prx.training.recipes import read_run
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.setup import set_up_run
+from diffusers_prx.training.trainer import train
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     with errors_in_one_sentence():
         cfg, notes = read_run(argv)
         print_notes(notes)
-        Run(cfg, CARD_TEMPLATE).train()
+        train(set_up_run(cfg, CARD_TEMPLATE))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from diffusers_prx.cli import errors_in_one_sentence, print_notes
 from diffusers_prx.training.recipes import read_run
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.setup import set_up_run
+from diffusers_prx.training.trainer import train
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.lora_rank is None:
             raise ValueError("`lora_rank` is null: the whole transformer is trained by train_prx.py.")
         print_notes(notes)
-        Run(cfg, CARD_TEMPLATE).train()
+        train(set_up_run(cfg, CARD_TEMPLATE))
 
 
 if __name__ == "__main__":

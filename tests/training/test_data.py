@@ -27,8 +27,9 @@ from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.faults import steady_batches
 from diffusers_prx.training.nets import build_nets
 from diffusers_prx.training.preflight import memory, outline
+from diffusers_prx.training.run import Run
 from diffusers_prx.training.stages import build_stages
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.trainer import enter_stage, micro_step, optimizer_step, train
 
 CPU = torch.device("cpu")
 PHOTOS = 12
@@ -169,7 +170,7 @@ def test_the_time_spent_waiting_for_data_is_told(text_encoder, tmp_path):
 
     run = runs.start(runs.settings(tmp_path / "run", text_encoder))
     run.stages[0].source = Slow(run.stages[0].source)
-    run.train()
+    train(run)
     assert run.state.samples_read == 16
     assert 16 * 0.02 < run.state.seconds_waiting < run.state.seconds
     assert run.state.history[-1]["waiting_share"] == run.state.seconds_waiting / run.state.seconds
@@ -661,9 +662,10 @@ def test_the_memory_is_what_training_keeps(text_encoder, tmp_path, optimizer, we
     }  # fmt: skip
     run = runs.start(runs.settings(tmp_path, text_encoder, **values))
     weights = list(run.nets.transformer.parameters())
-    run._enter(0, run.stages[0])
-    batch = next(run.stages[0].training_batches(0, 0, 1, CPU))
-    run._optimizer_step([(batch, run._micro_step(batch))])
+    [stage] = run.stages
+    lr_scheduler = enter_stage(run, stage)
+    batch = next(stage.training_batches(0, 0, 1, CPU))
+    optimizer_step(run, stage, lr_scheduler, [(batch, micro_step(run, stage, batch))])
     state = [value for weight in weights for value in run.optimizer.state[weight].values()]
     kept = {
         "weights": sum(weight.nbytes for weight in weights),

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 import runs
 from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.training.distributed import shard_count, shared_out
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.run import Run
+from diffusers_prx.training.trainer import train
 from training import export_prx
 
 # everything that has to do with weights: Muon and AdamW, averages, SPRINT's fusion, REPA that ends, validation; smooth
@@ -63,7 +64,7 @@ def train_on_a_rank(values: dict) -> None:
     assert isinstance(run.nets.transformer.blocks[0], FSDPModule) == (values["sharding"] != "none")
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in run.parameters)
     everything = sum(p.numel() for p in run.parameters)
-    run.train()
+    train(run)
     if run.accelerator.is_main_process:
         (run.output_dir / "held.json").write_text(json.dumps(held / everything))
 

@@ -24,6 +24,7 @@ import runs
 from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.pipelines import lora as loader
 from diffusers_prx.schedulers import PRXXPredictionScheduler
+from diffusers_prx.training.bookkeeping import validate
 from diffusers_prx.training.cards import write_card
 from diffusers_prx.training.config import LORA_LAYERS, TrainingConfig
 from diffusers_prx.training.export import export_checkpoint
@@ -136,7 +137,7 @@ def test_dropout_is_in_training_only(whole, tmp_path):
     one, other = load_file(whole.output_dir / FILE), load_file(tmp_path / FILE)
     assert any(not torch.equal(one[name], other[name]) for name in one)
     history = whole.state.validation_history
-    whole._validate()
+    validate(whole, whole.stages[-1])
     assert history.pop() == history[-1]
 
 

@@ -34,6 +34,7 @@ from diffusers_prx.training.precompute import (
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.stages import build_stages
 from diffusers_prx.training.train_step import train_step
+from diffusers_prx.training.trainer import train
 from disks import full_disk
 from training import precompute_prx
 
@@ -466,7 +467,7 @@ def test_a_whole_run_from_the_cache(parts, tmp_path):
     wanted = runs.train(values)
     values = make_cache(values | {"output_dir": str(tmp_path / "cached")}, tmp_path / "cache")
     run = runs.start(values)
-    run.train()
+    train(run)
     assert len(run.state.history) == 4
     for entry, reference in zip(run.state.history, wanted.state.history, strict=True):
         for name in ("loss/flow", "loss/alignment"):

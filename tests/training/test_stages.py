@@ -19,8 +19,9 @@ from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.data.scenes import ScenesDataset
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 from diffusers_prx.training.rng import StepRandom
+from diffusers_prx.training.run import Run
 from diffusers_prx.training.train_step import train_step
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.trainer import train
 
 BORDER, END = 3, 7
 STAGES = [
@@ -147,7 +148,7 @@ def test_a_signal_in_the_last_step_of_a_stage_loses_no_validation(whole, tmp_pat
     run = runs.start(continued(whole, tmp_path, step - 1))
     run.nets.transformer.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
-        run.train()
+        train(run)
     assert run.state.step == step
     assert step not in [entry["step"] for entry in run.state.validation_history]
     resumed = runs.train(run.cfg.to_dict())
@@ -216,7 +217,7 @@ def test_alignment_in_one_stage_only(text_encoder, teachers, tmp_path):
     assert run.nets.dino is run.nets.teacher  # one network for both
     calls: list[int] = []
     run.nets.projector.register_forward_pre_hook(lambda *_: calls.append(run.state.step))
-    run.train()
+    train(run)
     assert calls == [0, 1]
     names = [{name for name in entry if name.startswith("loss/")} for entry in run.state.history]
     assert names == [{"loss/flow", "loss/alignment"}] * 2 + [{"loss/flow", "loss/dino"}] * 2

@@ -20,8 +20,9 @@ from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.losses import LPIPSLoss
 from diffusers_prx.training.nets import Nets, add_techniques
 from diffusers_prx.training.rng import StepRandom
+from diffusers_prx.training.run import Run
 from diffusers_prx.training.train_step import train_step
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.trainer import train
 
 RANGE = [1, 2]  # the blocks that tokens go around; block 1 is the aligned one too
 REPA = {"repa_weight": 0.5, "repa_block": 1, "repa_teacher": "teacher"}
@@ -344,7 +345,7 @@ def train_and_watch(values: dict) -> tuple[Run, dict[str, list[int]]]:
     for name, module in (("teacher", run.nets.teacher), ("projector", run.nets.projector)):
         if module is not None:
             module.register_forward_pre_hook(lambda *_, name=name: steps[name].append(run.state.step))
-    run.train()
+    train(run)
     return run, steps
 
 
@@ -512,7 +513,7 @@ def test_lpips_in_a_whole_run(folders, tmp_path):
     }  # fmt: skip
     run = runs.start(runs.settings(tmp_path / "run", folders["text_encoder"], **values))
     before = {name: value.clone() for name, value in run.nets.lpips.state_dict().items()}
-    run.train()
+    train(run)
     assert 0 < logged(run, "loss/lpips")[1] < 10
     runs.assert_same(dict(run.nets.lpips.state_dict()), before)
     assert not any(p.requires_grad for p in run.nets.lpips.parameters())

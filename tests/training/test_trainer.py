@@ -25,8 +25,10 @@ import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.evaluation.networks import tokenizer_fingerprint
+from diffusers_prx.training import run as run_module
 from diffusers_prx.training import trainer
 from diffusers_prx.training.averages import Averages
+from diffusers_prx.training.bookkeeping import validate
 from diffusers_prx.training.checkpoints import find_checkpoint
 from diffusers_prx.training.distributed import Trained, check_environment
 from diffusers_prx.training.export import export_checkpoint
@@ -257,8 +259,8 @@ def test_validation_measures_and_changes_nothing(whole):
     before = {name: value.clone() for name, value in whole.nets.transformer.state_dict().items()}
     whole.nets.transformer.train()
     history = whole.state.validation_history
-    whole._validate()
-    whole._validate()
+    validate(whole, whole.stages[-1])
+    validate(whole, whole.stages[-1])
     again, last = history.pop(), history.pop()
     assert again == last
     assert {f"validation/loss_t{t:.2f}" for t in np.arange(0.05, 1, 0.1)} < last.keys()
@@ -567,7 +569,8 @@ def test_the_bar_shows_the_loss_from_the_first_step_and_messages_are_above_it(tm
             seen.append(text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "tqdm", Bar)
+        for module in (trainer, run_module):
+            patch.setattr(module, "tqdm", Bar)
         run = runs.train(values)
     assert re.fullmatch(r"loss=\d+\.\d{4}, lr=1\.0e-03", seen[1])
     assert seen[0].startswith("stored values by type")

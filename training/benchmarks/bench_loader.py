@@ -29,8 +29,9 @@ from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.nets import build_nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.precompute import open_precomputed, precompute
 from diffusers_prx.training.recipes import parse_config
+from diffusers_prx.training.setup import set_up_run
 from diffusers_prx.training.stages import Stage, build_stages
-from diffusers_prx.training.trainer import Run
+from diffusers_prx.training.trainer import train
 
 TRAINING = Path(__file__).resolve().parents[1]
 RESOLUTION, BATCH_SIZE = 64, 32
@@ -129,7 +130,8 @@ def measure_quickstart(steps: int) -> None:
     flags += ["--lr_scheduler", "constant", "--lr_decay_steps", "null", "--lr_warmup_steps", "0"]
     flags += ["--validation_steps", str(10 * steps), "--checkpointing_steps", str(10 * steps), "--report_to", "none"]
     with tempfile.TemporaryDirectory() as folder:
-        Run(parse_config([*flags, "--output_dir", folder]), TRAINING.parent / "model_cards" / "template.md").train()
+        cfg = parse_config([*flags, "--output_dir", folder])
+        train(set_up_run(cfg, TRAINING.parent / "model_cards" / "template.md"))
         record = json.loads((Path(folder) / "training.json").read_text())
     share = 100 * record["history"][-1]["waiting_share"]
     print(f"\nquickstart: of {record['seconds']:.1f} s for {steps} steps {share:.2f}% were waiting for data")

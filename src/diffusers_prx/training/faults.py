@@ -1,5 +1,5 @@
-"""What goes wrong around a run that is right: lost data workers, steps that never end, signals that it has to go, and
-steps whose loss is no number. What a run does about each is in `trainer.py`; here is how it notices."""
+"""Fault handling: lost data workers, steps that never end, signals that ask the run to go, and losses that are not
+finite. What a run does about each is in `trainer.py` and `bookkeeping.py`; here is how it notices."""
 
 import faulthandler
 import fcntl

@@ -77,7 +77,7 @@ def train_step(
         timestep: (B,) noise levels in [0, 1] to use instead of drawing them: for the validation loss.
     """
     # encode the images, or read the cache, which has pixels only for losses that look at them
-    pixels_pm1 = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
+    pixels_pm1: Any = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
     latents = cached_latents(batch) if "latent_mean" in batch else encode_images(pixels_pm1, nets)
     latent_noise = None if latents.std is None else rng.normal("latents", latents.std.shape[1:])
     clean = latents.draw(latent_noise)  # (B, C, h, w)
@@ -152,8 +152,12 @@ def compute_losses(
         seen = [nets.clean_caption(caption) for caption in inputs.captions]
         losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, seen)
     if nets.projector is not None:
-        losses["alignment"] = alignment(*tapped, inputs.teacher_features, nets, cfg, nets.token_grid(clean))
+        assert inputs.teacher_features is not None
+        features, indices = tapped
+        grid = nets.token_grid(clean)
+        losses["alignment"] = alignment(features, indices, inputs.teacher_features, nets, cfg, grid)
     if nets.lpips is not None or nets.dino is not None:
+        assert inputs.pixels_pm1 is not None
         predicted_pm1 = decode(nets.vae, nets.scheduler.clean(prediction, noisy, timestep))  # (B, 3, H, W)
         counted = below(timestep, cfg.perceptual_max_timestep)  # (B,)
         if nets.lpips is not None:

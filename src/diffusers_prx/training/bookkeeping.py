@@ -1,0 +1,193 @@
+"""What a run writes down between its steps: logs, validation, checkpoints, and its end."""
+
+import json
+import signal
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..evaluation.sheets import image_grid
+from .cards import validation_sheet
+from .checkpoints import named_tensors
+from .distributed import whole_module
+from .export import export_run, write_record
+from .faults import EXIT_PREEMPTED, PREEMPTED_FILE, SKIPPED_IN_A_ROW, samples_of_step, write_non_finite
+from .publishing import EXIT_NOT_UPLOADED, OF_AN_EVALUATION, UploadError, kind_of, upload
+from .run import Run
+from .stages import Stage
+from .train_step import StepOutput
+from .validation import losses_by_sample, validation_images, validation_loss
+
+# what is counted of the data, by its name in `RunState`
+COUNTS = ("samples_read", "unreadable", "unfit", "upscaled", "truncated", "lost_workers", "tracker_failures")
+
+
+def add_counts(run: Run) -> None:
+    """Add the counts of all processes to the state.
+
+    Raises:
+        ValueError: if too much of the data cannot be read.
+    """
+    cfg, state = run.cfg, run.state
+    counts = torch.tensor([run.counts[name] for name in COUNTS], device=run.accelerator.device)
+    for name, count in zip(COUNTS, run.accelerator.reduce(counts, "sum").tolist()):
+        setattr(state, name, getattr(state, name) + count)
+    run.counts.clear()
+    if cfg.too_many_unreadable(state.unreadable, state.samples_read):
+        raise ValueError(
+            f"{state.unreadable} of {state.samples_read} samples cannot be read, more than `max_corrupt_share` "
+            f"{cfg.max_corrupt_share} allows."
+        )
+
+
+def log(run: Run, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor | None, lr: float) -> None:
+    """Add an entry to the log: the mean of every loss since the last one, over all processes."""
+    accelerator, state = run.accelerator, run.state
+    add_counts(run)
+    since: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for step_losses in losses:
+        for name, loss in step_losses.items():
+            since[name].append(loss)
+    means = {n: accelerator.reduce(torch.stack(values).mean(), "mean").item() for n, values in since.items()}
+    if not means:
+        return
+    before = state.history[-1] if state.history else {}
+    images = state.samples_read - state.unreadable - state.unfit
+    entry = {
+        "step": state.step,
+        **{f"loss/{name}": mean for name, mean in means.items()},
+        **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),  # none of a step that was skipped
+        "lr": lr,
+        "images": images,
+        "seconds": state.seconds,
+        "images_per_second": (images - before.get("images", 0)) / (state.seconds - before.get("seconds", 0.0)),
+        "waiting_share": state.seconds_waiting / state.seconds,
+    }
+    state.history.append(entry)
+    run.tracking.log({name: value for name, value in entry.items() if name != "step"}, state.step)
+
+
+def validate(run: Run, stage: Stage) -> None:
+    """Compute validation loss and pictures, with the averaged weights where there are any, shared out over the
+    processes."""
+    cfg, accelerator, state = stage.cfg, run.accelerator, run.state
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    run.trained.eval()
+    state.validated = state.step
+    # not through DDP, which would get ready for gradients; libraries may draw from the global generator
+    with run.averages.in_place(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
+        if stage.held_out is not None:
+            batches = stage.held_out_batches(accelerator.device, rank, processes)
+            by_sample = run.exchange.merge(run.trained(losses_by_sample, run.nets, cfg, batches))
+            losses = validation_loss(by_sample)
+            state.validation_history.append({"step": state.step, **losses})
+            run.tracking.log(losses, state.step)
+        if cfg.validation_prompts:
+            images = run.exchange.merge(run.trained(validation_images, run.nets, cfg, rank, processes))
+            if accelerator.is_main_process:
+                grid = image_grid([image for _, image in sorted(images.items())])
+                sheet = validation_sheet(run.output_dir, state.step)
+                sheet.parent.mkdir(parents=True, exist_ok=True)
+                grid.save(sheet)
+                run.tracking.image("validation/images", grid, state.step)
+    run.trained.train()
+
+
+def save(run: Run, stage: Stage) -> None:
+    """Save a checkpoint, and the record of the run so far."""
+    state = run.state
+    add_counts(run)
+    if stage.stream is not None:
+        state.stream = stage.stream.record(run.exchange.gather(stage.places))
+    tensors = named_tensors(run.trained, run.optimizer.optimizer, run.averages.tensors())
+    plain = {
+        "state": state.state_dict(),
+        "burn_in": run.burn_in.state_dict(),
+        "average_updates": run.averages.state_dict(),
+        "machine": run.machine,
+    }
+    run.writer.save(state.step, tensors, plain)
+    if run.accelerator.is_main_process:
+        write_record(run.cfg, state, run.nets, run.machine)
+
+
+def note_non_finite(
+    run: Run, stage: Stage, outputs: list[tuple[dict[str, Any], StepOutput]], grad_norm: float
+) -> None:
+    """Write down the samples of a step that is not finite, and count it.
+
+    Raises:
+        ValueError: if such a step ends the run, by `non_finite` or because there were too many in a row.
+    """
+    cfg, state, processes = run.cfg, run.state, run.accelerator.num_processes
+    batches = [(batch, output.loss_per_sample) for batch, output in outputs]
+    read = [index for batch, _ in batches for index in batch["sample_index"]]
+    places = stage.dataset_indices(read, processes)
+    gathered = run.exchange.gather(samples_of_step(run.accelerator.process_index, batches, places))
+    path = run.output_dir / "non_finite" / f"step-{state.step:07d}.json"
+    if run.accelerator.is_main_process:
+        write_non_finite(path, state.step, grad_norm, [sample for samples in gathered for sample in samples])
+    state.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    message = f"The loss is not finite at step {state.step} (or its gradient; its samples are in {path})"
+    if cfg.non_finite == "stop" or run.skipped_in_a_row > SKIPPED_IN_A_ROW:
+        raise ValueError(
+            f"{message}: lower `learning_rate` or `max_grad_norm`, or try `mixed_precision` no. "
+            + ("" if cfg.non_finite == "stop" else f"These were {run.skipped_in_a_row} steps in a row. ")
+            + "The weights are those before it; the last checkpoint may be affected too."
+        )
+    run.print(f"{message}; it is skipped, as {state.skipped_steps} until now")
+
+
+def leave(run: Run) -> None:
+    """End the run because a signal asked for it, once its checkpoint is complete.
+
+    Raises:
+        SystemExit: with `EXIT_PREEMPTED`.
+    """
+    run.writer.wait()
+    name = signal.Signals(int(run.stop_signal)).name
+    run.print(f"{name} at step {run.state.step}: saved, ending with exit code {EXIT_PREEMPTED}")
+    if run.accelerator.is_main_process:
+        text = json.dumps({"signal": name, "step": run.state.step})
+        (run.output_dir / PREEMPTED_FILE).write_text(text + "\n")
+    run.tracking.end()
+    sys.exit(EXIT_PREEMPTED)
+
+
+def finish(run: Run) -> None:
+    """Export the pipeline with everything that goes with it, print what was counted, and upload.
+
+    Raises:
+        SystemExit: with `EXIT_NOT_UPLOADED`, if everything is saved and its upload has failed.
+    """
+    cfg, accelerator, state = run.cfg, run.accelerator, run.state
+    accelerator.print(
+        f"{state.samples_read} samples read: {state.unreadable} unreadable, {state.unfit} left out because they "
+        f"did not fit their size, {state.upscaled} enlarged, {state.truncated} captions cut at "
+        f"{cfg.max_sequence_length} tokens"
+    )
+    if (cache := run.nets.teacher_cache) is not None:
+        accelerator.print(
+            f"teacher features, of the main process since it started: {cache.hits} read from {cache.folder}, "
+            f"{cache.misses} computed, of which {cache.corrupt} because their file could not be read"
+        )
+    run.averages.put_in_place()
+    parts = {name: whole_module(module) for name, module in run.modules.items() if name != "projector"}
+    run.nets = replace(run.nets, **parts)
+    if accelerator.is_main_process:
+        for module in (run.nets.transformer, run.nets.text_encoder):
+            module.eval()
+        export_run(cfg, state, run.nets, run.machine, run.card_template, run.repo_id)
+        accelerator.print(f"saved to {cfg.output_dir}")
+    run.tracking.end()
+    if run.repo_id is not None:
+        try:
+            url = upload(run.output_dir, run.repo_id, kind_of(run.output_dir), "End of training", OF_AN_EVALUATION)
+        except UploadError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_NOT_UPLOADED)
+        print(f"uploaded to {url}")

@@ -1,0 +1,259 @@
+"""Setting up a run: open the data, say what the run will be, load the networks, distribute them, and resume."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerFast
+
+from .alignment import BurnIn
+from .averages import Averages
+from .cards import REPORT_FILE
+from .checkpoints import (
+    TOKENIZER_FILE,
+    UNFINISHED,
+    CheckpointWriter,
+    RunState,
+    find_checkpoint,
+    load_tensors,
+    read_run,
+    restore_generators,
+)
+from .config import TrainingConfig
+from .distributed import Exchange, Trained, distribute, shard_count, start_accelerator
+from .export import session
+from .faults import FolderLock, Watch
+from .nets import build_nets, identity, restore_tokenizer, some_rest, train_tokenizer
+from .optimizers import build_optimizer
+from .precompute import open_precomputed
+from .preflight import caption_figures, check_techniques, outline, report
+from .publishing import repository
+from .run import Run, alignment_is_over
+from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages
+from .tracking import Tracking
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that a run goes on from: its folder, and its plain data."""
+
+    folder: Path
+    saved: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.saved["state"]["step"]
+
+
+def set_up_run(cfg: TrainingConfig, card_template: Path) -> Run:
+    """Prepare everything up to the first step.
+
+    Args:
+        cfg: configuration of the run.
+        card_template: template of the model card.
+
+    Raises:
+        ValueError: for data and networks that are missing or do not fit, an output folder that another run uses, and
+            with `push_to_hub` a token that may not write to the repository.
+        SystemExit: with `dry_run`, once the run is printed.
+
+    Example:
+        >>> run = set_up_run(cfg, Path("model_cards/template.md"))
+        >>> train(run)
+    """
+    accelerator = start_accelerator(cfg)
+    machine = {
+        "processes": accelerator.num_processes,
+        "sharded_over": shard_count(cfg, accelerator.num_processes),  # refused before anything is loaded
+        "device": str(accelerator.device),
+    }
+    exchange = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
+    lock = None if cfg.dry_run else lock_folder(Path(cfg.output_dir), exchange)
+    try:
+        return _build(cfg, card_template, accelerator, machine, exchange, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _build(
+    cfg: TrainingConfig,
+    card_template: Path,
+    accelerator: Accelerator,
+    machine: dict[str, Any],
+    exchange: Exchange,
+    lock: FolderLock | None,
+) -> Run:
+    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.resume_from_checkpoint, exchange)
+    resumed = None if checkpoint is None else Resumed(checkpoint, read_run(checkpoint))
+
+    # data and a plan, before any weights are loaded
+    networks = outline(cfg)
+    stages = open_data(cfg, accelerator, networks.pixels_per_token, resumed)
+    burn_in, teacher_width = alignment_of(stages, resumed)
+    check_techniques(cfg, teacher_width is None)
+    if accelerator.is_main_process:
+        print_plan(cfg, stages, networks.transformer, machine)
+    if cfg.dry_run:
+        accelerator.print("a dry run: nothing is trained")
+        accelerator.end_training()
+        sys.exit(0)
+    # now: neither a wrong token nor a wrong name may cost a training
+    repo_id = repository(cfg.repo_id) if cfg.push_to_hub and accelerator.is_main_process else None
+
+    # networks
+    set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
+    tokenizer = tokenizer_of(cfg, stages[0], exchange, resumed)
+    nets = build_nets(cfg, iter(()), teacher_width=teacher_width, trained_tokenizer=tokenizer)
+    open_precomputed(stages, nets)
+    state = RunState(
+        settings=cfg.to_dict(),
+        stages=[stage.record(accelerator.num_processes) for stage in stages],
+        networks=identity(cfg, nets, teacher_width),
+    )
+    if resumed is not None:  # before weights are loaded: it says what does not fit
+        state.load_state_dict(resumed.saved["state"])
+    state.sessions = [*state.sessions, session(state.step)]
+
+    # on their devices, distributed, with an optimizer
+    for module in (
+        nets.transformer, nets.text_encoder, nets.vae, nets.projector, nets.teacher, nets.lpips, nets.dino,
+    ):  # fmt: skip
+        if module is not None:
+            module.to(accelerator.device)
+    modules = nets.trainable(cfg)
+    if cfg.compile:
+        nets.transformer.compile_repeated_blocks(fullgraph=True)
+    trained = Trained(modules)
+    model = distribute(trained, cfg, accelerator, some_rest(nets, [stage.cfg for stage in stages]))
+    optimizer: Any = accelerator.prepare(build_optimizer(cfg, modules))
+    derived = {file: content for stage in stages for file, content in stage.derived().items()}
+    if tokenizer is not None:
+        derived[TOKENIZER_FILE] = tokenizer.backend_tokenizer.to_str().encode()
+    writer_exchange = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
+    counts: Counter[str] = Counter()
+    run = Run(
+        cfg=cfg,
+        card_template=card_template,
+        accelerator=accelerator,
+        machine=machine,
+        exchange=exchange,
+        lock=lock,
+        repo_id=repo_id,
+        stages=stages,
+        nets=nets,
+        modules=modules,
+        trained=trained,
+        model=model,
+        optimizer=optimizer,
+        averages=Averages(trained, cfg),
+        burn_in=burn_in,
+        state=state,
+        writer=CheckpointWriter(Path(cfg.output_dir), cfg.checkpoints_total_limit, writer_exchange, derived),
+        watch=Watch(accelerator.process_index, cfg.step_timeout_seconds),
+        tracking=Tracking(accelerator, counts),
+        counts=counts,
+    )
+    run.check_precision()
+    if resumed is not None:
+        restore(run, resumed)
+    elif cfg.resume_from_checkpoint is not None:
+        accelerator.print(f"no checkpoint in {run.output_dir} yet: starting at step 0")
+    return run
+
+
+def lock_folder(output_dir: Path, exchange: Exchange) -> FolderLock | None:
+    """Take the output folder; the main process holds it for all.
+
+    Raises:
+        ValueError: on all processes, if another run has it.
+    """
+    lock = failure = None
+    if exchange.rank == 0:
+        try:
+            lock = FolderLock(output_dir)
+            for left in output_dir.glob(f"{REPORT_FILE}.*{UNFINISHED}"):  # by a run that was killed
+                left.unlink(missing_ok=True)
+        except (ValueError, OSError) as error:
+            failure = str(error)
+    failure = exchange.gather(failure)[0]
+    if failure is not None:
+        raise ValueError(failure)
+    return lock
+
+
+def open_data(
+    cfg: TrainingConfig, accelerator: Accelerator, pixels_per_token: int, resumed: Resumed | None
+) -> list[Stage]:
+    """Open the data of all stages and sort them into sizes; a stage that has begun keeps what it has sorted then."""
+    with accelerator.main_process_first():  # what it finds in the data and keeps, the others find there
+        stages = build_stages(cfg, accelerator.process_index, accelerator.num_processes)
+        for stage in stages:
+            begun = resumed is not None and stage.first_step < resumed.step
+            stage.sort(pixels_per_token, accelerator.num_processes, resumed.folder if resumed and begun else None)
+    return stages
+
+
+def alignment_of(stages: list[Stage], resumed: Resumed | None) -> tuple[BurnIn, int | None]:
+    """When the alignment ends; and the width of its teacher if it has ended and the teacher is not needed any more."""
+    aligned = [stage for stage in stages if stage.cfg.repa_weight]
+    burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
+    if resumed is None:
+        return burn_in, None
+    burn_in.load_state_dict(resumed.saved["burn_in"])
+    over = alignment_is_over(stages, burn_in, resumed.step)
+    return burn_in, resumed.saved["state"]["networks"]["teacher_width"] if over else None
+
+
+def new_burn_in(cfg: TrainingConfig) -> BurnIn:
+    """When the alignment of a run ends: at a step, by the measured gradients, or never."""
+    if cfg.repa_check_steps is None:
+        return BurnIn(cfg.repa_until_step)
+    return BurnIn(cfg.repa_until_step, cfg.repa_check_window, cfg.repa_check_steps)
+
+
+def print_plan(cfg: TrainingConfig, stages: list[Stage], transformer: Any, machine: dict[str, Any]) -> None:
+    """Print what the run will be; `transformer` needs no weights."""
+    figures = [caption_figures(cfg, stage) for stage in stages]
+    print(report(cfg, stages, transformer, figures, machine["processes"]))
+    if machine["sharded_over"] > 1:
+        print(f"sharding      {cfg.sharding}: each process holds 1/{machine['sharded_over']} of that memory")
+
+
+def tokenizer_of(
+    cfg: TrainingConfig, stage: Stage, exchange: Exchange, resumed: Resumed | None
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a new text encoder: the checkpoint's, or one that the main process trains for all."""
+    if not cfg.text_encoder_config:
+        return None
+    if resumed is not None:
+        text = (resumed.folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+        return restore_tokenizer(text, cfg.max_sequence_length)
+    trained: str | None = None
+    if exchange.rank == 0:
+        captions = stage.captions(CAPTIONS_FOR_TOKENIZER)
+        tokenizer = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
+        trained = tokenizer.backend_tokenizer.to_str()
+    return restore_tokenizer(exchange.gather(trained)[0], cfg.max_sequence_length)
+
+
+def restore(run: Run, resumed: Resumed) -> None:
+    """Load weights, optimizer, averages and generators of a checkpoint, of any number of processes and any
+    sharding."""
+    load_tensors(resumed.folder, run.trained, run.optimizer.optimizer, run.averages.tensors())
+    run.averages.load_state_dict(resumed.saved["average_updates"])
+    rank = run.accelerator.process_index
+    if not restore_generators(resumed.folder, rank):
+        print(
+            f"{resumed.folder} was written by fewer processes: the global generators of process {rank}, from which "
+            "libraries may draw, start anew"
+        )
+    for stage in run.stages:
+        if stage.stream is not None and stage.first_step < run.state.step < stage.stop_step:
+            stage.places = stage.stream.restore(run.state.stream or {})
+    run.accelerator.print(f"resumed from {resumed.folder} at step {run.state.step}")
