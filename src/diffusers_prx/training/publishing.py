@@ -45,7 +45,8 @@ class Kind:
     left_out: tuple[str, ...] = ()
 
 
-OF_A_RUN = ("checkpoint-*", "logs/*", "validation/*", "pictures/*", "non_finite/*", "preempted.json")
+# ".*": the lock of a run names a host
+OF_A_RUN = ("checkpoint-*", "logs/*", "validation/*", "pictures/*", "non_finite/*", "preempted.json", ".*")
 # the first that fits counts
 KINDS = (
     Kind("pipeline", ("model_index.json",), "model", OF_A_RUN),
