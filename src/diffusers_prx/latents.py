@@ -155,10 +155,15 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(codes.to(vae.dtype), return_dict=False)[0].float()
 
 
-def _check_tensor(name: str, tensor: Any, channels: int) -> None:
+def check_floating(name: str, tensor: Any) -> None:
+    """Raise a ValueError unless an argument is a tensor of floating-point numbers."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         came = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
         raise ValueError(f"`{name}` is {came}; it has to be a floating-point tensor.")
+
+
+def _check_tensor(name: str, tensor: Any, channels: int) -> None:
+    check_floating(name, tensor)
     if tensor.ndim != 4 or tensor.shape[1] != channels:
         raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be (B, {channels}, height, width).")
 

@@ -7,6 +7,7 @@ import pickle
 import random
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -750,6 +751,18 @@ def test_weights_that_are_refused(names, weights, message):
     with pytest.raises(ValueError, match=message):
         pipe.set_adapters(names, weights)
     assert torch.equal(draw_once(pipe), images)
+
+
+def test_weights_may_be_numbers_of_numpy():
+    pipe = shallow()
+    pipe.load_lora_weights(in_pool("out"), adapter_name="mine")
+    pipe.set_adapters("mine", 0.5)
+    images, scaled = draw_once(pipe), draw(pipe, attention_kwargs={"scale": 0.25})
+    pipe.set_adapters("mine", np.float32(0.5))
+    assert torch.equal(draw_once(pipe), images)
+    assert torch.equal(draw(pipe, attention_kwargs={"scale": np.float32(0.25)}), scaled)
+    pipe.fuse_lora(lora_scale=np.float32(0.25))
+    assert (draw(pipe) - scaled).abs().max() < TOLERANCE
 
 
 def test_safe_fusing_changes_nothing_when_it_fails():

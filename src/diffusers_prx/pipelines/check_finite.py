@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from torch import nn
 
 SHOWN = 3  # weights named in an error
+# types that networks compute in; others are for storage (float8, integers)
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def largest(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,7 @@ def _reason(name: str, module: Any, source: str) -> str:
     """What to do about a module whose output is not finite; looks at its weights."""
     # group offloading to disk leaves memory without values in their place
     weights = {} if _is_group_offload_enabled(module) else dict(module.named_parameters())
-    broken = [key for key, value in weights.items() if _is_plain(value) and not torch.isfinite(value).all()]
+    broken = [key for key, value in weights.items() if is_plain(value) and not torch.isfinite(value).all()]
     if broken:
         return f"{len(broken)} of its weights are not finite, such as {broken[:SHOWN]}; load or train it again."
     dtype = getattr(module, "dtype", None)
@@ -101,16 +104,6 @@ def _reason(name: str, module: Any, source: str) -> str:
     return f"{source}{found}it computed in {dtype}: check what it was given{other}."
 
 
-def _is_plain(value: torch.Tensor) -> bool:
-    """True where `torch.isfinite` can look: a dense tensor that is here, of a type that has NaN."""
-    return (
-        type(value.data) is torch.Tensor
-        and not value.is_meta
-        and value.dtype
-        in (
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-        )
-    )
+def is_plain(tensor: Any) -> bool:
+    """True for a dense tensor that is in memory, of a type that computes and has NaN."""
+    return type(tensor) in (nn.Parameter, torch.Tensor) and tensor.dtype in PLAIN_DTYPES and not tensor.is_meta

@@ -9,7 +9,9 @@ from diffusers.guiders import BaseGuidance
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from torch.distributed import ProcessGroup
 
+from ..latents import check_floating
 from ..schedulers.scheduling_prx import is_number
+from .check_finite import check_given
 
 DEFAULT_GUIDANCE_SCALE = 4.0
 
@@ -257,9 +259,7 @@ def check_embeds(name: str, embeds: Any, mask: Any, width: int | None) -> None:
         if mask is not None:
             raise ValueError(f"`{name}_attention_mask` came without `{name}_embeds`; leave it out, or give both.")
         return
-    if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
-        came = f"of {embeds.dtype}" if isinstance(embeds, torch.Tensor) else f"a {type(embeds).__name__}"
-        raise ValueError(f"`{name}_embeds` is {came}; it has to be a floating-point tensor.")
+    check_floating(f"{name}_embeds", embeds)
     width = embeds.shape[-1] if width is None and embeds.ndim else width
     if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
         raise ValueError(f"`{name}_embeds` is {tuple(embeds.shape)}; it has to be (prompts, tokens, {width}).")
@@ -280,10 +280,7 @@ def check_embeds(name: str, embeds: Any, mask: Any, width: int | None) -> None:
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-        came = f"of {latents.dtype}" if isinstance(latents, torch.Tensor) else f"a {type(latents).__name__}"
-        raise ValueError(f"`latents` is {came}; it has to be a floating-point tensor.")
+    check_floating("latents", latents)
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it has to be {shape}.")
-    if not torch.isfinite(latents).all():
-        raise ValueError("`latents` has entries that are NaN or infinite; all of them have to be finite.")
+    check_given("latents", latents)

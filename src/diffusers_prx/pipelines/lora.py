@@ -28,6 +28,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..models.transformer_prx import PRXTransformer2DModel
+from ..schedulers.scheduling_prx import is_number
+from .check_finite import PLAIN_DTYPES, is_plain
 
 logger = logging.get_logger(__name__)
 
@@ -47,9 +49,6 @@ READ_SETTINGS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora
 INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 OFF: tuple[Any, ...] = (None, False, "none", [], {})
 UNUSED = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # defaults of what is off
-
-# types that deltas can be added to; others are for storage (float8, integers)
-PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -276,12 +275,12 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         _check_components(components)
         model = _unwrapped(self.transformer)
         _require_in_memory("fuse_lora", model)
-        if not _is_finite_number(lora_scale) or lora_scale == 0:
+        if not is_number(lora_scale) or lora_scale == 0:
             raise ValueError(
                 f"`lora_scale` is {lora_scale!r}, which `unfuse_lora` cannot take back; accepted is any other finite "
                 "number. To leave adapters out: `disable_lora`."
             )
-        fused = _fused(model)
+        lora_scale, fused = float(lora_scale), _fused(model)
         if lora_scale != 1 and fused:
             raise ValueError(f"`lora_scale` is {lora_scale}, but {fused} are fused already: call `unfuse_lora` first.")
         if _disabled(model):
@@ -464,7 +463,7 @@ def _read_settings(metadata: Any) -> dict[str, Any]:
                 f"`r` or `rank_pattern` in the file's metadata has {rank!r}; a rank is a whole number of at least 1."
             )
     for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
-        if not _is_finite_number(alpha) or alpha == 0:
+        if not is_number(alpha) or alpha == 0:
             raise ValueError(
                 f"`lora_alpha` or `alpha_pattern` in the file's metadata has {alpha!r}; an alpha is a finite number "
                 "other than 0."
@@ -506,10 +505,6 @@ def _stated(settings: Mapping[str, Any], patterns: str, name: str, default: Any)
         if name == literal or (not pattern.startswith("^") and name.endswith(f".{literal}")):
             return value
     return default
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_number_tensor(tensor: Any) -> bool:
@@ -558,7 +553,7 @@ def check_adapters(transformer: Any, attention_kwargs: Any) -> float:
     """
     given = {} if attention_kwargs is None else attention_kwargs
     scale: Any = given.get("scale", 1.0) if isinstance(given, dict) else None
-    if not _is_finite_number(scale) or not given.keys() <= {"scale"}:
+    if not is_number(scale) or not given.keys() <= {"scale"}:
         raise ValueError(
             f"`attention_kwargs` is {attention_kwargs!r}; accepted is {{'scale': s}}, a finite number that "
             "multiplies the weights of all adapters in this call."
@@ -573,7 +568,7 @@ def check_adapters(transformer: Any, attention_kwargs: Any) -> float:
     dora = [layer for layer in layers if not set(layer.lora_magnitude_vector).isdisjoint(layer.active_adapters)]
     if not _disabled(model):
         _require_weights_for_dora(model, [layer.get_base_layer() for layer in dora if not layer.merged])
-    return scale
+    return float(scale)
 
 
 def _loaded(model: Any) -> list[str]:
@@ -620,7 +615,7 @@ def _hotswap(model: Any, name: str | None, adapter: Adapter) -> None:
             wrong.append(f"{key} has room for rank {room}, not {adapter.ranks[key]}")
     if "lora_magnitude_vector" in adapter.parts:  # a DoRA of zeros is not nothing
         wrong += [f"{key} is missing in the file" for key in layers if key not in adapter.tensors]
-    wrong += [f"{key} holds no plain tensors" for key, own in parts.items() if not all(map(_is_plain, own.values()))]
+    wrong += [f"{key} holds no plain tensors" for key, own in parts.items() if not all(map(is_plain, own.values()))]
     if wrong:
         raise ValueError(
             f"`hotswap`: the adapter does not fit in the place of {name!r}, in {len(wrong)} layers: "
@@ -730,7 +725,7 @@ def _check_room(model: Any, adapter: Adapter) -> None:
     layers = {key: model.get_submodule(key) for key in adapter.tensors}
     if "lora_magnitude_vector" in adapter.parts:
         _require_weights_for_dora(model, list(layers.values()))
-    odd = [key for key, layer in layers.items() if not _is_plain(layer.weight)]
+    odd = [key for key, layer in layers.items() if not is_plain(layer.weight)]
     if "lora_B.bias" in adapter.parts and odd:
         raise ValueError(f"The adapter has a `lora_B.bias`, which quantized layers do not take, as {odd[:SHOWN]}.")
 
@@ -739,7 +734,7 @@ def _require_weights_for_dora(model: Any, layers: list[Any]) -> None:
     """Refuse a DoRA that would read the weights of these layers while they are elsewhere or in another type."""
     hook = _get_top_level_group_offload_hook(model)
     leaves = hook is not None and hook.config.offload_type == GroupOffloadingType.LEAF_LEVEL
-    there = all(_is_plain(layer.weight) or isinstance(layer.weight, DTensor) for layer in layers)
+    there = all(is_plain(layer.weight) or isinstance(layer.weight, DTensor) for layer in layers)
     if layers and (leaves or _is_layerwise_casting_active(model) or not there):
         raise ValueError(
             "A DoRA (`lora_magnitude_vector`) reads the weights of its layers, which are offloaded one by one, cast "
@@ -770,7 +765,7 @@ def _require_addable(method: str, key: str, layer: Any, names: Sequence[str]) ->
     base = layer.get_base_layer()
     own = [name for name in names if name in layer.lora_A]
     tensors = [base.weight, *(parameter for name in own for parameter in _parameters(layer, name).values())]
-    if not all(map(_is_plain, tensors)):
+    if not all(map(is_plain, tensors)):
         raise ValueError(
             f"`{method}` cannot change {key}, whose weights are quantized, cast for storage or offloaded layer by "
             "layer: do it on a pipeline that is loaded without that."
@@ -781,10 +776,6 @@ def _require_addable(method: str, key: str, layer: Any, names: Sequence[str]) ->
             raise ValueError(f"`{method}` cannot add the bias of {name!r} to {key}, which has none.")
         if not parts.get("lora_magnitude_vector", tensors[0]).all() and "lora_magnitude_vector" in parts:
             raise ValueError(f"`{method}`: the DoRA {name!r} makes a row of {key} zero, which could not be undone.")
-
-
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) in (nn.Parameter, torch.Tensor) and tensor.dtype in PLAIN_DTYPES and not tensor.is_meta
 
 
 def _check_components(components: Sequence[str]) -> None:
@@ -805,7 +796,7 @@ def _check_weight(weight: Any) -> float:
         weight = weight.get("transformer")
     if weight is None:
         return 1.0
-    if not _is_finite_number(weight):
+    if not is_number(weight):
         raise ValueError(
             f"`adapter_weights` has {weight!r}; accepted are finite numbers, None (1), {{'transformer': number}}."
         )

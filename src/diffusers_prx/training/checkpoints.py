@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from ..data.files import HASH_NAME, hash_file, read_hashed_json, write_hashed_json
+from ..data.files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
 from .config import TrainingConfig, settings_of_run
 from .distributed import Exchange, learning
 from .settings import FIXED, marked
@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 NAME = re.compile(r"checkpoint-\d+")
 SHARD = re.compile(r"shard-(\d+)-.*\.safetensors")
 RUN_FILE, COMPLETE_FILE, TOKENIZER_FILE = "run.json", "complete.json", "tokenizer.json"
-UNFINISHED, REMOVED = ".unfinished", ".removed"  # endings of folders that are not checkpoints yet, or no longer
+REMOVED = ".removed"  # ending of a folder that is no longer a checkpoint; one that is not yet ends in `UNFINISHED`
 FILE_BYTES = 2**31
 
 

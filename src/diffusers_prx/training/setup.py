@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
+from ..data.files import UNFINISHED
 from .alignment import BurnIn
 from .averages import Averages
 from .cards import REPORT_FILE
 from .checkpoints import (
     TOKENIZER_FILE,
-    UNFINISHED,
     CheckpointWriter,
     RunState,
     find_checkpoint,
