@@ -12,9 +12,7 @@ import PIL.Image
 import pytest
 import yaml
 
-import runs
 from diffusers_prx.cli import sentence
-from diffusers_prx.training.checkpoints import RunState
 from diffusers_prx.training.config import DataSource, TrainingConfig, settings_of_run, sources_of
 from diffusers_prx.training.recipes import ANSWERS, OWN, load_recipe, parse_config, read_command_line, read_run
 from diffusers_prx.training.settings import (
@@ -29,6 +27,7 @@ from diffusers_prx.training.settings import (
     marked,
     settings_of,
 )
+from diffusers_prx.training.stages import build_stages, quiet_data
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = {"dataset_name": "scenes", "transformer_config": {"depth": 2}, "text_encoder_name_or_path": "t5"}
@@ -482,19 +481,6 @@ def test_settings_of_a_run_from_before_they_were_settings(in_pixels, cleaning):
     assert TrainingConfig(**settings_of_run(now, in_pixels)).to_dict() == now
 
 
-@pytest.mark.parametrize(("frozen", "cleaning"), [({"vae": "a"}, "full_v1"), ({}, "light")])
-def test_an_older_checkpoint_is_resumed_with_what_it_did(frozen, cleaning):
-    saved = runs.config(caption_cleaning=cleaning).to_dict()
-    stages = [{"first_step": 0, "stop_step": 9}]
-    then = {name: value for name, value in saved.items() if name not in ("caption_cleaning", "ema_warmup")}
-    old = RunState(then, stages, {"frozen_networks": frozen}, step=3).state_dict()
-    state = RunState(saved, stages, {"frozen_networks": frozen})
-    state.load_state_dict(old)
-    assert state.step == 3
-    with pytest.raises(ValueError, match=f"`caption_cleaning` {cleaning}"):
-        RunState(saved | {"caption_cleaning": "full"}, stages, {"frozen_networks": frozen}).load_state_dict(old)
-
-
 # What a person types
 
 
@@ -511,6 +497,20 @@ def pictures(tmp_path) -> Path:
 
 SMALL = str(ROOT / "model_cards" / "prx-scenes-small")
 QUICKSTART = ["--config", str(ROOT / "training" / "recipes" / "quickstart.yaml")]
+
+
+def test_data_are_opened_once_for_all_stages_and_warn_once(pictures, caplog):
+    (pictures / "0.txt").unlink()
+    argv = ["--pretrained_model_name_or_path", SMALL, "--train_data_dir", str(pictures), "--train_batch_size", "4"]
+    read_run([*argv, "--num_train_epochs", "2"])  # looks at the data to count the steps
+    assert not caplog.records
+    cfg, _ = read_run([*argv, "--stages", "[{max_train_steps: 2}, {max_train_steps: 2}]"])
+    first, second = build_stages(cfg)
+    assert len(first.source) == len(second.source) == 8
+    assert [record.name for record in caplog.records] == ["diffusers_prx.data.folders"]
+    with quiet_data():  # as on all processes but the main one
+        build_stages(cfg)
+    assert len(caplog.records) == 1
 
 
 def test_a_pretrained_pipeline_and_data_are_enough(pictures):

@@ -50,7 +50,7 @@ from .distributed import check_environment
 from .nets import Nets, build_nets
 from .preflight import outline
 from .settings import CACHED, marked
-from .stages import Stage, build_stages
+from .stages import Stage, build_stages, quiet_data
 
 SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304
 
@@ -152,7 +152,8 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
     check_environment(cfg)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=cfg.mixed_precision)
     shared: dict[Path, list[Stage]] = {}
-    with accelerator.main_process_first():  # what it finds in the data and keeps, the others find there
+    # what the main process finds in the data and keeps, the others find there
+    with accelerator.main_process_first(), quiet_data(not accelerator.is_main_process):
         built = build_stages(cfg)
     for stage in built:
         if stage.cfg.precomputed_dir is not None:

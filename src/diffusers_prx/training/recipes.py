@@ -14,7 +14,7 @@ from ..data.files import expand_path, read_yaml
 from .config import TrainingConfig, sources_of
 from .nets import saved_settings
 from .settings import AT_LEAST_ONE, Setting, settings_of
-from .stages import build_stages
+from .stages import build_stages, quiet_data
 
 # What a run's data are: a flag for one of them takes the place of whatever a recipe has.
 DATA = ("dataset_name", "train_data_dir", "data_sources")
@@ -105,8 +105,8 @@ def read_run(
 ) -> tuple[TrainingConfig, list[str]]:
     """Read the command line of a run, and what it follows from: the pretrained pipeline, and the size of the data.
 
-    Resolution, shift, prediction type, noise scale and token limit of a pipeline whose transformer is trained further
-    are under the recipe and the flags, and over the defaults.
+    What a pipeline whose transformer is trained further says of itself (`nets.saved_settings`) is under the recipe and
+    the flags, and over the defaults.
 
     Args:
         argv: arguments without the script's name; None: those of the process.
@@ -277,7 +277,8 @@ def _steps_of_epochs(settings: dict[str, Any], epochs: int) -> tuple[int, str]:
     if endless or cfg.stages or (len(sources) > 1 and sources[0].weight is not None):
         kind = "stages, each with `max_train_steps` of its own" if cfg.stages else "data without an end"
         raise ValueError(f"`{EPOCHS}` is {epochs}, but the run has {kind}: pass `--max_train_steps`.")
-    (stage,) = build_stages(cfg)
+    with quiet_data():  # the run opens them again, and warns
+        (stage,) = build_stages(cfg)
     samples, batch = sum(stage.sizes), stage.step_size(int(os.environ.get("WORLD_SIZE", 1)))
     steps = math.ceil(epochs * samples / batch)
     return steps, f"`{EPOCHS}` {epochs}: {steps} steps of {batch} of the {samples} samples"

@@ -33,7 +33,7 @@ from .precompute import open_precomputed
 from .preflight import caption_figures, check_techniques, outline, report
 from .publishing import repository
 from .run import Run, alignment_is_over
-from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages
+from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages, quiet_data
 from .tracking import Tracking
 
 
@@ -191,7 +191,8 @@ def open_data(
     cfg: TrainingConfig, accelerator: Accelerator, pixels_per_token: int, resumed: Resumed | None
 ) -> list[Stage]:
     """Open the data of all stages and sort them into sizes; a stage that has begun keeps what it has sorted then."""
-    with accelerator.main_process_first():  # what it finds in the data and keeps, the others find there
+    # what the main process finds in the data and keeps, the others find there
+    with accelerator.main_process_first(), quiet_data(not accelerator.is_main_process):
         stages = build_stages(cfg, accelerator.process_index, accelerator.num_processes)
         for stage in stages:
             begun = resumed is not None and stage.first_step < resumed.step

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -342,23 +343,42 @@ def build_stages(cfg: TrainingConfig, rank: int = 0, processes: int = 1) -> list
         ValueError: if data are missing, or too few to hold some out.
     """
     stages: list[Stage] = []
+    opened: dict[Any, ListedImages] = {}
     for stage_cfg in cfg.stage_configs():
         first_step = stages[-1].stop_step if stages else 0
-        stages.append(_build_stage(stage_cfg, first_step, rank, processes))
+        steps = (first_step, first_step + stage_cfg.max_train_steps)
+        if stage_cfg.streaming:
+            stages.append(_streamed_stage(stage_cfg, steps, rank, processes))
+        else:
+            stages.append(_listed_stage(stage_cfg, steps, opened))
     return stages
 
 
-def _build_stage(cfg: TrainingConfig, first_step: int, rank: int, processes: int) -> Stage:
-    steps = (first_step, first_step + cfg.max_train_steps)
-    return _streamed_stage(cfg, steps, rank, processes) if cfg.streaming else _listed_stage(cfg, steps)
+@contextlib.contextmanager
+def quiet_data(quiet: bool = True) -> Iterator[None]:
+    """Leave out warnings about data: one process prints them, the first time that the run opens its data."""
+    logger = logging.getLogger(f"{__name__.partition('.')[0]}.data")
+    level = logger.level
+    if quiet:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _listed_stage(cfg: TrainingConfig, steps: tuple[int, int]) -> Stage:
-    """A stage whose data are read by index. Of every source about as many samples are held out."""
+def _listed_stage(cfg: TrainingConfig, steps: tuple[int, int], opened: dict[Any, ListedImages]) -> Stage:
+    """Open a stage whose data are read by index. Of every source about as many samples are held out.
+
+    Args:
+        cfg: configuration of the stage.
+        steps: half-open range of the run's steps.
+        opened: stored data of the stages before; a folder that several share is listed once.
+    """
     sources, training, held_out = sources_of(cfg), [], []
     for place, source in enumerate(sources):
         share = cfg.num_validation_samples // len(sources) + (place < cfg.num_validation_samples % len(sources))
-        own, kept = _open_source(cfg, source, share)
+        own, kept = _open_source(cfg, source, share, opened)
         training.append(own)
         held_out += [] if kept is None else [kept]
     return Stage(
@@ -370,7 +390,9 @@ def _listed_stage(cfg: TrainingConfig, steps: tuple[int, int]) -> Stage:
     )
 
 
-def _open_source(cfg: TrainingConfig, source: DataSource, held_out: int) -> tuple[ListedImages, ListedImages | None]:
+def _open_source(
+    cfg: TrainingConfig, source: DataSource, held_out: int, opened: dict[Any, ListedImages]
+) -> tuple[ListedImages, ListedImages | None]:
     """A source's training images and its held-out ones.
 
     The scenes have a held-out split of their own; of other data the last samples are kept out of training.
@@ -388,7 +410,8 @@ def _open_source(cfg: TrainingConfig, source: DataSource, held_out: int) -> tupl
         scenes: dict[str, Any] = {"level": cfg.scenes_level, "resolution": cfg.resolution, "seed": cfg.seed}
         kept = load(scenes=scenes | {"split": "heldout", "size": held_out}) if held_out else None
         return load(scenes=scenes), kept
-    images = load()
+    key = (*load.args, *load.keywords.values())
+    images = opened[key] if key in opened else opened.setdefault(key, load())
     if 2 * held_out > len(images):
         held_out = len(images) // 10  # the report of the run says so
     first = len(images) - held_out
