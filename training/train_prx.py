@@ -5,7 +5,7 @@ From nothing: `accelerate launch training/train_prx.py --config training/recipes
 Train a saved pipeline further: `accelerate launch training/train_prx.py --pretrained_model_name_or_path PIPELINE \\
   --train_data_dir FOLDER --num_train_epochs 10 --output_dir outputs/mine`
 
-What the pipeline was trained with (prediction, noise, resolution, shift, tokens) is read from it.
+What the pipeline was trained with (prediction, noise, resolution, shift, tokens, cleaning) is read from it.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
   --train_data_dir FOLDER --instance_prompt "a star" --output_dir outputs/star`
 
 It is the run of train_prx.py with other defaults. What the pipeline was trained with (prediction, noise, resolution,
-shift, tokens) is read from it.
+shift, tokens, cleaning) is read from it.
 """
 
 from pathlib import Path

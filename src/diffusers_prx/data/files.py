@@ -105,7 +105,9 @@ def read_hashed_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
-    if not isinstance(values, dict) or values.pop(HASH_KEY, None) != _json_hash(values):
+    if isinstance(values, dict) and HASH_KEY not in values:
+        raise ValueError(f"{path} is damaged, or an earlier version of this package wrote it: it has no hash.")
+    if not isinstance(values, dict) or values.pop(HASH_KEY) != _json_hash(values):
         raise ValueError(f"{path} is damaged: its content does not match its hash.")
     return values
 

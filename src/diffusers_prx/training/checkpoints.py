@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from ..data.files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
-from .config import TrainingConfig, settings_of_run
+from .config import TrainingConfig
 from .distributed import Exchange, learning
 from .settings import FIXED, marked
 
@@ -97,8 +97,7 @@ class RunState:
                 f"The checkpoint is at step {step}, beyond the {self.stages[-1]['stop_step']} of this run "
                 "(`max_train_steps`, of all stages together): pass a new `--output_dir`, or more steps."
             )
-        in_pixels = "vae" not in state["networks"].get("frozen_networks", {})
-        saved = settings_of_run(state["settings"], in_pixels)
+        saved = state["settings"]
         same = [(name, saved.get(name), self.settings.get(name)) for name in marked(TrainingConfig, FIXED)]
         same += [(name, state["networks"].get(name), network) for name, network in self.networks.items()]
         for number, (old, new) in enumerate(zip(state["stages"], self.stages)):

@@ -803,10 +803,10 @@ class TrainingConfig:
 
 
 def settings_of_run(stored: Mapping[str, Any], in_pixels: bool) -> dict[str, Any]:
-    """The settings that a run has stored, and, where they come from before these were settings, what it did.
+    """Return the settings in the record of a run; where the record is older than a setting, what the run did.
 
     Args:
-        stored: as `TrainingConfig.to_dict` returned them then.
+        stored: `config` of training.json.
         in_pixels: True if the run had no autoencoder.
     """
     return {"caption_cleaning": "light" if in_pixels else "full_v1", "ema_warmup": True} | dict(stored)

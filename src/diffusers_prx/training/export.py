@@ -12,7 +12,7 @@ import torch
 from ..data.files import write_json
 from .cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
 from .checkpoints import TOKENIZER_FILE, RunState, find_damage, read_run, read_tensors
-from .config import TrainingConfig, settings_of_run
+from .config import TrainingConfig
 from .distributed import learning
 from .lora import save_adapter
 from .nets import Nets, build_nets, identity, restore_tokenizer
@@ -165,8 +165,7 @@ def export_checkpoint(
         )
     saved = read_run(checkpoint)
     state = RunState(**saved["state"])
-    in_pixels = "vae" not in state.networks.get("frozen_networks", {})
-    cfg = TrainingConfig(**settings_of_run(state.settings, in_pixels) | {"output_dir": str(output_dir)})
+    cfg = TrainingConfig(**state.settings | {"output_dir": str(output_dir)})
     if average and not cfg.use_ema:
         raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
     kind = "weights" if average is False or not cfg.use_ema else "average"
