@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_prx.training.cards import linked_files
+from diffusers_prx.hub.cards import linked_files
 
 # of https://huggingface.co/docs/hub/repositories-licenses, those that weights of ours can have
 LICENSES = {

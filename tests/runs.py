@@ -13,11 +13,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import tiny
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.training import trainer
 from diffusers_prx.training.checkpoints import read_tensors
-from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.faults import HELD
-from diffusers_prx.training.nets import Nets, new_text_encoder, train_tokenizer
+from diffusers_prx.training.networks import Nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.setup import set_up_run
 

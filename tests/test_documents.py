@@ -15,7 +15,7 @@ import yaml
 
 import tiny
 from diffusers_prx import PRXPixelPipeline
-from diffusers_prx.training.config import TrainingConfig
+from diffusers_prx.config.training_config import TrainingConfig
 from model_cards import check_card
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -47,7 +47,7 @@ USED_WITHOUT_IMPORT = {
 # What runs without the training extra: everything that draws images.
 CORE = (
     "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py", "cli.py",
-    "data/files.py",
+    "files.py",
 )  # fmt: skip
 
 

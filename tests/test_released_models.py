@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.data.scenes import long_caption, sample_scene
+from diffusers_prx.evaluation.image_grids import pictures_of_grid
 from diffusers_prx.evaluation.scene_checker import read_scene, scene_matches
-from diffusers_prx.evaluation.sheets import pictures_of_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = sorted(index.parent for index in (ROOT / "model_cards").glob("*/model_index.json"))

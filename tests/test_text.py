@@ -5,7 +5,7 @@ import torch
 
 import tiny
 import zoo
-from diffusers_prx.pipelines.prompt_cleaning import clean_prompt, repair_prompt
+from diffusers_prx.prompt_cleaning import clean_prompt, repair_prompt
 from diffusers_prx.text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
 
 # relative positions, rotary or of T5, and absolute ones; causal and both ways

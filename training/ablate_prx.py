@@ -34,8 +34,17 @@ import yaml
 from tqdm import tqdm
 
 from diffusers_prx.cli import end, parse_flags, path
-from diffusers_prx.data.files import write_json
-from diffusers_prx.evaluation.study import (
+from diffusers_prx.files import write_json
+from diffusers_prx.hub.publishing import (
+    EXIT_NOT_UPLOADED,
+    UploadError,
+    kind_of,
+    repository,
+    upload,
+    write_report_card,
+)
+from diffusers_prx.study.report import THROUGHPUT_FILE, write_report
+from diffusers_prx.study.spec import (
     TRAINING,
     Study,
     load_study,
@@ -44,17 +53,8 @@ from diffusers_prx.evaluation.study import (
     register,
     scores,
 )
-from diffusers_prx.evaluation.study_report import THROUGHPUT_FILE, write_report
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 from diffusers_prx.training.faults import EXIT_HUNG
-from diffusers_prx.training.publishing import (
-    EXIT_NOT_UPLOADED,
-    UploadError,
-    kind_of,
-    repository,
-    upload,
-    write_report_card,
-)
 from diffusers_prx.training.recipes import parse_config
 
 FOLDER = Path(__file__).resolve().parent

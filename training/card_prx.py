@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from diffusers_prx.cli import end, parse_flags, path
-from diffusers_prx.training.cards import copy_card, read_report, said_before, write_card
+from diffusers_prx.hub.cards import copy_card, read_report, said_before, write_card
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 

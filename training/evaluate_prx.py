@@ -18,15 +18,15 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from diffusers_prx.cli import end, parse_flags, path
-from diffusers_prx.data.files import expand_path
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
+from diffusers_prx.evaluation.generation import DTYPES
 from diffusers_prx.evaluation.metrics import PHOTOROOM
-from diffusers_prx.evaluation.pictures import DTYPES
 from diffusers_prx.evaluation.reports import write_reports
-from diffusers_prx.training.cards import said_before, write_card
+from diffusers_prx.files import expand_path
+from diffusers_prx.hub.cards import said_before, write_card
+from diffusers_prx.hub.publishing import CARD_FILE, is_ours
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
-from diffusers_prx.training.publishing import CARD_FILE, is_ours
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 CACHE = Path(constants.HF_HOME) / "diffusers_prx" / "references"

@@ -11,8 +11,8 @@ import json
 import sys
 
 from diffusers_prx.cli import end, path
-from diffusers_prx.training.gpus import GPUS, PRICES
-from diffusers_prx.training.planner import (
+from diffusers_prx.planning.gpus import GPUS, PRICES
+from diffusers_prx.planning.planner import (
     CAPTION_TOKENS,
     STRATEGIES,
     UTILISATION,

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from diffusers_prx.cli import end, parse_flags, path
-from diffusers_prx.training.publishing import EXIT_NOT_UPLOADED, UploadError, publish_folder
+from diffusers_prx.hub.publishing import EXIT_NOT_UPLOADED, UploadError, publish_folder
 
 
 def main(argv: list[str] | None = None) -> None:

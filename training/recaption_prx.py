@@ -11,8 +11,8 @@ import argparse
 from accelerate import PartialState
 
 from diffusers_prx.cli import end, parse_flags, path
-from diffusers_prx.data.files import expand_path
-from diffusers_prx.training.recaption import DTYPES, PROMPT, RecaptionSettings, recaption
+from diffusers_prx.data.recaptioning import DTYPES, PROMPT, RecaptionSettings, recaption
+from diffusers_prx.files import expand_path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

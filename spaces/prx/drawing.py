@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusers_prx import fast_scheduler, fast_sigmas
 from diffusers_prx import latents as vae_latents
-from diffusers_prx.schedulers.stock import set_schedule
+from diffusers_prx.schedulers.diffusers_compat import set_schedule
 from model_cache import ModelCache, Stopped
 from settings import Request
 

@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_prx
-from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
+from diffusers_prx.resolution_bins import RESOLUTION_BINS
 from settings import NO_LORA, size_name
 
 HERE = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ from typing import NoReturn
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from .data.files import expand_path
+from .files import expand_path
 
 
 def path(text: str) -> Path:

@@ -30,14 +30,14 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .cli import end, parse_flags, path
-from .data.files import expand_path
+from .files import expand_path
 from .latents import latent_channels, load_vae
 from .models.transformer_prx import PRXTransformer2DModel
 from .pipelines.pipeline_prx import PRXPipeline
 from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
-from .pipelines.prompt_cleaning import CAPTION_CLEANINGS, CaptionCleaning
+from .prompt_cleaning import CAPTION_CLEANINGS, CaptionCleaning
 from .schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
-from .schedulers.stock import PREDICTION_TYPES
+from .schedulers.diffusers_compat import PREDICTION_TYPES
 from .text import load_text_encoder
 
 # A tensor of every PRX, whatever its options, by which a network is found among everything else in a checkpoint.

@@ -16,7 +16,7 @@ from diffusers_prx.data.captions import (
     read_captions,
 )
 from diffusers_prx.data.images import UnreadableSample
-from diffusers_prx.pipelines.prompt_cleaning import clean_prompt
+from diffusers_prx.prompt_cleaning import clean_prompt
 from diffusers_prx.text import find_cut, tokenize_prompts
 
 

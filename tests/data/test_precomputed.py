@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 import disks
 from diffusers_prx.data import precomputed as module
 from diffusers_prx.data.buckets import Buckets, sort_into_buckets
-from diffusers_prx.data.files import read_hashed_json
 from diffusers_prx.data.precomputed import (
     ImagesToEncode,
     PrecomputedImages,
@@ -37,9 +36,10 @@ from diffusers_prx.data.precomputed import (
     write_settings,
     write_shard,
 )
+from diffusers_prx.data.samplers import StreamSampler, every_sample_once
 from diffusers_prx.data.samples import TrainingSamples, build_loader
 from diffusers_prx.data.sources import load_source
-from diffusers_prx.data.stream import StreamSampler, every_sample_once
+from diffusers_prx.files import read_hashed_json
 from diffusers_prx.training.rng import derive_seed
 from disks import full_disk
 

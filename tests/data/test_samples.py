@@ -13,9 +13,9 @@ import torch
 from diffusers_prx.data import samples as module
 from diffusers_prx.data.buckets import Buckets, image_sizes, sort_into_buckets
 from diffusers_prx.data.captions import choose_caption
+from diffusers_prx.data.samplers import BucketStreamSampler, Position, every_sample_once
 from diffusers_prx.data.samples import TrainingSamples, build_loader, collate, fit_image
 from diffusers_prx.data.sources import FolderImages
-from diffusers_prx.data.stream import BucketStreamSampler, Position, every_sample_once
 from diffusers_prx.training.rng import derive_seed
 
 # Resizing, cropping, flipping

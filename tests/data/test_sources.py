@@ -16,10 +16,10 @@ import torch
 
 from diffusers_prx.data.buckets import Buckets
 from diffusers_prx.data.captioned import read_sample
+from diffusers_prx.data.samplers import Position
 from diffusers_prx.data.samples import TrainingSamples, collate
 from diffusers_prx.data.scenes import ScenesDataset, short_caption
 from diffusers_prx.data.sources import Slice, UnreadableSample, expand, load_source, load_stream
-from diffusers_prx.data.stream import Position
 from diffusers_prx.data.tars import TarImages
 from diffusers_prx.training.rng import derive_seed
 from disks import full_disk

@@ -22,8 +22,8 @@ import zoo
 from diffusers_prx.data.scenes import ScenesDataset
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate, parse_metric
 from diffusers_prx.evaluation.extractors import load_extractor
+from diffusers_prx.evaluation.generation import PictureFolder, load_pipeline, pipeline_draw
 from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
-from diffusers_prx.evaluation.pictures import PictureFolder, load_pipeline, pipeline_draw
 from diffusers_prx.evaluation.references import ReferenceCache
 from diffusers_prx.evaluation.reports import markdown_table, write_reports
 from diffusers_prx.schedulers import PRXXPredictionScheduler

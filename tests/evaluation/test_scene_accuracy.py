@@ -10,9 +10,9 @@ from PIL import Image
 
 import runs
 from diffusers_prx.data.scenes import LEVELS, SPLITS, ScenesDataset
-from diffusers_prx.evaluation.pictures import pipeline_draw
+from diffusers_prx.evaluation.generation import pipeline_draw
+from diffusers_prx.evaluation.image_grids import pair_sheet, scene_sheet
 from diffusers_prx.evaluation.scene_accuracy import grade_scenes, scene_report
-from diffusers_prx.evaluation.sheets import pair_sheet, scene_sheet
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 
 RESOLUTION = {name: level.min_resolution for name, level in LEVELS.items()}

@@ -17,8 +17,8 @@ from diffusers_prx.data.scenes import (
     render_scene,
     sample_scene,
 )
+from diffusers_prx.evaluation.image_grids import pictures_of_grid
 from diffusers_prx.evaluation.scene_checker import UNKNOWN, attributes_right, read_instead, read_scene, scene_matches
-from diffusers_prx.evaluation.sheets import pictures_of_grid
 
 NOISY_PICTURES = Path(__file__).resolve().parents[1] / "golden" / "noisy_scenes.png"
 

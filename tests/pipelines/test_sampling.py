@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 import tiny
 from diffusers_prx import fast_scheduler, fast_sigmas
-from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
+from diffusers_prx.resolution_bins import RESOLUTION_BINS
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}

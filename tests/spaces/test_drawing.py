@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
-from diffusers_prx.schedulers.stock import set_schedule
+from diffusers_prx.schedulers.diffusers_compat import set_schedule
 from space_tools import counted, rests
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_prx.pipelines.resolution_bins import RESOLUTION_BINS
+from diffusers_prx.resolution_bins import RESOLUTION_BINS
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 

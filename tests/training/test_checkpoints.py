@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import runs
-from diffusers_prx.data.files import HASH_NAME, hash_file, read_hashed_json, write_hashed_json
+from diffusers_prx.files import HASH_NAME, hash_file, read_hashed_json, write_hashed_json
+from diffusers_prx.techniques.optimizers import MuonAdamW
 from diffusers_prx.training import checkpoints
 from diffusers_prx.training.checkpoints import (
     CheckpointWriter,
@@ -35,7 +36,6 @@ from diffusers_prx.training.checkpoints import (
     restore_generators,
 )
 from diffusers_prx.training.distributed import Exchange
-from diffusers_prx.training.optimizers import MuonAdamW
 from disks import full_disk
 
 SETTINGS = runs.config().to_dict()

@@ -20,12 +20,12 @@ from accelerate import debug_launcher
 
 import runs
 import tiny
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.data.mixing import ENDLESS
 from diffusers_prx.data.scenes import ScenesDataset, long_caption, short_caption
 from diffusers_prx.training import stages
-from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.faults import steady_batches
-from diffusers_prx.training.nets import build_nets
+from diffusers_prx.training.networks import build_nets
 from diffusers_prx.training.preflight import memory, outline
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.stages import build_stages

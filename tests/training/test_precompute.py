@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import runs
 import tiny
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.data.precomputed import ImagesToEncode, Shard, shard_files
-from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.nets import Nets, build_nets
+from diffusers_prx.training.networks import Nets, build_nets
 from diffusers_prx.training.precompute import (
     embed_captions,
     encode_images,
@@ -33,7 +33,7 @@ from diffusers_prx.training.precompute import (
 )
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.stages import build_stages
-from diffusers_prx.training.train_step import train_step
+from diffusers_prx.training.step import train_step
 from diffusers_prx.training.trainer import train
 from disks import full_disk
 from training import precompute_prx

@@ -12,8 +12,8 @@ import torch
 import runs
 import tiny
 import zoo
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
-from diffusers_prx.training.config import TrainingConfig
 from diffusers_prx.training.recipes import load_recipe, parse_config
 
 FOLDER = runs.ROOT / "training" / "recipes"

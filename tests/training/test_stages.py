@@ -20,7 +20,7 @@ from diffusers_prx.data.scenes import ScenesDataset
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.run import Run
-from diffusers_prx.training.train_step import train_step
+from diffusers_prx.training.step import train_step
 from diffusers_prx.training.trainer import train
 
 BORDER, END = 3, 7

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from diffusers_prx import PRXPixelPipeline
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.models.token_routing import sample_route
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
-from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.losses import LPIPSLoss
-from diffusers_prx.training.nets import Nets, add_techniques
+from diffusers_prx.techniques.losses import LPIPSLoss
+from diffusers_prx.training.networks import Nets, add_techniques
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.run import Run
-from diffusers_prx.training.train_step import train_step
+from diffusers_prx.training.step import train_step
 from diffusers_prx.training.trainer import train
 
 RANGE = [1, 2]  # the blocks that tokens go around; block 1 is the aligned one too

@@ -15,7 +15,7 @@ from transformers import AutoModel, Dinov2WithRegistersModel
 
 from diffusers_prx.data.scenes import BACKGROUNDS, COLOURS, ScenesDataset, get_level, render_scene, sample_scene
 from diffusers_prx.latents import EncodedImages, decode, encode
-from diffusers_prx.training.teachers import load_teacher
+from diffusers_prx.techniques.teachers import load_teacher
 
 TEACHER_SIZE = [
     "--hidden_size",

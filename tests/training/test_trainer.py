@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
-from diffusers_prx.evaluation.networks import tokenizer_fingerprint
+from diffusers_prx.fingerprints import tokenizer_fingerprint
+from diffusers_prx.techniques.ema import Averages
 from diffusers_prx.training import run as run_module
 from diffusers_prx.training import trainer
-from diffusers_prx.training.averages import Averages
 from diffusers_prx.training.bookkeeping import validate
 from diffusers_prx.training.checkpoints import find_checkpoint
 from diffusers_prx.training.distributed import Trained, check_environment

@@ -24,9 +24,9 @@ import datasets
 import torch
 from diffusers import AutoencoderKL
 
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.data.scenes import ScenesDataset
-from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.nets import build_nets, new_text_encoder, train_tokenizer
+from diffusers_prx.training.networks import build_nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.precompute import open_precomputed, precompute
 from diffusers_prx.training.recipes import parse_config
 from diffusers_prx.training.setup import set_up_run

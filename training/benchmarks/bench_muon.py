@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
-from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.optimizers import MuonAdamW, build_optimizer
+from diffusers_prx.techniques.optimizers import MuonAdamW, build_optimizer
 
 CONFIG = {
     "in_channels": 16,

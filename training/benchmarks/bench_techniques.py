@@ -26,15 +26,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.models.token_routing import sample_route
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
-from diffusers_prx.training.alignment import FeatureCache, build_projector
-from diffusers_prx.training.config import TrainingConfig
-from diffusers_prx.training.nets import Nets, new_text_encoder, train_tokenizer
+from diffusers_prx.techniques.alignment import FeatureCache, build_projector
+from diffusers_prx.techniques.teachers import VisionTeacher
+from diffusers_prx.training.networks import Nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.rng import StepRandom
-from diffusers_prx.training.teachers import VisionTeacher
-from diffusers_prx.training.train_step import train_step
+from diffusers_prx.training.step import train_step
 
 TEXT_TOKENS = 85
 ROUTE_RANGE = (2, 13)

@@ -38,7 +38,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance,
 
 from diffusers_prx import fast_scheduler, fast_sigmas
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS, ScenesDataset
-from diffusers_prx.evaluation.pictures import load_pipeline
+from diffusers_prx.evaluation.generation import load_pipeline
 from diffusers_prx.evaluation.scene_checker import read_scene, scene_matches
 
 matplotlib.use("agg")

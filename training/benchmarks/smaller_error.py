@@ -17,7 +17,7 @@ from diffusers import TorchAoConfig
 
 from diffusers_prx import PRXTransformer2DModel
 from diffusers_prx.data.scenes import LEVELS, ScenesDataset
-from diffusers_prx.evaluation.pictures import load_pipeline
+from diffusers_prx.evaluation.generation import load_pipeline
 
 NOT_MODULATION = ["modulation", "time_in", "final_layer", "img_in", "txt_in"]
 

@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from diffusers_prx.cli import end, parse_flags, path
-from diffusers_prx.data.files import expand_path
 from diffusers_prx.data.scenes import LEVELS, ScenesDataset
+from diffusers_prx.files import expand_path
 from diffusers_prx.latents import VAE, EncodedImages, decode, encode, latent_channels, vae_scale_factor
-from diffusers_prx.training.alignment import alignment_loss, teacher_features
+from diffusers_prx.techniques.alignment import alignment_loss, teacher_features
+from diffusers_prx.techniques.teachers import VisionTeacher, load_teacher
 from diffusers_prx.training.export import commit_of_this_package
-from diffusers_prx.training.teachers import VisionTeacher, load_teacher
 
 KINDS = ("kl", "dc", "flux2")
 FLUX2_PATCH = 2

@@ -16,9 +16,9 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..pipelines.resolution_bins import RESOLUTION_BINS
+from ..files import written_whole
+from ..resolution_bins import RESOLUTION_BINS
 from .captioned import ListedImages
-from .files import written_whole
 from .images import UnreadableSample
 
 logger = logging.get_logger(__name__)

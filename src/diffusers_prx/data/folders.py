@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet
 from diffusers.utils import logging
 
+from ..files import NAMES_SHOWN, open_regular, printable, shown
 from .captioned import StoredImages
 from .captions import find_caption, require_column
-from .files import NAMES_SHOWN, open_regular, printable, shown
 from .images import UnreadableSample, image_endings, unreadable_endings
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ import PIL.Image
 import PIL.ImageCms
 import PIL.ImageOps
 
-from .files import is_remote, open_regular
+from ..files import is_remote, open_regular
 
 T = TypeVar("T")
 

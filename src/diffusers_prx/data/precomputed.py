@@ -48,10 +48,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..latents import EncodedImages
-from .buckets import Buckets, cover
-from .captioned import ListedImages
-from .files import (
+from ..files import (
     HASH_KEY,
     hash_tensors,
     read_hashed_json,
@@ -60,9 +57,12 @@ from .files import (
     write_hashed_tensors,
     written_whole,
 )
+from ..latents import EncodedImages
+from .buckets import Buckets, cover
+from .captioned import ListedImages
 from .images import UnfitSample, UnreadableSample
+from .samplers import Position
 from .samples import TrainingSamples, collate_record, fit_image
-from .stream import Position
 
 SETTINGS_FILE, EMPTY_TEXT_FILE, INDEX_FILE = "settings.json", "empty_text.safetensors", "index.json"
 # A cache may have these although a run does not need them.

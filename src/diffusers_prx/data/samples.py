@@ -14,7 +14,7 @@ from .buckets import Buckets, Size, cover
 from .captioned import CaptionedImages
 from .captions import choose_caption
 from .images import UnfitSample, UnreadableSample
-from .stream import Position
+from .samplers import Position
 
 # after so many samples in a row that cannot be used, something is wrong with all of them
 MAX_REPLACEMENTS = 1000

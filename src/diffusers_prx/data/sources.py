@@ -32,13 +32,13 @@ import fsspec
 import huggingface_hub
 import pyarrow as pa
 
+from ..files import expand_path, is_remote, printable, read_yaml
 from .captioned import CaptionedImages, ListedImages, OneCaption, Slice, StoredImages
 from .captions import require_column
-from .files import expand_path, is_remote, printable, read_yaml
 from .folders import Contents, FolderImages, folder_kind, list_folder, split_folder
 from .images import NOWHERE, Scope, UnreadableSample, image_value, to_rgb
+from .iterable import HubShards, ListedShards, Shards
 from .scenes import CAPTIONS, Scene, ScenesDataset, long_caption, one_of, sample_scene, short_caption
-from .streaming import HubShards, ListedShards, Shards
 from .tars import TarImages, TarShards
 
 __all__ = [

@@ -23,9 +23,9 @@ import numpy as np
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
+from ..files import is_remote, open_regular, written_whole
 from .captioned import StoredImages
 from .captions import find_caption, require_column
-from .files import is_remote, open_regular, written_whole
 from .images import UnreadableSample, image_endings, unreadable_endings
 
 logger = logging.get_logger(__name__)

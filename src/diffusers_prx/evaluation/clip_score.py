@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
+from ..fingerprints import fingerprint
 from .distances import centred_interval, resampled_counts
 from .extractors import FeatureExtractor, VisionExtractor, load_extractor, projection_width
-from .networks import fingerprint
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 

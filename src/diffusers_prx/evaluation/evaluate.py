@@ -15,15 +15,15 @@ import torch
 from accelerate import PartialState
 from diffusers.utils import logging
 
-from ..data.files import write_json
 from ..data.scenes import LEVELS, ScenesDataset
 from ..data.sources import load_source
+from ..files import write_json
+from ..fingerprints import pipeline_fingerprint
 from .clip_score import DEFAULT_CLIP, CLIPScore, load_clip_score
 from .distances import share_interval
 from .extractors import INCEPTION, FeatureExtractor, load_extractor
+from .generation import PictureFolder, Prompt, default_resolution, draw_missing, load_pipeline, pipeline_draw
 from .metrics import PHOTOROOM, FeatureDistance, FrechetDistance, MaximumMeanDiscrepancy
-from .networks import pipeline_fingerprint
-from .pictures import PictureFolder, Prompt, default_resolution, draw_missing, load_pipeline, pipeline_draw
 from .references import FITTING, GeneratedImages, ReferenceCache, ReferenceImages, content_hash, image_batches
 from .scene_accuracy import GradedScene, grade_scenes, scene_report
 

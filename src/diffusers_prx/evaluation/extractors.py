@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-from ..data.files import hash_tensors
-from .networks import fingerprint, read_normalisation
+from ..files import hash_tensors
+from ..fingerprints import fingerprint, read_normalisation
 
 # name -> Hub id, side in pixels at which the study looks at images
 NAMED = {

@@ -14,11 +14,11 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.captioned import ListedImages
-from ..data.files import read_hashed_tensors, write_hashed_tensors
 from ..data.images import UnreadableSample
 from ..data.samples import fit_image
+from ..files import read_hashed_tensors, write_hashed_tensors
+from .generation import PictureFolder, Prompt, share_batches
 from .metrics import FeatureDistance
-from .pictures import PictureFolder, Prompt, share_batches
 
 logger = logging.get_logger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import PICTURES_SHOWN, Evaluation
-from .sheets import pair_sheet, scene_sheet
+from .image_grids import pair_sheet, scene_sheet
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
 SCENES_SHEET, PAIRS_SHEET = "samples.png", "comparison.png"

@@ -21,8 +21,10 @@ from torch.distributed import ProcessGroup
 
 from ..models.token_routing import TokenRoute, sample_route
 from ..models.transformer_prx import check_saving
+from ..prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
+from ..resolution_bins import RESOLUTION_BINS
+from ..schedulers.diffusers_compat import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
 from ..schedulers.scheduling_prx import check_count, check_number
-from ..schedulers.stock import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
 from ..text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
 from .check_finite import FiniteWatch, check_given, check_output
 from .check_inputs import (
@@ -46,8 +48,6 @@ from .loading import check_same_kind, resolve_components, stored_form
 from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise, take_branch
 from .pipeline_output import PRXPipelineOutput
-from .prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
-from .resolution_bins import RESOLUTION_BINS
 
 logger = logging.get_logger(__name__)
 

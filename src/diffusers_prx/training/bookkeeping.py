@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from ..evaluation.sheets import image_grid
-from .cards import validation_sheet
+from ..evaluation.image_grids import image_grid
+from ..hub.cards import validation_sheet
+from ..hub.publishing import EXIT_NOT_UPLOADED, OF_AN_EVALUATION, UploadError, kind_of, upload
 from .checkpoints import named_tensors
 from .distributed import whole_module
 from .export import export_run, write_record
 from .faults import EXIT_PREEMPTED, PREEMPTED_FILE, SKIPPED_IN_A_ROW, samples_of_step, write_non_finite
-from .publishing import EXIT_NOT_UPLOADED, OF_AN_EVALUATION, UploadError, kind_of, upload
 from .run import Run
 from .stages import Stage
-from .train_step import StepOutput
+from .step import StepOutput
 from .validation import losses_by_sample, validation_images, validation_loss
 
 # what is counted of the data, by its name in `RunState`

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from ..data.files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
-from .config import TrainingConfig
-from .distributed import Exchange, learning
-from .settings import FIXED, marked
+from ..config.fields import FIXED, marked
+from ..config.training_config import TrainingConfig
+from ..files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
+from ..techniques.optimizers import trainable_parameters
+from .distributed import Exchange
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +61,7 @@ class RunState:
         skipped_steps: steps whose loss or gradient was not finite.
         sessions: from which step on which commit and versions have trained; see `export.session`.
         stream: how far the workers of all processes have read the current stage's stream, and what that is; None: the
-            data are not streamed. See `data.streaming.StreamedImages.record`.
+            data are not streamed. See `data.iterable.StreamedImages.record`.
         history: one entry per logging interval.
         validation_history: one entry per validation.
         alignment_history: one entry per measured cosine of the gradients of alignment and flow.
@@ -319,7 +320,7 @@ def named_tensors(trained: nn.Module, optimizer: Optimizer, averages: Mapping[st
         `weights.NAME`, `optimizer.NAME.KEY` for all that the optimizer keeps of a parameter, and `average.NAME`.
     """
     tensors: dict[str, Any] = {}
-    for name, parameter in learning(trained).items():
+    for name, parameter in trainable_parameters(trained).items():
         tensors[f"weights.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -332,7 +333,7 @@ def load_tensors(
     """Read what `named_tensors` has named, in place, on any number of processes and in any sharding."""
     stored: Any = shard_reader(checkpoint).read_metadata().state_dict_metadata
     optimizer.state.clear()
-    for name, parameter in learning(trained).items():
+    for name, parameter in trainable_parameters(trained).items():
         prefix = f"optimizer.{name}."
         for path in stored:
             key = path.removeprefix(prefix)

@@ -24,8 +24,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import TrainingConfig
-from .optimizers import WITH_REPEATED_LAYERS
+from ..config.training_config import TrainingConfig
+from ..techniques.optimizers import WITH_REPEATED_LAYERS
 
 
 class Trained(nn.Module):
@@ -48,11 +48,6 @@ class Trained(nn.Module):
         `compute` returns must be tensors in tuples, named tuples, lists and dicts for their gradients to be seen.
         """
         return compute(*arguments)
-
-
-def learning(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a run changes, by name: all of a module, or the adapter's of one that has an adapter."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def start_accelerator(cfg: TrainingConfig) -> Accelerator:

@@ -9,14 +9,14 @@ from typing import Any
 import matplotlib.figure
 import torch
 
-from ..data.files import write_json
-from .cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
+from ..config.training_config import TrainingConfig
+from ..files import write_json
+from ..hub.cards import PICTURES, REPORT_FILE, begun_stages, validation_sheet, write_card
+from ..hub.publishing import CARD_FILE, is_ours
+from ..techniques.lora import save_adapter
+from ..techniques.optimizers import trainable_parameters
 from .checkpoints import TOKENIZER_FILE, RunState, find_damage, read_run, read_tensors
-from .config import TrainingConfig
-from .distributed import learning
-from .lora import save_adapter
-from .nets import Nets, build_nets, identity, restore_tokenizer
-from .publishing import CARD_FILE, is_ours
+from .networks import Nets, build_nets, identity, restore_tokenizer
 
 
 def commit_of_this_package() -> str | None:
@@ -56,7 +56,7 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[s
         "pipeline_class": "PRXPixelPipeline" if nets.vae is None else "PRXPipeline",
         "parameters": sum(p.numel() for p in nets.transformer.parameters()),
         "trained_parameters": sum(
-            p.numel() for module in nets.trainable(cfg).values() for p in learning(module).values()
+            p.numel() for module in nets.trainable(cfg).values() for p in trainable_parameters(module).values()
         ),
         **machine,
         "samples_read": state.samples_read,
@@ -179,7 +179,7 @@ def export_checkpoint(
     parameters = {
         f"{kind}.{name}.{key}": parameter.data
         for name, module in nets.trainable(cfg).items()
-        for key, parameter in learning(module.eval()).items()
+        for key, parameter in trainable_parameters(module.eval()).items()
     }
     read_tensors(checkpoint, parameters)
     for module in nets.trainable(cfg).values():

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from ..config.training_config import TrainingConfig
 from ..data.buckets import Size, assign_bucket, cover
 from ..data.captioned import Rearranged
-from ..data.files import NAMES_SHOWN, printable, shown
 from ..data.images import UnreadableSample
-from ..pipelines.resolution_bins import RESOLUTION_BINS
-from .config import TrainingConfig
+from ..files import NAMES_SHOWN, printable, shown
+from ..resolution_bins import RESOLUTION_BINS
 
 # Of larger data sets so many images and captions are looked at, spread over them.
 IMAGES_CHECKED = 50_000

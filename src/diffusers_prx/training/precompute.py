@@ -19,8 +19,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..config.fields import CACHED, marked
+from ..config.training_config import TrainingConfig, cache_folder
 from ..data.buckets import Buckets
-from ..data.files import UNFINISHED
 from ..data.precomputed import (
     INDEX_FILE,
     SETTINGS_FILE,
@@ -40,16 +41,15 @@ from ..data.precomputed import (
     write_index,
     write_settings,
 )
-from ..evaluation.networks import fingerprint, tokenizer_fingerprint
+from ..files import UNFINISHED
+from ..fingerprints import fingerprint, tokenizer_fingerprint
 from ..latents import encode
 from ..pipelines.check_finite import check_output
+from ..techniques.alignment import teacher_features
 from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
-from .alignment import teacher_features
-from .config import TrainingConfig, cache_folder
 from .distributed import check_environment
-from .nets import Nets, build_nets
+from .networks import Nets, build_nets
 from .preflight import outline
-from .settings import CACHED, marked
 from .stages import Stage, build_stages, quiet_data
 
 SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, T5GemmaModuleConfig
 
+from ..config.training_config import TrainingConfig, cache_folder, sources_of
 from ..data.captions import CaptionStatistics, caption_statistics
 from ..data.mixing import ENDLESS
 from ..data.precomputed import require_complete
+from ..hub.publishing import UNPUBLISHED_BASE, hub_id, require_token
 from ..latents import latent_channels, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
-from ..pipelines.prompt_cleaning import CLEANERS
-from .config import TrainingConfig, cache_folder, sources_of
-from .known_networks import autoencoder_outline, teacher_outline, text_config
-from .lora import add_adapter
-from .nets import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
-from .optimizers import muon_weights
-from .publishing import UNPUBLISHED_BASE, hub_id, require_token
+from ..prompt_cleaning import CLEANERS
+from ..techniques.lora import add_adapter
+from ..techniques.optimizers import muon_weights, trainable_parameters
+from .network_configs import autoencoder_outline, teacher_outline, text_config
+from .networks import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .stages import Stage
 
 BYTES = {"float32": 4, "bf16": 2}
@@ -126,13 +126,13 @@ def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
     with_momentum = muon_weights(trained, cfg.muon_fused) if cfg.optimizer == "muon" else {}
     for name, module in trained.items():
         size = BYTES[cfg.weights_dtype if name == "transformer" else "float32"]
-        learning = [weight for weight in module.parameters() if weight.requires_grad]
+        trainable = list(trainable_parameters(module).values())
         frozen = size * sum(weight.numel() for weight in module.parameters() if not weight.requires_grad)
         if cfg.lora_rank is not None:
             size = BYTES["float32"]
-        values = size * sum(weight.numel() for weight in learning)
+        values = size * sum(weight.numel() for weight in trainable)
         # Muon keeps a momentum and no second moment
-        second = size * sum(weight.numel() for weight in learning if weight not in with_momentum)
+        second = size * sum(weight.numel() for weight in trainable if weight not in with_momentum)
         kept.update(weights=frozen + values, gradients=values, optimizer=values + second)
         if cfg.use_ema and name != "projector":
             kept["average"] += values
@@ -176,11 +176,14 @@ def report(
         processes: of the run.
     """
     count = sum(weight.numel() for weight in transformer.parameters())
-    learning = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
+    trainable = sum(weight.numel() for weight in trainable_parameters(transformer).values())
     parts = memory(cfg, {"transformer": transformer})
     shown = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
     rows = [
-        ("transformer", f"{count:,} parameters" + (f", of which {learning:,} learn" if learning < count else "")),
+        (
+            "transformer",
+            f"{count:,} parameters" + (f", of which {trainable:,} are trained" if trainable < count else ""),
+        ),
         ("types", f"weights {cfg.weights_dtype}, computation {_computation(cfg)}"),
         ("memory", f"{sum(parts.values()) / 1e9:.3g} GB ({shown}), besides activations and other networks"),
     ]

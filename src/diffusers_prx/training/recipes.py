@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import did_you_mean
-from ..data.files import expand_path, read_yaml
-from .config import TrainingConfig, sources_of
-from .nets import saved_settings
-from .settings import AT_LEAST_ONE, Setting, settings_of
+from ..config.fields import AT_LEAST_ONE, Setting, settings_of
+from ..config.training_config import TrainingConfig, sources_of
+from ..files import expand_path, read_yaml
+from .networks import saved_settings
 from .stages import build_stages, quiet_data
 
 # What a run's data are: a flag for one of them takes the place of whatever a recipe has.

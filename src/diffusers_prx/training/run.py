@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from .alignment import BurnIn
-from .averages import Averages
+from ..config.training_config import TrainingConfig
+from ..techniques.alignment import BurnIn
+from ..techniques.ema import Averages
+from ..techniques.optimizers import trainable_parameters
 from .checkpoints import CheckpointWriter, RunState
-from .config import TrainingConfig
-from .distributed import Exchange, Trained, learning
+from .distributed import Exchange, Trained
 from .faults import FolderLock, Watch
-from .nets import Nets
+from .networks import Nets
 from .precision import check_precision
 from .stages import Stage
 from .tracking import Tracking
@@ -85,7 +86,7 @@ class Run:
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters."""
-        return list(learning(self.trained).values())
+        return list(trainable_parameters(self.trained).values())
 
     def print(self, text: str) -> None:
         """Print a line once, above the progress bar."""
@@ -109,7 +110,7 @@ class Run:
         Raises:
             ValueError: if a weight, a moment or an average is not stored as it has to be.
         """
-        parameters = learning(self.trained)
+        parameters = trainable_parameters(self.trained)
         named: list[tuple[str, torch.Tensor]] = list(parameters.items())
         for name, p in parameters.items():
             named += [(f"{key} of {name}", value) for key, value in self.optimizer.state.get(p, {}).items()]

@@ -10,10 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
-from ..data.files import UNFINISHED
-from .alignment import BurnIn
-from .averages import Averages
-from .cards import REPORT_FILE
+from ..config.training_config import TrainingConfig
+from ..files import UNFINISHED
+from ..hub.cards import REPORT_FILE
+from ..hub.publishing import repository
+from ..techniques.alignment import BurnIn
+from ..techniques.ema import Averages
+from ..techniques.optimizers import build_optimizer
 from .checkpoints import (
     TOKENIZER_FILE,
     CheckpointWriter,
@@ -23,15 +26,12 @@ from .checkpoints import (
     read_run,
     restore_generators,
 )
-from .config import TrainingConfig
 from .distributed import Exchange, Trained, distribute, shard_count, start_accelerator
 from .export import session
 from .faults import FolderLock, Watch
-from .nets import build_nets, identity, restore_tokenizer, some_rest, train_tokenizer
-from .optimizers import build_optimizer
+from .networks import build_nets, identity, restore_tokenizer, some_rest, train_tokenizer
 from .precompute import open_precomputed
 from .preflight import caption_figures, check_techniques, outline, report
-from .publishing import repository
 from .run import Run, alignment_is_over
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages, quiet_data
 from .tracking import Tracking

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..config.training_config import DataSource, TrainingConfig, sources_of
 from ..data.buckets import Buckets, compute_buckets, image_sizes, sort_into_buckets, study_buckets
 from ..data.captioned import JoinedSource
 from ..data.captions import choose_caption
+from ..data.iterable import Place, StreamedBatches, StreamedImages, build_stream_loader
 from ..data.mixing import MixedSource, combine
 from ..data.precomputed import PrecomputedImages, PrecomputedSamples, collate_precomputed
+from ..data.samplers import BucketStreamSampler, Position, StreamSampler, every_sample_once
 from ..data.samples import TrainingSamples, build_loader, collate
 from ..data.sources import (
     CaptionedImages,
@@ -31,9 +34,6 @@ from ..data.sources import (
     load_source,
     load_stream,
 )
-from ..data.stream import BucketStreamSampler, Position, StreamSampler, every_sample_once
-from ..data.streaming import Place, StreamedBatches, StreamedImages, build_stream_loader
-from .config import DataSource, TrainingConfig, sources_of
 from .distributed import shared_out
 from .image_checks import IMAGES_CHECKED, Spread, check_images
 from .rng import derive_seed

@@ -9,7 +9,7 @@ import PIL.Image
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from .config import TrainingConfig
+from ..config.training_config import TrainingConfig
 
 
 class Tracking:

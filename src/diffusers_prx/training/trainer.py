@@ -11,16 +11,16 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .alignment import gradient_cosine
+from ..techniques.alignment import gradient_cosine
+from ..techniques.optimizers import build_lr_scheduler
 from .bookkeeping import finish, leave, log, note_non_finite, save, validate
 from .distributed import norm_of_clipped
 from .export import write_record
 from .faults import GRACE_SECONDS, PREEMPTED_FILE, steady_batches
-from .optimizers import build_lr_scheduler
 from .rng import StepRandom
 from .run import Run
 from .stages import Stage
-from .train_step import StepOutput, train_step
+from .step import StepOutput, train_step
 
 # fewer image tokens than this, and a route costs quality: FID 18.20 became 21.61 (TREAD) and 22.56 (SPRINT) at 256
 # tokens, while at 1024 it became 14.10 and 16.90 from 17.42 (PRX study)

@@ -8,11 +8,11 @@ from typing import Any
 import PIL.Image
 import torch
 
-from .config import TrainingConfig
+from ..config.training_config import TrainingConfig
 from .distributed import shared_out
-from .nets import Nets
+from .networks import Nets
 from .rng import StepRandom
-from .train_step import train_step
+from .step import train_step
 
 # the middles of ten equal bins of [0, 1]
 TIMESTEP_BINS = tuple((k + 0.5) / 10 for k in range(10))

@@ -1,0 +1,370 @@
+"""Counting what a step computes and keeps, on tensors that have shapes and types but no values.
+
+Everything here runs inside `without_values`: the real modules are made and called, and nothing is allocated. The
+tensors say that they are on the CPU, because PyTorch's autocast knows no meta device; what differs on a GPU is told
+where it does.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import T5GemmaModuleConfig
+from transformers.models.dinov3_vit.modeling_dinov3_vit import get_patches_center_coordinates
+
+from ..config.training_config import TrainingConfig
+from ..latents import decode, encode, latent_channels, vae_scale_factor
+from ..models.token_routing import sample_route
+from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
+from ..techniques.losses import LPIPSLoss, dino_perceptual_loss
+from ..techniques.optimizers import build_optimizer
+from ..techniques.teachers import VisionTeacher
+from ..text import encode_text, encoder_only
+from ..training.network_configs import teacher_outline, text_config, text_encoder_outline
+from ..training.networks import Nets, kept_blocks, new_projector
+from ..training.preflight import outline
+from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# PyTorch's counter knows the fused attention of GPUs and takes that of CPUs for nothing; with these it counts the same
+FUSED_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Tensors that are made here have shapes and types but no values (`FakeTensorMode`)."""
+    _forget_patches()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        _forget_patches()
+
+
+def _forget_patches() -> None:
+    """DINOv3 remembers for all models of the process where the patches of 32 grids are; those with values and those
+    without must not meet. It has no way to clear that but to ask for others, of shapes that no square image has."""
+    for columns in range(2, 34):
+        get_patches_center_coordinates(1, columns, torch.float32, torch.device("cpu"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still there.
+
+    Attributes:
+        now: bytes at this moment.
+        peak: the most there ever were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), given)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.storages or place in given:  # a view, or changed in place
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.storages[place] = weakref.ref(storage, lambda _: self._remove(place, size))
+
+    def _remove(self, place: int, size: int) -> None:
+        self.now -= size
+        del self.storages[place]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one micro-batch, on one process.
+
+    Args:
+        forward, backward: without anything that is computed twice.
+        again: forward operations that the backward pass repeats, with gradient checkpointing.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    again: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.again
+
+
+def count(run: Callable[[], torch.Tensor]) -> Work:
+    """The operations of `run`, and those of the backward pass from what it returns, where that has one."""
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as forward:
+        result = run()
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as backward:
+        if result.requires_grad:
+            result.sum().backward()
+    return Work(forward.get_total_flops(), backward.get_total_flops())
+
+
+def build_outlines(cfg: TrainingConfig) -> Nets:
+    """Every network of a run with its configuration and no values, frozen or to be trained as in the run.
+
+    Raises:
+        ValueError: for a network whose configuration is neither known nor can be read, or that does not fit; for an
+            adapter, which is not counted.
+    """
+    if cfg.lora_rank is not None:
+        raise ValueError(
+            f"`lora_rank` is {cfg.lora_rank}: only the training of whole networks is planned; leave it out."
+        )
+    made = outline(cfg, "cpu", tables=True)
+    transformer = made.transformer
+    if cfg.text_encoder_config:
+        config = encoder_only(T5GemmaModuleConfig(**cfg.text_encoder_config, vocab_size=cfg.tokenizer_vocab_size))
+    elif cfg.text_encoder_name_or_path is not None:
+        config = text_config(cfg.text_encoder_name_or_path, tables=True)
+    else:
+        config = text_config(str(cfg.pretrained_model_name_or_path), "text_encoder")
+    scheduler = PRXFlowMatchScheduler() if cfg.prediction_type == "velocity" else PRXXPredictionScheduler()
+    nets = Nets(transformer, text_encoder_outline(config), None, made.vae, scheduler, transformer.config["patch_size"])
+    for stage in cfg.stage_configs():
+        _add_techniques(nets, stage)
+    frozen = (nets.text_encoder, nets.vae, nets.lpips)
+    for module in frozen:
+        if module is not None:
+            module.requires_grad_(False).eval()
+    for module in nets.trainable(cfg).values():
+        module.requires_grad_(True).train()
+    if cfg.weights_dtype == "bf16":
+        for module in transformer.modules():  # by hand: `to` swaps tensors, which those without values refuse
+            for name, weight in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(weight.detach().bfloat16()))
+    transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
+    if cfg.attention_backend == "_native_math":  # the others compute what the default does
+        transformer.set_attention_backend(cfg.attention_backend)
+    return nets
+
+
+def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
+    """Outlines of what the losses of a stage need."""
+    if cfg.repa_weight:
+        nets.teacher = nets.teacher or _teacher("repa_teacher", str(cfg.repa_teacher))
+        nets.projector = nets.projector or new_projector(cfg, nets.transformer, nets.teacher.hidden_size)
+    if cfg.lpips_weight and nets.lpips is None:
+        # here, not above: a torchvision that does not fit torch fails at import, and only this loss needs it
+        from torchvision.models import vgg16
+
+        nets.lpips = LPIPSLoss(cfg.lpips_scale, vgg16(weights=None, init_weights=False).state_dict())
+    if cfg.dino_weight and nets.dino is None:
+        same = nets.teacher is not None and nets.teacher.name == cfg.dino_teacher
+        nets.dino = nets.teacher if same else _teacher("dino_teacher", str(cfg.dino_teacher))
+
+
+def _teacher(setting: str, name: str) -> VisionTeacher:
+    return VisionTeacher(teacher_outline(setting, name, tables=True), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch of one stage as the step would see it, and what is done with it.
+
+    Args:
+        nets: outlines; without a projector nothing is aligned, and so on, as in `train_step`.
+        cfg: of the stage.
+        text_tokens: tokens of its longest caption, L.
+    """
+
+    nets: Nets
+    cfg: TrainingConfig
+    text_tokens: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.cfg.resolution // self.nets.pixels_per_token
+        return side, side
+
+    @property
+    def cached(self) -> bool:
+        return self.cfg.precomputed_dir is not None
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.cfg.mixed_precision == "bf16" else nullcontext()
+
+    def pixels(self) -> torch.Tensor:
+        size = self.cfg.resolution
+        return torch.rand(self.cfg.train_batch_size, 3, size, size)  # (B, 3, H, W)
+
+    def latents_shape(self) -> tuple[int, ...]:
+        side = self.cfg.resolution // vae_scale_factor(self.nets.vae)
+        return self.cfg.train_batch_size, latent_channels(self.nets.vae), side, side
+
+    def encode_images(self) -> torch.Tensor:
+        with torch.no_grad():
+            latents = encode(self.nets.vae, self.pixels())
+        return latents.draw(None if latents.std is None else torch.randn(self.latents_shape()))  # (B, C, h, w)
+
+    def encode_captions(self) -> torch.Tensor:
+        ids = torch.zeros(self.cfg.train_batch_size, self.text_tokens, dtype=torch.long)
+        with torch.set_grad_enabled(self.cfg.train_text_encoder):
+            return encode_text(self.nets.text_encoder, ids, torch.ones_like(ids).bool())  # (B, L, E)
+
+    def teacher_features(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.nets.teacher(self.pixels(), self.grid)  # (B, N, E)
+
+    def inputs(self) -> StepInputs:
+        """The inputs of the losses, encoded as the step encodes them; captions count as if some were padded."""
+        cfg, nets, batch = self.cfg, self.nets, self.cfg.train_batch_size
+        tokens = self.grid[0] * self.grid[1]
+        pixels = self.pixels()
+        if nets.vae is None:
+            clean = pixels
+        else:
+            clean = torch.randn(self.latents_shape()) if self.cached else self.encode_images()  # (B, C, h, w)
+        width = nets.transformer.config["context_in_dim"]
+        features = None
+        if nets.projector is not None:
+            cached = (batch, tokens, nets.teacher.hidden_size)
+            features = torch.randn(cached) if self.cached else self.teacher_features()  # (B, N, E)
+        return StepInputs(
+            clean=clean,
+            noise=cfg.noise_scale * torch.randn(clean.shape),
+            timestep=torch.rand(batch),
+            text=torch.randn(batch, self.text_tokens, width) if self.cached else self.encode_captions(),  # (B, L, E)
+            text_mask=torch.ones(batch, self.text_tokens, dtype=torch.bool),
+            captions=[f"caption {n}" for n in range(batch)],
+            route=sample_route(torch.rand(batch, tokens), cfg.route_ratio, *cfg.route_range)
+            if cfg.route_ratio
+            else None,
+            pixels_pm1=pixels,
+            teacher_features=features,
+            dino_crop=torch.rand(batch, 2) if nets.dino is not None and cfg.dino_crop else None,
+        )
+
+    def loss(self) -> torch.Tensor:
+        """The loss of a whole step: inputs, forward and losses."""
+        losses, _ = compute_losses(self.inputs(), self.nets, self.cfg)
+        return weighted_sum(losses, self.cfg)
+
+    def work(self) -> dict[str, Work]:
+        """The operations by part; what `again` says is as the gradient checkpointing of `cfg`."""
+        nets = self.nets
+        with self.autocast():
+            parts = self._work_beside()
+            nets.transformer.disable_gradient_checkpointing()
+            whole = count(self.loss)
+            again = 0
+            if self.cfg.gradient_checkpointing:
+                nets.transformer.enable_gradient_checkpointing()
+                again = count(self.loss).backward - whole.backward
+        clear_gradients(nets, self.cfg)
+        forward = whole.forward - sum(part.forward for part in parts.values())
+        backward = whole.backward - sum(part.backward for part in parts.values())
+        return {"transformer": Work(forward, backward, again)} | parts
+
+    def _work_beside(self) -> dict[str, Work]:
+        """The operations of all but the transformer, each by itself."""
+        nets, parts = self.nets, {}
+        if not self.cached:
+            if nets.vae is not None:
+                parts["autoencoder"] = count(self.encode_images)
+            parts["text encoder"] = count(self.encode_captions)
+        if nets.projector is not None:
+            if not self.cached:
+                parts["teacher"] = count(self.teacher_features)
+            tokens, batch = self.grid[0] * self.grid[1], self.cfg.train_batch_size
+            indices = None
+            start, stop = self.cfg.route_range
+            if self.cfg.route_ratio and start <= self.cfg.repa_block < stop:
+                route = sample_route(torch.rand(batch, tokens), self.cfg.route_ratio, start, stop)
+                indices = route.kept  # (B, K)
+            kept = tokens if indices is None else indices.shape[1]
+            features = torch.randn(batch, kept, nets.transformer.config["hidden_size"], requires_grad=True)
+            target = torch.randn(batch, tokens, nets.teacher.hidden_size)
+            parts["projector"] = count(lambda: alignment(features, indices, target, nets, self.cfg, self.grid))
+        predicted, pixels = self.pixels().requires_grad_(), self.pixels()
+        lpips = nets.lpips
+        if lpips is not None:
+            parts["LPIPS"] = count(lambda: lpips(predicted, pixels).mean())
+        if nets.dino is not None:
+            crop = torch.rand(self.cfg.train_batch_size, 2) if self.cfg.dino_crop else None
+            parts["DINO"] = count(
+                lambda: dino_perceptual_loss(nets.dino, predicted, pixels, self.cfg.dino_size, crop).mean()
+            )
+        if nets.vae is not None and (nets.lpips is not None or nets.dino is not None):
+            latents = torch.randn(self.latents_shape(), requires_grad=True)
+            parts["decoder"] = count(lambda: decode(nets.vae, latents))
+        return parts
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes above what stays from step to step, at the worst moment of forward and backward.
+
+        Among them are the batch, what the backward pass needs, temporary tensors, and autocast's copies of the
+        weights in bf16. Gradients of an earlier micro-batch are taken to be there.
+        """
+        transformer = self.nets.transformer
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        else:
+            transformer.disable_gradient_checkpointing()
+        for weight in trained_weights(self.nets, self.cfg):
+            weight.grad = torch.zeros_like(weight)
+        with LiveBytes() as live:
+            with self.autocast():
+                loss = self.loss()
+            loss.backward()
+        clear_gradients(self.nets, self.cfg)
+        return live.peak
+
+
+def trained_weights(nets: Nets, cfg: TrainingConfig) -> list[nn.Parameter]:
+    return [weight for module in nets.trainable(cfg).values() for weight in module.parameters()]
+
+
+def clear_gradients(nets: Nets, cfg: TrainingConfig) -> None:
+    for weight in trained_weights(nets, cfg):
+        weight.grad = None
+
+
+def optimizer_bytes(nets: Nets, cfg: TrainingConfig) -> tuple[int, int]:
+    """Bytes of temporary tensors at the worst moment of an optimizer step on one process: as the outlines show it, and
+    what AdamW takes more on a GPU, where it works on all weights at once and holds a root of each second moment
+    (PyTorch's `foreach`)."""
+    optimizer = build_optimizer(replace(cfg, stages=[]), nets.trainable(cfg))
+    for weight in trained_weights(nets, cfg):
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # makes the state
+    with LiveBytes() as live:
+        optimizer.step()
+    clear_gradients(nets, cfg)
+    groups = [group for group in optimizer.param_groups if group.get("kind") != "muon"]
+    return live.peak, sum(weight.nbytes for group in groups for weight in group["params"])
+
+
+def stored_bytes(modules: list[Any]) -> int:
+    """Bytes of weights and buffers; a module that stands in the list twice counts once."""
+    tensors = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
+    return sum(tensors.values())

@@ -1,0 +1,465 @@
+"""Optimizers and learning-rate schedules: AdamW alone, or with Muon for the matrices of the repeated layers."""
+
+import heapq
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LRScheduler
+from torch.profiler import record_function
+from transformers import get_constant_schedule_with_warmup, get_wsd_schedule
+
+from ..config.training_config import TrainingConfig
+from ..models.transformer_prx import PRXAttention
+
+# modules of a run whose repeated layers, those in an nn.ModuleList, have matrices for Muon
+WITH_REPEATED_LAYERS = ("transformer", "text_encoder")
+
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://kellerjordan.github.io/posts/muon, as in PyTorch
+NEWTON_SCHULZ_EPS = 1e-7
+ROUND_ELEMENTS = 64 * 2**20  # what one rank orthogonalises at a time: 128 MiB in bf16, and a few times that at work
+
+
+def orthogonalise(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The nearest semi-orthogonal matrix of each, roughly: all singular values are brought near 1 (about 0.7 to 1.2).
+
+    Five steps of a quintic Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon), in the type of the
+    matrices; matrices of equal shape, also transposed, go through it as one batch.
+
+    Args:
+        matrices: (rows, columns) each, of any shapes; they are left as they are.
+
+    Returns:
+        As many new matrices, of the same shapes, type and order. A matrix of zeros stays one.
+    """
+    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    places = defaultdict(list)
+    for place, matrix in enumerate(wide):
+        places[matrix.shape].append(place)
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    done: dict[int, torch.Tensor] = {}
+    for batch in places.values():
+        x = torch.stack([wide[place] for place in batch])  # (n, short, long)
+        x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=NEWTON_SCHULZ_EPS)  # singular values are at most 1
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.mT  # (n, short, short)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (n, short, long)
+        done |= zip(batch, x)
+    return [done[n].mT if matrix.shape[0] > matrix.shape[1] else done[n] for n, matrix in enumerate(matrices)]
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Multiplications and additions of `orthogonalise` for one matrix."""
+    short, long = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
+
+
+def update_scale(rows: int, columns: int, adjust_lr_fn: str) -> float:
+    """What the learning rate is multiplied by for one matrix.
+
+    `match_rms_adamw`: the update has the root mean square that AdamW's usually has (arXiv 2502.16982), so that one
+    learning rate serves both. `original`: that of https://kellerjordan.github.io/posts/muon.
+    """
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where weights lie: their rows are cut into blocks over the ranks of `shards`, and each block is on all ranks of
+    `replicas`. None is a group of this process alone."""
+
+    shards: dist.ProcessGroup | None
+    replicas: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> "Layout":
+        """The layout of a parameter: of one process, replicated by DDP, or sharded by FSDP2 on a mesh of one or two
+        dimensions.
+
+        Raises:
+            ValueError: for a sharding that is not by rows over one dimension of the mesh.
+        """
+        if not isinstance(parameter, DTensor):
+            return cls(None, dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shards = [mesh.get_group(n) for n, placement in enumerate(placements) if placement == Shard(0)]
+        replicas = [mesh.get_group(n) for n, placement in enumerate(placements) if placement == Replicate()]
+        if len(shards) > 1 or len(replicas) > 1 or len(shards) + len(replicas) < len(placements):
+            raise ValueError(
+                f"Muon got a parameter with placements {placements}; accepted: rows sharded over one dimension of the "
+                "mesh and replicated over another, as FSDP2 does."
+            )
+        return cls(*(groups[0] if groups else None for groups in (shards, replicas)))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in one step of Muon: this rank's rows of it (all, where it is not sharded), and its group's settings.
+
+    Args:
+        values, gradient, momentum: (rows of this rank, columns) each.
+        rows, columns: of the whole weight.
+        settings: the parameter group.
+    """
+
+    values: torch.Tensor
+    gradient: torch.Tensor
+    momentum: torch.Tensor
+    rows: int
+    columns: int
+    settings: dict[str, Any]
+
+    @property
+    def stacked(self) -> int:
+        return self.settings["stacked"]
+
+    @property
+    def flops(self) -> int:
+        return self.stacked * newton_schulz_flops(self.rows // self.stacked, self.columns)
+
+    def rows_of(self, shards: int) -> list[int]:
+        """How many rows every shard has: FSDP2 gives the last ones fewer than the others, or none."""
+        most = -(-self.rows // shards)
+        return [max(0, min(most, self.rows - shard * most)) for shard in range(shards)]
+
+    def shape_of(self, shard: int, shards: int) -> tuple[int, ...]:
+        return self.rows_of(shards)[shard], self.columns
+
+    def direction(self, dtype: torch.dtype) -> torch.Tensor:
+        """Nesterov's: the gradient moved towards the momentum. A new tensor; the momentum is never given away."""
+        return self.gradient.lerp(self.momentum, self.settings["momentum"]).to(dtype)
+
+    def apply(self, update: torch.Tensor) -> None:
+        settings = self.settings
+        scale = update_scale(self.rows // self.stacked, self.columns, settings["adjust_lr_fn"])
+        self.values.add_(update, alpha=-settings["lr"] * scale)
+
+
+def share_out(weights: Iterable[Weight], ranks: int) -> list[list[list[Weight]]]:
+    """Deal weights out to ranks so that all have about the same work: rounds of one list per rank.
+
+    The dearest first, each to the rank with the least work so far: a pure function of the shapes, the same on every
+    rank. A round holds at most `ROUND_ELEMENTS` and one weight per rank, which bounds the memory of a step.
+    """
+    work = [(0, rank) for rank in range(ranks)]  # a heap
+    elements: Counter[int] = Counter()
+    rounds: dict[int, list[list[Weight]]] = defaultdict(lambda: [[] for _ in range(ranks)])
+    for weight in sorted(weights, key=lambda weight: weight.flops, reverse=True):  # equal shapes side by side
+        flops, rank = work[0]
+        heapq.heapreplace(work, (flops + weight.flops, rank))
+        rounds[elements[rank] // ROUND_ELEMENTS][rank].append(weight)
+        elements[rank] += weight.rows * weight.columns
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def unpack(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Tensors that lie one after the other at the beginning of a flat one."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return [part.view(shape) for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes)]
+
+
+def exchange(
+    parcels: list[list[torch.Tensor]],
+    shapes: list[list[tuple[int, ...]]],
+    group: dist.ProcessGroup | None,
+    empty: torch.Tensor,
+) -> list[list[torch.Tensor]]:
+    """Send `parcels[n]` to rank n of the group, and receive tensors of `shapes[n]` from it.
+
+    `empty` has no element; type and device of everything are its own.
+    """
+    if group is None:
+        return parcels
+    sent = torch.cat([empty, *(tensor.flatten() for parcel in parcels for tensor in parcel)])
+    sent_sizes = [sum(tensor.numel() for tensor in parcel) for parcel in parcels]
+    sizes = [sum(math.prod(shape) for shape in of_rank) for of_rank in shapes]
+    received = empty.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, sent_sizes, group=group)
+    return [unpack(flat, of_rank) for flat, of_rank in zip(received.split(sizes), shapes)]
+
+
+def gather(
+    tensors: list[torch.Tensor],
+    shapes: list[list[tuple[int, ...]]],
+    group: dist.ProcessGroup | None,
+    empty: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """Send `tensors` to all ranks of the group, and receive tensors of `shapes[n]` from rank n, in the order of ranks.
+
+    Broadcasts and not an all-gather: what ranks have differs in size, often it is nothing, and the tensors of one rank
+    only are in memory at a time.
+    """
+    if group is None:
+        yield from tensors
+        return
+    for rank, of_rank in enumerate(shapes):
+        if rank == dist.get_rank(group):
+            flat = torch.cat([empty, *(tensor.flatten() for tensor in tensors)])
+        else:
+            flat = empty.new_empty(sum(math.prod(shape) for shape in of_rank))
+        if flat.numel():
+            dist.broadcast(flat, group=group, group_src=rank)
+        yield from unpack(flat, of_rank)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon) and AdamW as one optimizer with two kinds of parameter groups.
+
+    Groups of kind `muon` hold 2-D weights: the mathematics of `torch.optim.Muon` with Nesterov momentum and without
+    weight decay, on every one of the `stacked` matrices that a weight holds one below the other (3 for a fused QKV
+    projection) by itself. Groups of kind `adamw` are `torch.optim.AdamW`'s, through its own function.
+
+    The update is the same on one process, under DDP and under FSDP2 (parameters that are DTensors, rows sharded over a
+    mesh of one dimension, or replicated and sharded over one of two): Newton-Schulz always sees whole matrices. They
+    are shared out by their cost over all ranks that hold them, so that no rank repeats another's work. Parameters that
+    are no DTensors are taken to be replicated over all processes of the default group, and all ranks must have
+    gradients for the same parameters. Momentum is sharded as its parameter.
+
+    Traffic of one step, in the type of Newton-Schulz: under DDP every rank receives all matrices once, a quarter of
+    what the all-reduce of float32 gradients moves if the type is bfloat16. Under FSDP2 on N ranks, every rank sends
+    and receives twice 1/N of the matrices: the rows to the rank that orthogonalises, and the rows of the result back.
+    Replicas of shards share out the matrices as well and then send each other the results, as under DDP.
+
+    Attributes:
+        orthogonalised (`int`): how many matrices this rank orthogonalised in the last step.
+
+    Args:
+        groups: parameter groups; each has its `params` and its `kind`, `muon` or `adamw`, and may override the values
+            below. A muon group may have `stacked`, which is 1 otherwise.
+        lr: learning rate of all groups.
+        momentum: of Muon, in [0, 1).
+        adjust_lr_fn: `match_rms_adamw` or `original`, see `update_scale`; by the shape of a single stacked matrix.
+        newton_schulz_dtype: type in which matrices are orthogonalised and sent; bfloat16 is PyTorch's.
+        betas, eps, weight_decay: of AdamW.
+
+    Raises:
+        ValueError: for another `kind` or `adjust_lr_fn`, or a muon parameter that does not hold `stacked` matrices; at
+            the first step for one that is sharded otherwise.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        adjust_lr_fn: str = "match_rms_adamw",
+        newton_schulz_dtype: torch.dtype = torch.bfloat16,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self.newton_schulz_dtype = newton_schulz_dtype
+        self.orthogonalised = 0
+        self.defaults_of_kind: dict[str, dict[str, Any]] = {
+            "muon": {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn, "stacked": 1},
+            "adamw": {"betas": betas, "eps": eps, "weight_decay": weight_decay},
+        }
+        super().__init__(groups, {"lr": lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        kind = param_group.get("kind")
+        if kind not in self.defaults_of_kind:
+            raise ValueError(f"`kind` of a parameter group is {kind!r}; accepted: {list(self.defaults_of_kind)}.")
+        group = self.defaults_of_kind[kind] | param_group
+        super().add_param_group(group)
+        if kind == "adamw":
+            return
+        if group["adjust_lr_fn"] not in ("match_rms_adamw", "original"):
+            raise ValueError(f"`adjust_lr_fn` is {group['adjust_lr_fn']!r}; accepted: match_rms_adamw, original.")
+        for parameter in group["params"]:
+            if parameter.ndim != 2 or parameter.shape[0] % group["stacked"]:
+                raise ValueError(
+                    f"Muon got a parameter of shape {tuple(parameter.shape)} in a group with `stacked` "
+                    f"{group['stacked']}; accepted: 2-D, with rows that are a multiple of it."
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step with the gradients that are there; parameters without one stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.orthogonalised = 0
+        weights: dict[Layout, list[Weight]] = defaultdict(list)
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["kind"] == "adamw":
+                self._adamw(parameters, group)
+                continue
+            with record_function("MuonAdamW.momentum"):
+                for parameter in parameters:
+                    weights[Layout.of(parameter)].append(self._with_momentum(parameter, group))
+        for layout, of_layout in weights.items():
+            for by_rank in share_out(of_layout, size_of(layout.replicas) * size_of(layout.shards)):
+                self._muon(by_rank, layout)
+        return loss
+
+    def _adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["step"] = torch.tensor(0.0, dtype=torch.float32)  # on the CPU, as PyTorch's
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],  # AMSGrad's
+            [state["step"] for state in states],
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _with_momentum(self, parameter: torch.Tensor, group: dict[str, Any]) -> Weight:
+        """The weight with its momentum brought up to date: elementwise, so every rank does it for what it holds."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)  # not a copy of the gradient: that is not ours
+        assert parameter.grad is not None
+        weight = Weight(
+            values=local(parameter),
+            gradient=local(parameter.grad),
+            momentum=local(state["momentum_buffer"]),
+            rows=parameter.shape[0],
+            columns=parameter.shape[1],
+            settings=group,
+        )
+        weight.momentum.lerp_(weight.gradient, 1 - group["momentum"])
+        return weight
+
+    def _muon(self, by_rank: list[list[Weight]], layout: Layout) -> None:
+        """Update weights, of which rank n of the layout (counted replica by replica) orthogonalises `by_rank[n]`."""
+        shard, shards = rank_in(layout.shards), size_of(layout.shards)
+        by_replica = [by_rank[first : first + shards] for first in range(0, len(by_rank), shards)]
+        here = by_replica[rank_in(layout.replicas)]
+        mine = here[shard]
+        empty = next(chain(*by_rank)).values.new_empty(0, dtype=self.newton_schulz_dtype)
+
+        with record_function("MuonAdamW.exchange"):  # the rows of a weight meet at the rank that it was dealt to
+            sent = [[weight.direction(empty.dtype) for weight in theirs] for theirs in here]
+            shapes = [[weight.shape_of(n, shards) for weight in mine] for n in range(shards)]
+            whole = [torch.cat(blocks) for blocks in zip(*exchange(sent, shapes, layout.shards, empty))]
+        with record_function("MuonAdamW.newton_schulz"):
+            matrices = [matrix for weight, rows in zip(mine, whole) for matrix in rows.chunk(weight.stacked)]
+            orthogonal = iter(orthogonalise(matrices))
+            self.orthogonalised += len(matrices)
+            whole = [torch.cat([next(orthogonal) for _ in range(weight.stacked)]) for weight in mine]
+        with record_function("MuonAdamW.exchange"):  # and go back to the ranks of this replica
+            cut = [rows.split(weight.rows_of(shards)) for weight, rows in zip(mine, whole)]
+            sent = [[blocks[n] for blocks in cut] for n in range(shards)]
+            shapes = [[weight.shape_of(shard, shards) for weight in theirs] for theirs in here]
+            updates = list(chain(*exchange(sent, shapes, layout.shards, empty)))
+        with record_function("MuonAdamW.update"):
+            shapes = [[weight.shape_of(shard, shards) for weight in chain(*replica)] for replica in by_replica]
+            for weight, update in zip(chain(*by_rank), gather(updates, shapes, layout.replicas, empty), strict=True):
+                weight.apply(update)
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the parameters of a module that the optimizer changes: all, or those of its adapter."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def muon_weights(modules: Mapping[str, nn.Module], fused: bool) -> dict[torch.Tensor, int]:
+    """The weights that are Muon's, and how many matrices each of them stacks.
+
+    Muon's are the weights of linear layers inside the repeated layers of transformer and text encoder. PRX stores the
+    projections to query, key and value as one weight: three matrices (two for the text), or one if `fused`.
+    """
+    found: dict[torch.Tensor, int] = {}
+    for name in WITH_REPEATED_LAYERS:
+        parts = list(modules[name].modules()) if name in modules else []
+        repeated = chain.from_iterable(part.modules() for part in parts if isinstance(part, nn.ModuleList))
+        found |= {part.weight: 1 for part in repeated if isinstance(part, nn.Linear)}
+        for part in parts:
+            if isinstance(part, PRXAttention) and not fused:
+                found |= {part.img_qkv_proj.weight: 3, part.txt_kv_proj.weight: 2}
+    return found
+
+
+def build_optimizer(cfg: TrainingConfig, modules: Mapping[str, nn.Module]) -> Optimizer:
+    """AdamW over all trainable parameters, or `MuonAdamW`: Muon for what `muon_weights` names, AdamW for the rest.
+
+    Args:
+        cfg: the run's configuration.
+        modules: what is trained, by its name in the run: `transformer`, `text_encoder`, and others, which are AdamW's.
+    """
+    parameters = [p for module in modules.values() for p in trainable_parameters(module).values()]
+    adamw_settings: dict[str, Any] = {
+        "lr": cfg.learning_rate,
+        "betas": (cfg.adam_beta1, cfg.adam_beta2),
+        "eps": cfg.adam_epsilon,
+        "weight_decay": cfg.adam_weight_decay,
+    }
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **adamw_settings)
+    stacked = muon_weights(modules, cfg.muon_fused)
+    groups: list[dict[str, Any]] = [
+        {"kind": "muon", "stacked": count, "params": [p for p in parameters if stacked.get(p) == count]}
+        for count in sorted(set(stacked.values()))
+    ]
+    groups.append({"kind": "adamw", "params": [p for p in parameters if p not in stacked]})
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, parameters)), "every trainable parameter is in exactly one group"
+    return MuonAdamW(
+        [group for group in groups if group["params"]],
+        **adamw_settings,
+        momentum=cfg.muon_momentum,
+        adjust_lr_fn=cfg.muon_adjust_lr_fn,
+        newton_schulz_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.muon_newton_schulz_dtype],
+    )
+
+
+def build_lr_scheduler(cfg: TrainingConfig, optimizer: Optimizer, step: int = 0) -> LRScheduler:
+    """Linear warm-up, a constant part, and a decay to zero; stepped once per optimizer step, on every process.
+
+    Args:
+        step: how many of the stage's `max_train_steps` are done: the schedule is a function of it, nothing is saved.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = cfg.learning_rate
+    if cfg.lr_scheduler == "constant":
+        return get_constant_schedule_with_warmup(optimizer, cfg.warmup_steps, last_epoch=step - 1)
+    decay_steps = cfg.lr_decay_steps or cfg.max_train_steps - cfg.warmup_steps
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=cfg.warmup_steps,
+        num_decay_steps=decay_steps,
+        num_training_steps=cfg.max_train_steps,
+        decay_type=cfg.lr_scheduler,
+        last_epoch=step - 1,
+    )

@@ -1,0 +1,212 @@
+"""One training step, whole: what goes in, every random draw, the forward, the losses."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..config.training_config import TrainingConfig
+from ..data.precomputed import cached_latents, cached_text
+from ..latents import EncodedImages, decode, encode
+from ..models.token_routing import TokenRoute, sample_route
+from ..techniques.alignment import alignment_loss, spatial_normalize, teacher_features
+from ..techniques.losses import below, contrastive_loss, dino_perceptual_loss, mean_of
+from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
+from .networks import Nets
+from .rng import StepRandom
+
+
+class StepOutput(NamedTuple):
+    """What a step hands to the loop; a tuple, in which DDP and FSDP2 find the tensors that have gradients.
+
+    Args:
+        loss: the weighted sum of `losses`, a scalar to go backward from.
+        losses: every loss by name, before its weight.
+        loss_per_sample: (B,) the flow-matching loss of each sample.
+        truncated: how many captions were longer than the token limit.
+    """
+
+    loss: torch.Tensor
+    losses: dict[str, torch.Tensor]
+    loss_per_sample: torch.Tensor
+    truncated: int
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that the losses of a micro-batch are computed from: encoded, and drawn.
+
+    Args:
+        clean: (B, C, h, w) latents, or pixels in [-1, 1].
+        noise: (B, C, h, w), times the run's noise scale.
+        timestep: (B,) noise levels in [0, 1].
+        text: (B, L, E) encoded captions.
+        text_mask: (B, L) bool, or None when nothing is padded.
+        captions: B captions; an empty one was dropped.
+        route: tokens that go around blocks, or None.
+        pixels_pm1: (B, 3, H, W) in [-1, 1], for the perceptual losses; None from a cache without pixels.
+        teacher_features: (B, N, E) for the alignment, or None.
+        dino_crop: (B, 2) draws in [0, 1) of the crop for the DINO loss, or None.
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    timestep: torch.Tensor
+    text: torch.Tensor
+    text_mask: torch.Tensor | None
+    captions: list[str]
+    route: TokenRoute | None = None
+    pixels_pm1: torch.Tensor | None = None
+    teacher_features: torch.Tensor | None = None
+    dino_crop: torch.Tensor | None = None
+
+
+def train_step(
+    batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: StepRandom, timestep: torch.Tensor | None = None
+) -> StepOutput:
+    """Compute the loss of one micro-batch: encode it, draw every random number, and evaluate the losses.
+
+    Args:
+        batch: "pixels_uint8" (B, 3, H, W) on the device of the networks, and "captions", B strings; or from the cache,
+            as `data.precomputed.collate_precomputed` puts it together.
+        nets: networks, prepared for training.
+        cfg: configuration of the stage.
+        rng: random numbers of this micro-batch.
+        timestep: (B,) noise levels in [0, 1] to use instead of drawing them: for the validation loss.
+    """
+    # encode the images, or read the cache, which has pixels only for losses that look at them
+    pixels_pm1: Any = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
+    latents = cached_latents(batch) if "latent_mean" in batch else encode_images(pixels_pm1, nets)
+    latent_noise = None if latents.std is None else rng.normal("latents", latents.std.shape[1:])
+    clean = latents.draw(latent_noise)  # (B, C, h, w)
+
+    # drop captions, for guidance; encode the others, or read the cache
+    dropped = (rng.uniform("caption_dropout") < cfg.caption_dropout).tolist()
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
+    if "text" in batch:
+        text, text_mask, truncated = cached_text(batch, dropped)  # (B, L, E), L the longest caption's
+    else:
+        text, text_mask, truncated = encode_captions(captions, nets, cfg, clean.device)  # (B, L, E)
+
+    # draw timesteps and noise
+    if timestep is None:
+        generators = rng.generators("timestep")
+        timestep = torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in generators])  # (B,)
+    noise = cfg.noise_scale * rng.normal("noise", clean.shape[1:])  # (B, C, h, w)
+
+    # draw the route
+    rows, columns = nets.token_grid(clean)
+    route = None
+    if cfg.route_ratio > 0:
+        scores = rng.uniform("route", (rows * columns,))  # (B, N)
+        route = sample_route(scores, cfg.route_ratio, *cfg.route_range)
+
+    # features of the teacher, from the cache or computed; the draws of a crop
+    features = batch["teacher_features"].float() if "teacher_features" in batch else None  # (B, N, E)
+    if nets.projector is not None and features is None:
+        features = teacher_features(nets.teacher, batch["pixels_uint8"], (rows, columns), nets.teacher_cache)
+    dino_crop = rng.uniform("dino_crop", (2,)) if nets.dino is not None and cfg.dino_crop else None  # (B, 2)
+
+    inputs = StepInputs(clean, noise, timestep, text, text_mask, captions, route, pixels_pm1, features, dino_crop)
+    with rng.seeded("lora_dropout") if cfg.lora_dropout > 0 else nullcontext():
+        losses, loss_per_sample = compute_losses(inputs, nets, cfg)
+    return StepOutput(weighted_sum(losses, cfg), losses, loss_per_sample.detach(), truncated)
+
+
+def compute_losses(
+    inputs: StepInputs, nets: Nets, cfg: TrainingConfig
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Evaluate every loss of a micro-batch with one forward of the transformer. No random number is drawn here.
+
+    Args:
+        inputs: what was encoded and drawn.
+        nets: networks, prepared for training; those of losses that are off are None.
+        cfg: configuration of the stage.
+
+    Returns:
+        Each loss by name, a scalar before its weight, and the flow-matching loss of each sample (B,).
+    """
+    clean, noise, timestep = inputs.clean, inputs.noise, inputs.timestep
+    t = timestep[:, None, None, None]
+    noisy = (1 - t) * clean + t * noise  # (B, C, h, w)
+
+    # one forward
+    feature_block = cfg.repa_block if nets.projector is not None else None
+    prediction, *tapped = nets.transformer(
+        noisy, timestep, inputs.text, inputs.text_mask, return_dict=False,
+        route=inputs.route, feature_block=feature_block,
+    )  # (B, C, h, w); with a feature block its features (B, K, D) and their indices (B, K) or None  # fmt: skip
+
+    # velocity, predicted and wanted
+    predicted_velocity = nets.scheduler.velocity(prediction, noisy, timestep)
+    velocity = noise - clean
+    if nets.scheduler.prediction_type == "x_prediction":
+        velocity = nets.scheduler.velocity(clean, noisy, timestep)  # with the clamp of the prediction's
+
+    # the losses
+    loss_per_sample = F.mse_loss(predicted_velocity, velocity, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+    losses = {"flow": loss_per_sample.mean()}
+    if cfg.contrastive_weight > 0:
+        seen = [nets.clean_caption(caption) for caption in inputs.captions]
+        losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, seen)
+    if nets.projector is not None:
+        assert inputs.teacher_features is not None
+        features, indices = tapped
+        grid = nets.token_grid(clean)
+        losses["alignment"] = alignment(features, indices, inputs.teacher_features, nets, cfg, grid)
+    if nets.lpips is not None or nets.dino is not None:
+        assert inputs.pixels_pm1 is not None
+        predicted_pm1 = decode(nets.vae, nets.scheduler.clean(prediction, noisy, timestep))  # (B, 3, H, W)
+        counted = below(timestep, cfg.perceptual_max_timestep)  # (B,)
+        if nets.lpips is not None:
+            losses["lpips"] = mean_of(nets.lpips(predicted_pm1, inputs.pixels_pm1), counted)
+        if nets.dino is not None:
+            distance = dino_perceptual_loss(
+                nets.dino, predicted_pm1, inputs.pixels_pm1, cfg.dino_size, inputs.dino_crop
+            )  # (B,)
+            losses["dino"] = mean_of(distance, counted)
+    return losses, loss_per_sample
+
+
+def alignment(
+    features: torch.Tensor,
+    indices: torch.Tensor | None,
+    target: torch.Tensor,
+    nets: Nets,
+    cfg: TrainingConfig,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Compute REPA's loss (arXiv 2410.06940) between projected features (B, K, D) of the tokens at `indices` (B, K),
+    all when None, and the teacher's (B, N, E)."""
+    if cfg.repa_spatial_gamma is not None:
+        target = spatial_normalize(target, cfg.repa_spatial_gamma)  # (B, N, E)
+    projected = nets.projector(features, indices, grid)  # (B, K, E)
+    return alignment_loss(projected, target, indices).mean()
+
+
+def weighted_sum(losses: dict[str, torch.Tensor], cfg: TrainingConfig) -> torch.Tensor:
+    """Add up losses with the weights of a stage, a scalar to go backward from."""
+    weights = {"flow": 1.0, "contrastive": -cfg.contrastive_weight, "alignment": cfg.repa_weight}
+    weights |= {"lpips": cfg.lpips_weight, "dino": cfg.dino_weight}
+    return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+
+
+@torch.no_grad()
+def encode_images(pixels_pm1: torch.Tensor, nets: Nets) -> EncodedImages:
+    """The distribution of the latents of images (B, 3, H, W) in [-1, 1]; without a VAE: the pixels."""
+    return encode(nets.vae, pixels_pm1)
+
+
+def encode_captions(
+    captions: list[str], nets: Nets, cfg: TrainingConfig, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """The text (B, L, E) of captions, L the longest one's; its bool mask (B, L), or None when nothing is padded; and
+    how many captions the limit of tokens has cut. With gradients only where the text encoder is trained."""
+    ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, nets.clean_caption)
+    truncated = sum(find_cut(nets.tokenizer, captions, mask, nets.clean_caption))
+    ids, mask = trim_tokens(ids, mask)  # (B, L)
+    with torch.set_grad_enabled(cfg.train_text_encoder and torch.is_grad_enabled()):
+        text = encode_text(nets.text_encoder, ids.to(device), mask.to(device))  # (B, L, E)
+    return text, None if mask.all() else mask.to(device), truncated

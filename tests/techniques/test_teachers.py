@@ -1,0 +1,256 @@
+"""Vision teachers: tiny random models of the real classes, saved on the spot, against the models called by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from diffusers_prx.techniques.teachers import VisionTeacher, load_teacher
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
+TEXT_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+
+# class -> its configuration, the tokens that come before the patches, what its forward has to be told
+CASES = {
+    "dinov2": (Dinov2Model, Dinov2Config(**SIZES), 1, {}),
+    "dinov2_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3), 4, {}),
+    "dinov3": (DINOv3ViTModel, DINOv3ViTConfig(**SIZES, num_register_tokens=4), 5, {}),
+    "vit": (ViTModel, ViTConfig(**SIZES), 1, {"interpolate_pos_encoding": True}),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**SIZES), 0, {"interpolate_pos_encoding": True}),
+}
+
+
+def saved(folder, model, **settings):
+    """The model with every parameter drawn anew, positions and registers too, and its preprocessor_config.json."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.eval().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD} | settings))
+    return folder
+
+
+def dinov2(folder, **settings):
+    """The same weights every time."""
+    torch.manual_seed(0)
+    return saved(folder, Dinov2Model(CASES["dinov2"][1]), **settings)
+
+
+def images(height, width, batch=2):
+    return np.random.default_rng(0).integers(0, 256, (batch, 3, height, width), dtype=np.uint8)
+
+
+def pm1(pixels_uint8):
+    return torch.from_numpy(pixels_uint8).float() / 127.5 - 1
+
+
+def by_hand(model, leading, options, pixels_01):
+    """What the model itself makes of pixels in [0, 1], numpy (B, 3, H, W), at their own size."""
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        tokens = model(torch.from_numpy((pixels_01 - mean) / std).float(), **options).last_hidden_state
+    return tokens[:, leading:]
+
+
+@pytest.mark.parametrize(
+    "grid", [(4, 4), (3, 5), (6, 2), (2, 8)]
+)  # (2, 8): as many patches as in training, not square
+@pytest.mark.parametrize("case", CASES)
+def test_features_are_those_of_the_model_called_by_hand(tmp_path, case, grid):
+    cls, config, leading, options = CASES[case]
+    teacher = load_teacher(saved(tmp_path, cls(config)))
+    model = cls.from_pretrained(tmp_path).eval()
+    pixels = images(4 * grid[0], 4 * grid[1])
+    features = teacher(pm1(pixels), grid)
+    assert (teacher.patch_size, teacher.hidden_size) == (4, 32)
+    assert features.shape == (2, grid[0] * grid[1], 32)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, by_hand(model, leading, options, pixels / 255), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_stand_row_by_row(tmp_path, case):
+    """A change of one patch of the image changes the feature at its place most."""
+    cls, config, *_ = CASES[case]
+    teacher = load_teacher(saved(tmp_path, cls(config)))
+    rows, columns = 3, 5
+    pixels = pm1(images(4 * rows, 4 * columns, batch=1))
+    for row, column in [(0, 1), (1, 0), (2, 3)]:
+        changed = pixels.clone()
+        changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
+        difference = (teacher(changed, (rows, columns)) - teacher(pixels, (rows, columns))).norm(dim=-1)[0]
+        assert difference.argmax() == row * columns + column
+
+
+def test_images_are_resized_with_antialiasing(tmp_path):
+    """As Pillow's bicubic filter does it, shrinking in one direction by 3 and in the other by 1.75."""
+    teacher = load_teacher(dinov2(tmp_path))
+    pixels, (rows, columns) = images(36, 35), (3, 5)
+    small = np.stack(
+        [
+            [
+                np.asarray(Image.fromarray(channel.astype(np.float32)).resize((4 * columns, 4 * rows), Image.BICUBIC))
+                for channel in image
+            ]
+            for image in pixels
+        ]
+    )
+    expected = by_hand(Dinov2Model.from_pretrained(tmp_path).eval(), 1, {}, small / 255)
+    features = teacher(pm1(pixels), (rows, columns))
+    torch.testing.assert_close(features, expected, rtol=0, atol=2e-5)
+    plain = torch.nn.functional.interpolate(torch.from_numpy(pixels).float(), (12, 20), mode="bicubic").numpy()
+    assert (features - by_hand(teacher.model, 1, {}, plain / 255)).abs().max() > 0.1
+
+
+def test_it_is_frozen_and_lets_gradients_through_to_the_pixels(tmp_path):
+    teacher = load_teacher(dinov2(tmp_path))
+    pixels = pm1(images(20, 12)).requires_grad_()
+    teacher(pixels, (2, 3)).square().sum().backward()
+    assert pixels.grad is not None
+    assert (pixels.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_it_stays_in_evaluation_mode(tmp_path):
+    """In training mode DINOv3 scales its positions at random."""
+    cls, config, *_ = CASES["dinov3"]
+    teacher = load_teacher(saved(tmp_path, cls(config)))
+    pixels = pm1(images(12, 20))
+    before = teacher(pixels, (3, 5))
+    teacher.model.train()
+    assert (teacher(pixels, (3, 5)) - before).abs().max() > 1e-3  # what has to be prevented
+    assert teacher.train() is teacher
+    assert not any(module.training for module in teacher.modules())
+    assert torch.equal(teacher(pixels, (3, 5)), before)
+
+
+def test_image_half_of_a_model_of_images_and_text(tmp_path):
+    config = SiglipConfig(text_config=TEXT_SIZES | {"intermediate_size": 32}, vision_config=SIZES)
+    teacher = load_teacher(saved(tmp_path, SiglipModel(config)))
+    assert type(teacher.model) is SiglipVisionModel
+    model = SiglipModel.from_pretrained(tmp_path).eval().vision_model
+    pixels = images(12, 20)
+    expected = by_hand(model, 0, {"interpolate_pos_encoding": True}, pixels / 255)
+    torch.testing.assert_close(teacher(pm1(pixels), (3, 5)), expected, rtol=0, atol=2e-5)
+
+
+# --- the normalisation is the file's
+
+
+def test_normalisation_of_the_file(tmp_path):
+    half, none, own = (tmp_path / name for name in ("half", "none", "own"))
+    teachers = [
+        load_teacher(dinov2(half, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
+        load_teacher(dinov2(none, do_normalize=False)),
+        load_teacher(dinov2(own)),
+    ]
+    pixels = images(12, 20)
+    for teacher, values in zip(teachers, [pixels / 127.5 - 1, pixels / 255]):
+        with torch.no_grad():
+            expected = teacher.model(torch.from_numpy(values).float()).last_hidden_state[:, 1:]
+        torch.testing.assert_close(teacher(pm1(pixels), (3, 5)), expected, rtol=0, atol=2e-5)
+    features = [teacher(pm1(pixels), (3, 5)) for teacher in teachers]
+    assert (features[0] - features[1]).abs().max() > 1e-2
+    assert (features[0] - features[2]).abs().max() > 1e-2
+
+
+def test_nothing_is_assumed_about_the_normalisation(tmp_path):
+    file = dinov2(tmp_path) / "preprocessor_config.json"
+    for settings, message in [
+        ({"image_std": STD}, "`image_mean` None"),
+        ({"image_mean": MEAN, "image_std": 0.5}, "`image_std` 0.5"),
+        ({"image_mean": MEAN, "image_std": STD, "rescale_factor": 1.0}, "`rescale_factor` 1.0"),
+    ]:
+        file.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            load_teacher(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
+        load_teacher(tmp_path)
+
+
+# --- the fingerprint
+
+
+def test_fingerprint(tmp_path):
+    """The same for the same teacher, wherever it lies; another for another weight, setting or normalisation."""
+    folders = [tmp_path / name for name in ("here", "there", "mean", "weight", "setting")]
+    for folder in folders:
+        dinov2(folder, image_mean=[0.5, 0.456, 0.406] if folder.name == "mean" else MEAN)
+    weights = load_file(tmp_path / "weight" / "model.safetensors")
+    weights["layernorm.bias"][3] += 1e-3
+    save_file(weights, tmp_path / "weight" / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "setting" / "config.json").read_text()) | {"layer_norm_eps": 1e-3}
+    (tmp_path / "setting" / "config.json").write_text(json.dumps(settings))
+    here, there, *others = (load_teacher(folder).fingerprint for folder in folders)
+    assert here == there
+    assert len({here, *others}) == 4
+
+
+def test_weights_that_do_not_matter_do_not_change_the_fingerprint(tmp_path):
+    """A checkpoint without a pooler gets a random one at every loading."""
+    saved(tmp_path, ViTModel(CASES["vit"][1], add_pooling_layer=False))
+    first, second = load_teacher(tmp_path), load_teacher(tmp_path)
+    assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
+    assert first.fingerprint == second.fingerprint
+
+
+# --- wrong input
+
+
+def test_wrong_input(tmp_path):
+    teacher = load_teacher(dinov2(tmp_path))
+    for shape in [(3, 8, 8), (1, 4, 8, 8)]:
+        with pytest.raises(ValueError, match="`pixels_pm1` must have the shape"):
+            teacher(torch.zeros(shape), (2, 2))
+
+
+def test_missing_weights_are_an_error(tmp_path):
+    file = dinov2(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.layer.1.mlp.fc1.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['encoder\.layer\.1\.mlp\.fc1\.weight'\]"):
+        load_teacher(tmp_path)
+
+
+def test_models_that_are_no_vision_transformers():
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    with pytest.raises(ValueError, match=r"ResNetModel with the patch size None.*square patches"):
+        VisionTeacher(resnet, MEAN, STD, "x")
+    tall = ViTModel(ViTConfig(**SIZES | {"patch_size": [4, 2]}))
+    with pytest.raises(ValueError, match="square patches"):
+        VisionTeacher(tall, MEAN, STD, "x")
+    swin = SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1], image_size=16, window_size=2))
+    with pytest.raises(ValueError, match=r"gives 4 tokens for a grid of 4 x 4; expected are 16 patches"):
+        VisionTeacher(swin, MEAN, STD, "x")(torch.zeros(1, 3, 16, 16), (4, 4))
