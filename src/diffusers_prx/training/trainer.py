@@ -1,4 +1,4 @@
-"""The training loop: stages, steps, and what is done between them. The arithmetic of a step is in `train_step.py`."""
+"""The training loop: stages, steps, and what is done between them. The arithmetic of a step is in `step.py`."""
 
 import logging
 import math
