@@ -232,6 +232,17 @@ def test_a_file_that_is_called_like_a_checkpoint_is_named_at_the_start(tmp_path)
     assert (tmp_path / "checkpoint-6").read_text() == "notes"
 
 
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    make(tmp_path, 3)
+    glob = Path.glob
+
+    def with_one_that_is_gone(folder, pattern):
+        return [*glob(folder, pattern), folder / "checkpoint-2"]
+
+    monkeypatch.setattr(Path, "glob", with_one_that_is_gone)
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-3"
+
+
 def test_files_that_others_put_into_a_checkpoint_are_ignored(tmp_path):
     """macOS leaves `._` files on network drives, with the endings of the real ones."""
     writer = new_writer(tmp_path)

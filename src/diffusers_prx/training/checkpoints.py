@@ -467,8 +467,12 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def named_checkpoints(output_dir: Path) -> list[Path]:
-    """Everything in a folder that is called like a checkpoint, oldest first."""
-    return sorted((path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
+    """List the folders that are called like a checkpoint, oldest first."""
+    return sorted((path for path in _called_like_checkpoints(output_dir) if path.is_dir()), key=step_of)
+
+
+def _called_like_checkpoints(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -491,9 +495,9 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchang
             checkpoint, or if `output_dir` has later ones: they are of another run, and would be taken for this one's.
     """
     found = named_checkpoints(output_dir)
+    files = sorted(path.name for path in _called_like_checkpoints(output_dir) if path.is_file())
     if exchange is not None:  # what the main process sees: a network drive may show others an older list
-        found = exchange.gather(found)[0]
-    files = [path.name for path in found if not path.is_dir()]
+        found, files = exchange.gather((found, files))[0]
     if files:
         raise ValueError(
             f"`output_dir` {output_dir} has {files}, which are not folders, but are called like the checkpoints that "
