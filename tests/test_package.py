@@ -352,7 +352,7 @@ def test_an_installed_version_that_cannot_be_imported_is_named(tmp_path, install
 
 
 def test_importing_and_asking_for_help_print_no_warnings():
-    """Of our own or of other libraries. torchao prints some when it is imported: the environment does without it."""
+    """Neither our own nor those of other libraries. torchao prints some on import: the environment does without it."""
     if any((Path(folder) / "torchao").is_dir() for folder in site.getsitepackages()):
         pytest.skip("torchao is installed beside the other libraries")
     path = [folder for folder in sys.path if not (Path(folder) / "torchao").is_dir()]  # see the Makefile

@@ -1,4 +1,4 @@
-"""What the command-line scripts share: paths as arguments, and errors in one sentence."""
+"""Shared parts of the command-line scripts: paths as arguments, and errors in one sentence."""
 
 import argparse
 import difflib

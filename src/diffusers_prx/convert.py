@@ -660,7 +660,7 @@ def load_components(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cleaning_of(text_encoder: Any) -> CaptionCleaning:
-    """How the original cleans captions for a text encoder: lightly for Qwen3-VL, fully for T5Gemma."""
+    """Return the cleaning that the original uses for a text encoder: light for Qwen3-VL, full for T5Gemma."""
     return "light" if text_encoder.config.model_type.startswith("qwen") else "full"
 
 

@@ -66,7 +66,7 @@ def _remove_links(text: str) -> str:
 
 
 def _remove_file_name(word: re.Match[str]) -> str:
-    """What a word leaves when all is removed up to its last file ending, `\\S+\\.(?:png|...)`."""
+    """Return the rest of a word behind its last file ending, as of removing `\\S+\\.(?:png|...)`."""
     ends = [found.end() for found in _FILE_ENDING.finditer(word[0], 1)]
     return word[0][ends[-1] :] if ends else word[0]
 
@@ -162,7 +162,7 @@ def repair_prompt(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """As `html.unescape`, which raises an error for a character reference of more than 4300 digits."""
+    """Unescape HTML; `html.unescape` raises an error for a character reference of more than 4300 digits."""
     return html.unescape(_LONG_REFERENCE.sub(_shorten, text))
 
 

@@ -86,7 +86,7 @@ def tokenize_prompts(
         tokenizer: a transformers tokenizer with a padding token.
         prompts: B prompts.
         max_length: L, the number of tokens that the text encoder sees.
-        clean: how they are cleaned, one of `prompt_cleaning.CLEANERS`.
+        clean: function that cleans a prompt, one of `prompt_cleaning.CLEANERS`.
 
     Returns:
         Token ids (B, L) and a bool mask (B, L), true where a token counts. A prompt without any token (an empty one,

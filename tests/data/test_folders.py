@@ -1,4 +1,4 @@
-"""What a folder of pictures is: which files are data, which caption belongs to which picture, and what is reported."""
+"""Folders of pictures: which files are data, which caption belongs to which picture, and what is reported."""
 
 import csv
 import json

@@ -103,7 +103,7 @@ def test_the_pipeline_as_a_drawer():
 
 
 def titles_and_labels(monkeypatch):
-    """What is written on the sheets that are drawn from here on: titles and labels below."""
+    """Texts on the sheets that are drawn from here on: titles and labels below."""
     written: list[tuple[str, str]] = []
     savefig = matplotlib.figure.Figure.savefig
 

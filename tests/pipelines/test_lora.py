@@ -325,7 +325,7 @@ def in_pool(key):
 
 @dataclasses.dataclass
 class Meaning:
-    """What a pipeline has to draw: adapters are names in `POOL`, and `room` is what each was loaded as."""
+    """State that a pipeline has to draw with: adapters are names in `POOL`, and `room` is what each was loaded as."""
 
     loaded: dict = dataclasses.field(default_factory=dict)
     room: dict = dataclasses.field(default_factory=dict)

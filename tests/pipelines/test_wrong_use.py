@@ -284,7 +284,7 @@ def test_what_is_not_finite_names_its_component(name):
 
 
 def test_steps_do_not_wait_for_the_device(pipe, monkeypatch):
-    """What is watched is read once per call: reading it at every step would stop a GPU each time."""
+    """Reading what is watched at every step would stop a GPU each time."""
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         read = getattr(torch.Tensor, name)

@@ -166,7 +166,7 @@ def test_conversions_of_predictions():
 
 
 def slow_draw(n: int, shift: float, sampling: str, uniform_fraction: float, low: float) -> np.ndarray:
-    """As it is described: draw, shift, draw again outside the range; of logit-normal ones replace a share."""
+    """Draw, shift, and draw again outside the range; of logit-normal ones replace a share."""
     rng = np.random.default_rng(5)
     kept = np.empty(0)
     while len(kept) < n:

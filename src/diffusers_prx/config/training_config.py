@@ -90,7 +90,7 @@ class TrainingConfig:
     ] = field(default_factory=dict)
     vae_name_or_path: Annotated[
         str | None,
-        "Autoencoder (folder or Hub id, `vae` subfolder allowed) whose latents are modelled; none: pixels.",
+        "Autoencoder (folder or Hub id, `vae` subfolder allowed) whose latents are modeled; none: pixels.",
         PATH,
     ] = None
     text_encoder_name_or_path: Annotated[

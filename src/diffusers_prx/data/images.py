@@ -130,7 +130,7 @@ def open_stored(source: bytes | str) -> IO[bytes]:
 
 
 def _decode(source: bytes | str, use: Callable[[PIL.Image.Image], T]) -> T:
-    """What `use` gives of the opened picture. A PNG whose text is larger than Pillow reads is opened without it."""
+    """Open a picture and return `use(picture)`. A PNG whose text is larger than Pillow reads is opened without it."""
     with open_stored(source) as file:
         try:
             with PIL.Image.open(file, formats=image_formats()) as opened:
@@ -223,7 +223,7 @@ def image_value(value: Any) -> bytes | str | None:
 
 @dataclass(frozen=True)
 class Scope:
-    """Where the files of a data set are: the only ones that its cells may name, whoever wrote them.
+    """Places of the files of a data set: the only ones that its cells may name, whoever wrote them.
 
     Args:
         folders: folders of this machine; relative names are looked up in them.

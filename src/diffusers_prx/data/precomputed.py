@@ -319,14 +319,14 @@ def stored_identity(source: ListedImages, index: int) -> str:
 
 @dataclass
 class ShardCheck:
-    """What of a shard can be kept.
+    """Result of comparing a shard with its hashes and with the data set.
 
     Args:
-        path: of the shard.
+        path: the shard.
         rows: rows that are neither damaged nor changed in the data set since.
         skipped: samples noted as not usable that have not changed since.
-        damaged: what is damaged, one message each.
-        changed: what has changed in the data set, one message each.
+        damaged: a message for everything that is damaged.
+        changed: a message for everything that has changed in the data set.
     """
 
     path: Path
@@ -350,7 +350,7 @@ class ShardChecks(Dataset):
     """Compares every value of some shards with its hash, and every sample with the data set; nothing is decoded.
 
     Args:
-        paths: of the shards.
+        paths: shards to compare.
         source: the data set.
         buckets: its images, sorted.
     """
@@ -390,7 +390,7 @@ class ShardChecks(Dataset):
         return check
 
     def _change(self, index: int, values: Mapping[str, torch.Tensor]) -> str:
-        """What has changed of a sample; empty if nothing has."""
+        """Say in words whether the image, the captions or the bucket of a sample has changed; empty if none has."""
         try:
             digest, captions = self.source.image_hash(index), self.source.captions(index)
         except UnreadableSample as error:
@@ -455,7 +455,7 @@ class Shard:
     Attributes:
         skipped: by place in the data set, ("unreadable" or "unfit", the reason, `stored_identity`).
         bytes: stored, by tensor.
-        hash: of its tables.
+        hash: hash of its tables.
 
     Raises:
         ValueError: if the file is damaged.

@@ -242,10 +242,10 @@ def load_source(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the data are that a name stands for.
+    """Location and kind of the data that a name stands for.
 
     Args:
-        kind: how they are read; `hub` is any data set that `datasets` opens by its name.
+        kind: way of reading them; `hub` is any data set that `datasets` opens by its name.
         name: the name, with `~` replaced.
         files: the tars or parquet files.
         contents: the files of a folder.

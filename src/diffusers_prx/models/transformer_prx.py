@@ -61,7 +61,7 @@ def load_complete(load: Callable[..., Any], source: Any, **kwargs: Any) -> Any:
 
     Args:
         load: `from_pretrained` of a class of diffusers or transformers.
-        source: what to load, its first argument.
+        source: first argument of `load`.
         kwargs: its other arguments.
 
     Raises:
@@ -604,7 +604,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
-        """As `ModelMixin.from_pretrained`, which fills at random what a file lacks.
+        """Load a model as `ModelMixin.from_pretrained` does, which fills at random what a file lacks.
 
         Raises:
             ValueError: weights that are not all there. With `output_loading_info=True` you get the model all the same,
@@ -622,7 +622,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the arguments
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `ModelMixin.save_pretrained`, of weights that are in memory and under the names of files.
+        """Save a model as `ModelMixin.save_pretrained` does, if its weights are in memory under the names of files.
 
         Raises:
             ValueError: the model is offloaded to disk, has adapters or was quantized after it was loaded; nothing is
@@ -1014,7 +1014,7 @@ def check_saving(name: str, module: nn.Module) -> None:
     """Refuse to save weights that are not in memory, or under names that nothing loads.
 
     Args:
-        name: of the component, for the message.
+        name: name of the component, for the message.
         module: any network of diffusers or transformers.
 
     Raises:

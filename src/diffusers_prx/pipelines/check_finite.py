@@ -24,7 +24,7 @@ def check_output(name: str, module: Any, output: torch.Tensor, given: torch.Tens
     Args:
         name: name of the component.
         module: the component.
-        output: what it gave.
+        output: its output.
         given: the tensor that it was given, whose size the error states.
     """
     if not math.isfinite(largest(output).item()):
@@ -60,8 +60,8 @@ class FiniteWatch:
         """Raise a ValueError that names the first thing that was not finite.
 
         Args:
-            transformer, scheduler: those of the call.
-            guidance: what guided the call, as the error says it.
+            transformer, scheduler: components of the call.
+            guidance: setting that guided the call, for the error.
         """
         sizes = torch.stack([size for _, _, size in self.seen]).tolist()
         first = next((i for i, size in enumerate(sizes) if not math.isfinite(size)), None)
@@ -90,7 +90,7 @@ class FiniteWatch:
 
 
 def _reason(name: str, module: Any, source: str) -> str:
-    """What to do about a module whose output is not finite; looks at its weights."""
+    """Look at the weights of a module whose output is not finite, and say what to do about it."""
     # group offloading to disk leaves memory without values in their place
     weights = {} if _is_group_offload_enabled(module) else dict(module.named_parameters())
     broken = [key for key, value in weights.items() if is_plain(value) and not torch.isfinite(value).all()]

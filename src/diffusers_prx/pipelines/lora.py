@@ -590,7 +590,7 @@ def _fused(model: Any) -> list[str]:
 
 
 def _set_weight(layer: Any, name: str, weight: float) -> None:
-    """As peft's `set_scale`, which would replace a tensor that `enable_lora_hotswap` has made of the number."""
+    """Set a weight as peft's `set_scale` does, which would replace the tensor of `enable_lora_hotswap` by a number."""
     old = layer.scaling.get(name)
     layer.set_scale(name, weight)
     if isinstance(old, torch.Tensor):
@@ -636,7 +636,7 @@ def _hotswap(model: Any, name: str | None, adapter: Adapter) -> None:
 
 
 def _parameters(layer: Any, name: str) -> dict[str, nn.Parameter]:
-    """What an adapter has in a layer, under the names of `Adapter.tensors`."""
+    """Return the parameters of an adapter in a layer, under the names of `Adapter.tensors`."""
     found = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
     if layer.lora_B[name].bias is not None:
         found["lora_B.bias"] = layer.lora_B[name].bias
@@ -646,7 +646,7 @@ def _parameters(layer: Any, name: str) -> dict[str, nn.Parameter]:
 
 
 def _own_scale(layer: Any, name: str) -> float:
-    """What an adapter's delta is multiplied by at weight 1."""
+    """Return the factor of an adapter's delta at weight 1."""
     rank = layer.r[name]
     return layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name, False) else rank)
 
@@ -804,7 +804,7 @@ def _check_weight(weight: Any) -> float:
 
 
 def _snapshot(layer: Any) -> dict[str, Any]:
-    """What fusing changes in a layer."""
+    """Copy everything that fusing changes in a layer."""
     weights = {name: parameter.data.clone() for name, parameter in layer.get_base_layer().named_parameters()}
     return {"weights": weights, "merged": list(layer.merged_adapters), "scaling": dict(layer.scaling)}
 

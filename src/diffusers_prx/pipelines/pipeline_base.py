@@ -139,7 +139,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
 
     @property
     def caption_cleaning(self) -> CaptionCleaning:
-        """How prompts are cleaned: as the captions were in training (see `prompt_cleaning`)."""
+        """Cleaning of prompts, that of the captions in training (see `prompt_cleaning`)."""
         return self.config.get("caption_cleaning") or self.default_caption_cleaning
 
     def _check_output_type(self, output_type: str) -> None:
@@ -192,7 +192,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """As `DiffusionPipeline.from_pipe`, from a pipeline of the same kind.
+        """Make a pipeline as `DiffusionPipeline.from_pipe` does, from one of the same kind.
 
         Both pipelines hold the same networks. These keep their dtypes, unless you pass `dtype`, which changes both
         pipelines (diffusers casts to float32 by default).

@@ -1,4 +1,4 @@
-"""What a run writes down between its steps: logs, validation, checkpoints, and its end."""
+"""Records of a run between its steps: logs, validation, checkpoints, and its end."""
 
 import json
 import signal

@@ -105,7 +105,7 @@ class FolderLock:
     stores (s3fs, gcsfuse), the runs of one machine see each other, and those of several do not.
 
     Args:
-        folder: of the run; it is made where it is not there.
+        folder: output folder of the run; it is made where it is not there.
 
     Raises:
         ValueError: if another run holds it, with its host and process.

@@ -1,4 +1,4 @@
-"""What of a data set a run will leave out, counted before anything is trained, with the flags that change it."""
+"""Counts of the samples that a run will leave out, before anything is trained, with the flags that change them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,7 +113,7 @@ def _check_captions(source: Any) -> list[str]:
 
 
 def _reason(read: Callable[[int], Any], index: int) -> str:
-    """Why a sample cannot be read, or an empty text."""
+    """Return the reason why a sample cannot be read, or an empty text."""
     try:
         read(index)
     except UnreadableSample as error:

@@ -50,7 +50,7 @@ class Nets:
     Args:
         transformer, text_encoder, tokenizer, vae, scheduler: the parts of the pipeline.
         patch_size: of the transformer.
-        caption_cleaning: how captions are cleaned, and prompts by the pipeline of these networks.
+        caption_cleaning: cleaning of captions, and of prompts by the pipeline of these networks.
         teacher, projector, teacher_cache: a VisionTeacher, a projector and features on disk, for the alignment (REPA);
             without a projector nothing is aligned.
         lpips, dino: an LPIPSLoss and a VisionTeacher, for the perceptual losses; None: off.
@@ -280,10 +280,10 @@ def build_nets(
     """Load or make every network of the run, in float32, on the CPU.
 
     Args:
-        captions: of the training data, for a tokenizer that is trained first; not read where there is one already.
+        captions: captions to train a tokenizer on; not read where there is one already.
         techniques: False leaves out what only the auxiliary losses need.
         teacher_width: see `add_techniques`.
-        trained_tokenizer: that the run has trained before, for a new text encoder.
+        trained_tokenizer: tokenizer that the run has trained before, for a new text encoder.
 
     Raises:
         ValueError: if the networks do not fit each other.
@@ -423,12 +423,12 @@ def _the_same(stages: list[TrainingConfig], *names: str) -> TrainingConfig:
 
 
 def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:
-    """What a run's networks are: a resumed run must have the same. As JSON gives it back.
+    """Identify the networks of a run, of which a resumed run must have the same. Types are those of JSON.
 
     Args:
-        cfg: of the run.
-        nets: as they were loaded or made.
-        teacher_width: of a teacher that is not loaded any more.
+        cfg: run configuration.
+        nets: networks as they were loaded or made.
+        teacher_width: width of a teacher that is not loaded any more.
     """
     trained = nets.trainable(cfg)
     frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}

@@ -40,14 +40,14 @@ class Run:
         nets: networks that the step computes with.
         modules: trainable networks by name.
         trained: the same as one module, and `model` as DDP or FSDP2 has wrapped it.
-        optimizer: of the trainable parameters.
+        optimizer: optimizer of the trainable parameters.
         averages: moving averages of the weights.
         burn_in: decides when the alignment ends.
-        state: what a checkpoint keeps as plain data: counters, histories, settings.
+        state: plain data of a checkpoint: counters, histories, settings.
         writer: writes checkpoints.
         watch: notices signals and steps that do not end.
         tracking: trackers.
-        counts: what this process has counted since it was last added to the state.
+        counts: counts of this process since they were last added to the state.
 
     Attributes:
         skipped_in_a_row: steps without a finite loss since the last good one.

@@ -201,7 +201,7 @@ def open_data(
 
 
 def alignment_of(stages: list[Stage], resumed: Resumed | None) -> tuple[BurnIn, int | None]:
-    """When the alignment ends; and the width of its teacher if it has ended and the teacher is not needed any more."""
+    """Return the rule that ends the alignment, and the width of its teacher if that is not needed any more."""
     aligned = [stage for stage in stages if stage.cfg.repa_weight]
     burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
     if resumed is None:
@@ -212,7 +212,7 @@ def alignment_of(stages: list[Stage], resumed: Resumed | None) -> tuple[BurnIn, 
 
 
 def new_burn_in(cfg: TrainingConfig) -> BurnIn:
-    """When the alignment of a run ends: at a step, by the measured gradients, or never."""
+    """Make the rule that ends the alignment of a run: at a step, by the measured gradients, or never."""
     if cfg.repa_check_steps is None:
         return BurnIn(cfg.repa_until_step)
     return BurnIn(cfg.repa_until_step, cfg.repa_check_window, cfg.repa_check_steps)

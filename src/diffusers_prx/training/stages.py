@@ -80,7 +80,7 @@ class Stage:
         Args:
             multiple: of heights and widths in pixels, that the networks take.
             processes: of the run; a bucket with fewer images than one optimizer step takes is closed.
-            checkpoint: that the stage resumes from; the sizes that it keeps are not read from the images again.
+            checkpoint: checkpoint to resume from; the sizes that it keeps are not read from the images again.
 
         Raises:
             ValueError: if there are no such buckets, or no image fits one.

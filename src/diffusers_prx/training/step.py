@@ -36,7 +36,7 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Everything that the losses of a micro-batch are computed from: encoded, and drawn.
+    """Inputs of the losses of a micro-batch: encoded, and drawn.
 
     Args:
         clean: (B, C, h, w) latents, or pixels in [-1, 1].
@@ -121,7 +121,7 @@ def compute_losses(
     """Evaluate every loss of a micro-batch with one forward of the transformer. No random number is drawn here.
 
     Args:
-        inputs: what was encoded and drawn.
+        inputs: encoded batch and draws.
         nets: networks, prepared for training; those of losses that are off are None.
         cfg: configuration of the stage.
 
