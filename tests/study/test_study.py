@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from diffusers_prx.files import write_json
-from diffusers_prx.study.report import settings_that_differ, write_report
+from diffusers_prx.study.report import constant_until, settings_that_differ, write_report
 from diffusers_prx.study.spec import PLAN_FILE, load_study, numbers, record_path, register
 from diffusers_prx.study.statistics import (
     equal_time_steps,
@@ -255,6 +255,15 @@ def test_what_has_been_run_stays_as_it_was_planned(tmp_path, kind):
 
 
 # --- the report
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay", "warmup", "step"),
+    [("constant", None, None, 400), ("linear", 40, None, 360), ("linear", None, 7, 7), ("cosine", None, None, 40)],
+)
+def test_the_learning_rate_is_constant_until_its_decay(schedule, decay, warmup, step):
+    settings = {"lr_scheduler": schedule, "lr_decay_steps": decay, "lr_warmup_steps": warmup, "max_train_steps": 400}
+    assert constant_until({"config": settings}) == step
 
 
 def save_run(report_dir, arm, seed, score, loss, short=None, failed=None, **config):

@@ -762,10 +762,7 @@ class TrainingConfig:
     @property
     def warmup_steps(self) -> int:
         """Steps of linear warm-up: `lr_warmup_steps`, or what serves a run (or a stage) of this length."""
-        if self.lr_warmup_steps is not None:
-            return self.lr_warmup_steps
-        room = self.max_train_steps - (self.lr_decay_steps or 0)
-        return max(0, min(WARMUP_STEPS, self.max_train_steps // 10, room))
+        return warmup_of(self.lr_warmup_steps, self.lr_decay_steps, self.max_train_steps)
 
     @property
     def timestep_shift(self) -> float:
@@ -810,6 +807,13 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain data, as they are saved with the run."""
         return dataclasses.asdict(self)
+
+
+def warmup_of(lr_warmup_steps: int | None, lr_decay_steps: int | None, max_train_steps: int) -> int:
+    """Return the steps of linear warm-up that these settings mean."""
+    if lr_warmup_steps is not None:
+        return lr_warmup_steps
+    return max(0, min(WARMUP_STEPS, max_train_steps // 10, max_train_steps - (lr_decay_steps or 0)))
 
 
 def settings_of_run(stored: Mapping[str, Any], in_pixels: bool) -> dict[str, Any]:

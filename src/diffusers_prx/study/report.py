@@ -16,6 +16,7 @@ import PIL.Image
 import PIL.ImageDraw
 from markdown_it import MarkdownIt
 
+from ..config.training_config import warmup_of
 from ..evaluation.image_grids import pictures_of_grid
 from .spec import (
     PLAN_FILE,
@@ -201,12 +202,12 @@ def decidable(row: Row) -> bool:
 
 
 def constant_until(record: dict[str, Any]) -> int:
-    """The step at which the decay of the learning rate begins."""
+    """Return the step at which the decay of the learning rate begins."""
     cfg = record["config"]
+    steps, decay = cfg["max_train_steps"], cfg["lr_decay_steps"]
     if cfg["lr_scheduler"] == "constant":
-        return cfg["max_train_steps"]
-    decay = cfg["lr_decay_steps"]
-    return (cfg["lr_warmup_steps"] or 0) if decay is None else cfg["max_train_steps"] - decay
+        return steps
+    return warmup_of(cfg["lr_warmup_steps"], None, steps) if decay is None else steps - decay
 
 
 # --- words and numbers
