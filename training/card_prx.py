@@ -9,7 +9,7 @@ pictures that it shows go to another folder, and the weights stay.
 import argparse
 from pathlib import Path
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import errors_in_one_sentence, parse_flags, path
 from diffusers_prx.hub.cards import copy_card, read_report, said_before, write_card
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -22,14 +22,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--license", help="The Hub's identifier, as apache-2.0. Default: as it is now.")
     parser.add_argument("--output_dir", type=path, help="Another folder for the card. Default: that of the model.")
     args = parse_flags(parser, argv)
-    try:
+    with errors_in_one_sentence():
         given = {"load_from": args.load_from, "license": args.license}
         said = said_before(args.model) | {name: value for name, value in given.items() if value is not None}
         card = write_card(args.model, CARD_TEMPLATE, read_report(args.model), **said)
         if args.output_dir is not None:
             card = copy_card(args.model, args.output_dir)
-    except (ValueError, OSError) as error:  # no finished run, a report of other weights, somebody's own card
-        end(error)
     print(f"written to {card}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import errors_in_one_sentence, parse_flags, path
 from diffusers_prx.training.export import export_checkpoint
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -27,10 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parse_flags(parser, argv)
     average = None if args.weights is None else args.weights == "average"
-    try:
+    with errors_in_one_sentence():
         export_checkpoint(args.checkpoint, args.output_dir, average, CARD_TEMPLATE, DTYPES[args.dtype])
-    except (ValueError, OSError) as error:  # no such checkpoint, or no average in it; a disk that is full
-        end(error)
 
 
 if __name__ == "__main__":

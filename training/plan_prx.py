@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from diffusers_prx.cli import end, path
+from diffusers_prx.cli import errors_in_one_sentence, path
 from diffusers_prx.planning.gpus import GPUS, PRICES
 from diffusers_prx.planning.planner import (
     CAPTION_TOKENS,
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parse_args(argv)
     gpu = GPUS[args.gpu]
     price = gpu.price_per_hour if args.price_per_hour is None else args.price_per_hour
-    try:
+    with errors_in_one_sentence():
         cfg = read_config(args.config, flags)
         strategy = args.strategy or strategy_of(cfg, args.gpus_per_node)
         cluster = Cluster(gpu, args.num_gpus, args.gpus_per_node, strategy, args.utilisation, price)
@@ -89,8 +89,6 @@ def main(argv: list[str] | None = None) -> None:
             caption_tokens=args.caption_tokens,
             num_images=args.num_images,
         )
-    except (ValueError, OSError) as error:  # settings that do not fit, a file that cannot be read
-        end(error)
     print(json.dumps(told, indent=2) if args.json else table(told, str(args.config)))
 
 

@@ -10,7 +10,7 @@ import argparse
 
 from accelerate import PartialState
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import errors_in_one_sentence, parse_flags, path
 from diffusers_prx.data.recaptioning import DTYPES, PROMPT, RecaptionSettings, recaption
 from diffusers_prx.files import expand_path
 
@@ -46,10 +46,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = vars(parse_args(argv))
     output_dir, batch_size, device = (args.pop(name) for name in ("output_dir", "batch_size", "device"))
-    try:
+    with errors_in_one_sentence():
         told = recaption(RecaptionSettings(**args), output_dir, batch_size, device)
-    except (ValueError, OSError) as error:  # settings, data or a model that do not fit; a full disk
-        end(error)
     PartialState().print(told)  # one process does
 
 
