@@ -21,15 +21,15 @@ import runs
 import tiny
 from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.data.precomputed import ImagesToEncode, Shard, shard_files
+from diffusers_prx.fingerprints import fingerprint, tokenizer_fingerprint
+from diffusers_prx.training import networks
 from diffusers_prx.training.networks import Nets, build_nets
 from diffusers_prx.training.precompute import (
     embed_captions,
     encode_images,
-    fingerprint,
     needed_columns,
     open_precomputed,
     precompute,
-    tokenizer_fingerprint,
 )
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.stages import build_stages
@@ -460,13 +460,16 @@ def test_data_of_which_much_cannot_be_read_make_no_cache(cached, parts, tmp_path
     assert not (tmp_path / "cache" / "32" / "index.json").exists()
 
 
-def test_a_whole_run_from_the_cache(parts, tmp_path):
+def test_a_whole_run_from_the_cache(parts, tmp_path, monkeypatch):
     """Every loss of four steps is that of the run on the fly, and so is what is counted."""
     changes = aligned(parts) | {"num_validation_samples": 2, "validation_steps": 4, "learning_rate": 1e-3}
     values = settings(parts, tmp_path / "fly", **changes, mixed_precision="bf16")
     wanted = runs.train(values)
     values = make_cache(values | {"output_dir": str(tmp_path / "cached")}, tmp_path / "cache")
+    hashed = []
+    monkeypatch.setattr(networks, "fingerprint", lambda module: hashed.append(module) or fingerprint(module))
     run = runs.start(values)
+    assert hashed == [run.nets.vae, run.nets.text_encoder]  # gigabytes of weights, once each
     train(run)
     assert len(run.state.history) == 4
     for entry, reference in zip(run.state.history, wanted.state.history, strict=True):

@@ -3,9 +3,9 @@
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -68,6 +68,13 @@ class Nets:
     teacher_cache: FeatureCache | None = None
     lpips: LPIPSLoss | None = None
     dino: Any = None
+    _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)  # see `fingerprint_of`
+
+    def fingerprint_of(self, name: Literal["vae", "text_encoder"]) -> str:
+        """Return the fingerprint of a frozen network; its weights, which may be gigabytes, are read once."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprint(getattr(self, name))
+        return self._fingerprints[name]
 
     @property
     def pixels_per_token(self) -> int:
@@ -431,7 +438,8 @@ def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict
         teacher_width: width of a teacher that is not loaded any more.
     """
     trained = nets.trainable(cfg)
-    frozen = {name: module for name, module in (("vae", nets.vae), ("text_encoder", nets.text_encoder)) if module}
+    networks: tuple[Literal["vae", "text_encoder"], ...] = ("vae", "text_encoder")
+    frozen = [name for name in networks if getattr(nets, name) is not None and name not in trained]
     counts = {name: sum(p.numel() for p in trainable_parameters(module).values()) for name, module in trained.items()}
     found: dict[str, Any] = {}
     if cfg.lora_rank is not None:
@@ -442,7 +450,7 @@ def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict
         **found,
         "trained_parameters": counts,
         "transformer": json.loads(json.dumps({k: v for k, v in nets.transformer.config.items() if k[0] != "_"})),
-        "frozen_networks": {name: fingerprint(module) for name, module in frozen.items() if name not in trained},
+        "frozen_networks": {name: nets.fingerprint_of(name) for name in frozen},
         "teacher_width": teacher_width if nets.teacher is None else nets.teacher.hidden_size,
     }
 

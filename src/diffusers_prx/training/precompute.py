@@ -42,7 +42,7 @@ from ..data.precomputed import (
     write_settings,
 )
 from ..files import UNFINISHED
-from ..fingerprints import fingerprint, tokenizer_fingerprint
+from ..fingerprints import tokenizer_fingerprint
 from ..latents import encode
 from ..pipelines.check_finite import check_output
 from ..techniques.alignment import teacher_features
@@ -68,8 +68,8 @@ MADE_FROM = (
 def network_settings(nets: Nets) -> dict[str, Any]:
     """What the frozen networks of a run are."""
     return {
-        "vae": None if nets.vae is None else fingerprint(nets.vae),
-        "text_encoder": fingerprint(nets.text_encoder),
+        "vae": None if nets.vae is None else nets.fingerprint_of("vae"),
+        "text_encoder": nets.fingerprint_of("text_encoder"),
         "tokenizer": tokenizer_fingerprint(nets.tokenizer),
         "caption_cleaning": nets.caption_cleaning,
     }
