@@ -318,6 +318,33 @@ def test_metadata_may_name_the_column_of_the_images(tmp_path):
             load_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", [5, 0, 1.5, True, ["a.png"], {"path": "a.png"}, None, ""])
+def test_rows_that_name_no_file_are_reported(tmp_path, name, caplog):
+    pair(tmp_path / "a")
+    rows = [{"file_name": "a.png", "text": "1"}, {"file_name": name, "text": "2"}]
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    assert captions(tmp_path) == ["1"]
+    assert "row 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "remedy"),
+    [
+        ("metadata.csv", "file_name;text\na.png;1\n", "commas"),
+        ("metadata.csv", "file_name\ttext\na.png\t1\n", "commas"),
+        ("metadata.csv", "file_name,text\n", "has no rows"),
+        ("metadata.jsonl", "", "has no rows"),
+        ("metadata.jsonl", '{"text": "1"}', "`file_name`"),
+        ("metadata.jsonl", '{"picture": "a.png", "text": "1"}', "--image_column picture"),
+    ],
+)
+def test_metadata_without_pictures_say_what_they_lack(tmp_path, file, text, remedy):
+    pair(tmp_path / "a")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=remedy):
+        load_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "sub/../../secret.png", "..\\secret.png"])
 def test_metadata_name_only_files_of_their_folder(tmp_path, name):
     pair(tmp_path / "secret")

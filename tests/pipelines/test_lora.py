@@ -799,7 +799,22 @@ def test_scale_of_a_call(scale):
         draw(pipe, attention_kwargs={"scale": scale})
 
 
-@pytest.mark.parametrize("value", [{"scale": float("nan")}, {"scale": "1"}, {"scale": None}, {"other": 1}, 0.5])
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(2)])
+def test_numbers_of_numpy_are_numbers(number):
+    pipe = shallow()
+    pipe.load_lora_weights(in_pool("mlp"), adapter_name="mine")
+    scaled = draw(pipe, attention_kwargs={"scale": number})
+    assert torch.equal(scaled, draw(pipe, attention_kwargs={"scale": number.item()}))
+    pipe.set_adapters("mine", number)
+    assert (draw(pipe) - scaled).abs().max() < TOLERANCE
+    pipe.set_adapters("mine")
+    pipe.fuse_lora(lora_scale=number)
+    assert (draw(pipe) - scaled).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "value", [{"scale": 10**400}, {"scale": float("nan")}, {"scale": "1"}, {"scale": None}, {"other": 1}, 0.5]
+)
 def test_other_attention_kwargs_are_refused(value):
     with pytest.raises(ValueError, match="`attention_kwargs`"):
         draw(shallow(), attention_kwargs=value)

@@ -23,7 +23,9 @@ USUAL_COLUMNS = {
 }
 
 
-def require_column(option: str, column: str, there: Collection[str], where: str = "the data set") -> None:
+def require_column(
+    option: str, column: str, there: Collection[str], where: str = "the data set", remedy: str | None = None
+) -> None:
     """Refuse a column that is not there.
 
     Args:
@@ -31,6 +33,7 @@ def require_column(option: str, column: str, there: Collection[str], where: str 
         column: its name.
         there: the columns of the data set.
         where: which data set, for the message.
+        remedy: what to do if no column looks like the one that is wanted; by default, to pass one of those there.
 
     Raises:
         ValueError: with the columns that are there, and the flag to pass.
@@ -38,7 +41,10 @@ def require_column(option: str, column: str, there: Collection[str], where: str 
     if column in there:
         return
     likely = [*difflib.get_close_matches(column, there, 1, 0.75), *(n for n in USUAL_COLUMNS[option] if n in there)]
-    remedy = f"pass `--{option} {likely[0]}`" if likely else f"pass one of them as `--{option}`"
+    if likely:
+        remedy = f"pass `--{option} {likely[0]}`"
+    elif remedy is None:
+        remedy = f"pass one of them as `--{option}`"
     raise ValueError(f"`{option}` is {column!r}; {where} has {', '.join(map(repr, there)) or 'no column'}: {remedy}.")
 
 

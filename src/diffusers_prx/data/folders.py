@@ -323,14 +323,21 @@ class FolderImages(StoredImages):
                 (n for n in (f"{image_column}_file_name", _file_name(image_column), image_column) if n in columns), ""
             )
             there = list(dict.fromkeys("image" if name == "file_name" else name for name in columns))
+            if not columns:
+                raise ValueError(
+                    f"{printable(path)} has no rows. Remove it, or list a `file_name` and a caption per row."
+                )
             if not file_column:
-                require_column("image_column", image_column, there)
+                remedy = "name the pictures in a column `file_name`, or pass one of them as `--image_column`"
+                if len(columns) == 1 and not {";", "\t"}.isdisjoint(next(iter(columns))):
+                    remedy = "separate the columns with commas"
+                require_column("image_column", image_column, there, printable(path), remedy)
             for column in self.caption_columns:
                 require_column("caption_column", column, there)
             for row, value in enumerate(columns[file_column]):
-                name = value if isinstance(value, str) else value.as_py() if value is not None else None
+                name = _cell(value)
                 if not isinstance(name, str) or not name:
-                    missing.append(f"row {row + 1} without a name")
+                    missing.append(f"row {row + 1} " + (f"names {name!r:.40}" if name else "without a name"))
                     continue
                 where = self._inside(parent, name, path, row)
                 picture = pictures.get(_key(where)) or (where if os.path.isfile(where) else None)

@@ -297,7 +297,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         active = _active(model)
         for layer in lora_layers(model).values():
             layer.set_adapter(fused + names)
-        model.fuse_lora(lora_scale, adapter_names=names)
+        model.fuse_lora(float(lora_scale), adapter_names=names)
         if broken := [key for key in kept if not _is_finite(adapted[key].get_base_layer())]:
             model.lora_scale = 1.0
             for key, layer in adapted.items():
