@@ -27,6 +27,12 @@ from settings import NO_LORA, size_name
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent  # also where there is none so far up: the parent of / is /
 CLASSES = ("PRXPipeline", "PRXPixelPipeline")
+PARTS = (
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "transformer",
+)  # that a pipeline draws with; one for latents has a vae
 # On a GPU; in this order. PRX_HUB_MODELS replaces them anywhere.
 HUB_MODELS = ("Photoroom/prx-512-t2i-sft", "Photoroom/prxpixel-t2i")
 # What the page opens on, the first that is there.
@@ -128,6 +134,12 @@ def describe(name: str, source: str) -> Model:
             f"model_index.json states `default_sample_size` {side!r}; accepted: a whole number of pixels, "
             f"1 to {MAX_SIDE}."
         )
+    for part in PARTS if class_name == "PRXPixelPipeline" else (*PARTS, "vae"):
+        stated = config.get(part)
+        if not isinstance(stated, list) or len(stated) != 2 or not all(isinstance(name, str) for name in stated):
+            raise ValueError(f"model_index.json states `{part}` {stated!r}; accepted: [library, class].")
+        if os.path.isdir(source) and not os.path.isdir(os.path.join(source, part)):
+            raise ValueError(f"There is no folder {part}, which model_index.json lists: save the model again.")
     sizes = [size_name(*size) for size in RESOLUTION_BINS.get(side, {"1.0": (side, side)}).values()]
     return Model(name, source, class_name, tuple(sizes), size_name(side, side))
 

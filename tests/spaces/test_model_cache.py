@@ -14,10 +14,15 @@ import model_cache
 from model_cache import ModelCache, find_loras, find_models
 from settings import NO_LORA
 
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
 
 def write_index(folder, **entries):
     folder.mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PRXPipeline"} | entries))
+    for part in PARTS:
+        (folder / part).mkdir()
+    index = {"_class_name": "PRXPipeline", **{part: ["library", "Class"] for part in PARTS}}
+    (folder / "model_index.json").write_text(json.dumps(index | entries))
 
 
 def test_models_are_the_folders_with_a_pipeline(tmp_path, monkeypatch, capsys):
@@ -102,6 +107,21 @@ def test_the_space_can_be_a_folder_of_the_root():
     names = {"__name__": "model_cache", "__file__": "/app/model_cache.py"}
     exec(compile(source, "/app/model_cache.py", "exec"), names)
     assert names["REPOSITORY"] == Path("/")
+
+
+@pytest.mark.parametrize("stated", [None, 5, "transformer", [], ["library"], [None, None], {"library": "Class"}])
+def test_pipelines_without_a_part_are_named_and_left_out(tmp_path, monkeypatch, capsys, stated):
+    for part in PARTS:
+        write_index(tmp_path / f"bad_{part}", **{part: stated})
+        write_index(tmp_path / f"cut_{part}")
+        (tmp_path / f"cut_{part}" / part).rmdir()
+    write_index(tmp_path / "pixels", _class_name="PRXPixelPipeline", vae=None)
+    monkeypatch.setenv("PRX_MODELS", str(tmp_path))
+    assert list(find_models()) == ["pixels"]
+    told = capsys.readouterr().out
+    for part in PARTS:
+        assert f"bad_{part}: model_index.json states `{part}` " in told
+        assert f"cut_{part}: There is no folder {part}" in told
 
 
 def test_a_model_on_the_hub_that_does_not_answer_is_left_out(monkeypatch, capsys):
