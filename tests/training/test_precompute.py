@@ -559,7 +559,7 @@ def test_another_network_is_refused(kind, named, cached, parts, tmp_path):
         ({"max_crop": 0.4}, "`max_crop` is 0.5 there and 0.4 here"),
         ({"max_upscale": 2.0}, "`max_upscale` is 1.0 there and 2.0 here"),
         ({"aspect_ratio_buckets": "computed"}, "`aspect_ratio_buckets` is 'none' there and 'computed' here"),
-        ({"num_validation_samples": 3}, "`samples` is 11 there and 8 here"),
+        ({"num_validation_samples": 3}, "`samples` is 11 there and 8 here.*added or removed"),
         ({"resolution": 48}, "has no index.json. Start training/precompute_prx.py"),
         ({"vae_name_or_path": None}, "`vae` is 'AutoencoderKL .*' there and None"),
     ],

@@ -553,9 +553,12 @@ def check_settings(
         if there.get(name) != value
     ]
     if differences:
+        remedy = "Use the same settings, or precompute into another `precomputed_dir`."
+        if there.get("samples") != wanted.get("samples"):
+            remedy += " `samples` changes if images were added or removed, and with `num_validation_samples`."
         raise ValueError(
             f"The precomputed data in {folder} are not those of this run: {'; '.join(differences)}. They were made "
-            f"from {made_from}. Use the same settings, or precompute into another `precomputed_dir`."
+            f"from {made_from}. {remedy}"
         )
 
 
