@@ -49,6 +49,16 @@ def blocks(file: Path, *languages: str) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.parametrize("file", [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *DOCUMENTS], ids=name_of)
+def test_tests_that_are_named_are_there(file):
+    text, files = file.read_text(encoding="utf-8"), sorted((ROOT / "tests").rglob("*.py"))
+    paths = {name_of(path) for path in files}
+    assert set(re.findall(r"tests/[\w/]+\.py", text)) <= paths
+    known = {path.name for path in files} | {path.stem for path in files}
+    known |= {name for path in files for name in re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8"))}
+    assert set(re.findall(r"\btest_\w+(?:\.py)?", text)) <= known
+
+
 # Python. A snippet is run as it stands in an empty folder. Of the names that it loads, tiny pipelines of the same
 # class lie there under the same relative paths, where `from_pretrained` finds them before it asks the Hub; a model
 # released with this repository is loaded itself. The one word that is changed is "cuda", where there is none. What is
