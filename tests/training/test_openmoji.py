@@ -20,7 +20,7 @@ from training.tools.fetch_openmoji import keywords, long_caption, main, readable
 from diffusers_prx.data.sources import load_source, load_stream
 
 needs_renderer = pytest.mark.skipif(
-    importlib.util.find_spec("resvg_py") is None, reason="resvg-py is missing: pip install -e '.[openmoji]'"
+    importlib.util.find_spec("resvg_py") is None, reason="resvg-py is missing: pip install -e '.[emoji]'"
 )
 
 VERSION = "1.2.3"

@@ -1,7 +1,7 @@
 """Make a data set of captioned drawings out of OpenMoji: `python training/tools/fetch_openmoji.py --output_dir DIR`.
 
 Downloads the npm package `openmoji` (4 MB), checks its hash, draws the coloured SVGs on white and captions them from
-the annotations, groups and tags that come with them. Needs the extra: `pip install -e '.[openmoji]'`.
+the annotations, groups and tags that come with them. Needs the extra: `pip install -e '.[emoji]'`.
 DIR then holds, at most 1000 drawings to a shard, always in the same mixed order:
 
 | | columns |
@@ -279,7 +279,7 @@ def find_renderer() -> Callable[..., bytes]:
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:
-        raise ValueError("resvg-py draws the SVGs and is missing: pip install -e '.[openmoji]'") from error
+        raise ValueError("resvg-py draws the SVGs and is missing: pip install -e '.[emoji]'") from error
     return svg_to_bytes
 
 
