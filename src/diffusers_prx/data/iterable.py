@@ -291,7 +291,7 @@ class StreamedBatches(IterableDataset):
 
     A batch also has "worker", which of the process's workers has read it, and "place", how far that one is then. The
     last place of every worker goes into `StreamedImages.record`. The number of a sample in the run, on which its noise
-    depends, is that of `stream.StreamSampler`.
+    depends, is that of `samplers.StreamSampler`.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class RunState:
         settings: of the run; those that are `FIXED` must be the same when it is resumed.
         stages: of each stage its steps, the size of its data and the samples of an optimizer step over all processes;
             stages that have begun must be the same when the run is resumed.
-        networks: identities of the networks, of `nets.identity`; they must be the same when the run is resumed.
+        networks: identities of the networks, of `networks.identity`; they must be the same when the run is resumed.
         step: optimizer steps done.
         seconds: training time so far, without validation and checkpoints.
         seconds_waiting: how much of it the main process has waited for data.

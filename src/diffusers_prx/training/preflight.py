@@ -49,7 +49,7 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
     Args:
         cfg: of the run.
         device: where the weights would be; they are drawn there, so take one that keeps none.
-        tables: take from `known_networks` what is there, instead of asking the Hub.
+        tables: take from `network_configs` what is there, instead of asking the Hub.
 
     Raises:
         ValueError: for an autoencoder of a class that `latents.py` does not know, an unknown key of

@@ -105,7 +105,7 @@ def read_run(
 ) -> tuple[TrainingConfig, list[str]]:
     """Read the command line of a run, and what it follows from: the pretrained pipeline, and the size of the data.
 
-    What a pipeline whose transformer is trained further says of itself (`nets.saved_settings`) is under the recipe and
+    What a pipeline whose transformer is trained further says of itself (`networks.saved_settings`) is under the recipe and
     the flags, and over the defaults.
 
     Args:
@@ -130,7 +130,7 @@ def read_run(
             if name in given and given[name] != value:
                 source = "flag" if name in line.flags else "recipe"
                 notes.append(f"`{name}` is {given[name]} ({source}); the pretrained pipeline has {value}")
-        settings = saved | settings
+        settings = line.defaults | saved | given
     if (epochs := settings.pop(EPOCHS, None)) is not None:
         settings["max_train_steps"], note = _steps_of_epochs(settings, epochs)
         notes.append(note)
