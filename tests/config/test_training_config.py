@@ -519,7 +519,9 @@ def test_a_pretrained_pipeline_and_data_are_enough(pictures):
     for name, value in (taken | {"max_sequence_length": 64, "caption_cleaning": "light"}).items():
         assert getattr(cfg, name) == value
         assert f"`{name}` {value}" in notes[0]
-    lora, _ = read_run(["--pretrained_model_name_or_path", SMALL, "--dataset_name", "x"], {"lora_rank": 4, "shift": 5.0})
+    lora, _ = read_run(
+        ["--pretrained_model_name_or_path", SMALL, "--dataset_name", "x"], {"lora_rank": 4, "shift": 5.0}
+    )
     assert [getattr(lora, name) for name in taken] == list(taken.values())
 
 

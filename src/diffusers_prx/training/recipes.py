@@ -105,8 +105,8 @@ def read_run(
 ) -> tuple[TrainingConfig, list[str]]:
     """Read the command line of a run, and what it follows from: the pretrained pipeline, and the size of the data.
 
-    What a pipeline whose transformer is trained further says of itself (`networks.saved_settings`) is under the recipe and
-    the flags, and over the defaults.
+    What a pipeline whose transformer is trained further says of itself (`networks.saved_settings`) is under the recipe
+    and the flags, and over the defaults.
 
     Args:
         argv: arguments without the script's name; None: those of the process.
