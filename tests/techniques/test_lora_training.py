@@ -324,6 +324,9 @@ def test_an_instance_prompt_needs_no_captions(base, tmp_path):
     assert list(stage.captions(9)) == ["a blue star"] * 3
     batch = next(stage.training_batches(0, 0, 1, torch.device("cpu")))
     assert batch["captions"] == ["a blue star"] * 4
+    for inside in (pictures, pictures / "runs" / "one", tmp_path / "runs" / ".." / "pictures" / "run"):
+        with pytest.raises(ValueError, match="`output_dir`"):  # what it draws would be data
+            TrainingConfig(**settings(inside, base, **values))
     # beside scenes, which keep the captions of what they show
     sources = [{"name": str(pictures), "weight": 1}, {"name": "scenes", "weight": 1}]
     mixed = {"dataset_name": None, "data_sources": sources, "instance_prompt": "a blue star", "train_batch_size": 8}

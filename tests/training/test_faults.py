@@ -217,6 +217,14 @@ def test_a_run_that_fails_lets_go_of_its_folder(undisturbed, tmp_path):
     FolderLock(tmp_path).release()
 
 
+@pytest.mark.parametrize("name", ["file", "file/below", "link"])
+def test_an_output_dir_that_cannot_be_made_is_named(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(ValueError, match="`output_dir`"):
+        FolderLock(tmp_path / name)
+
+
 def hold(folder: Path, told) -> None:
     lock = FolderLock(folder)
     worker = mp.get_context("fork").Process(target=time.sleep, args=(60,), daemon=False)

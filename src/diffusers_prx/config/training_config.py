@@ -629,6 +629,16 @@ class TrainingConfig:
                 )
         if not all(prompt.strip() for prompt in prompted):
             raise ValueError(f"`instance_prompt` must be a text, got {prompted}.")
+        inside = Path(expand_path(self.output_dir)).resolve()
+        for source in sources:
+            if source.instance_prompt is not None and Path(expand_path(source.name)).resolve() in (
+                inside,
+                *inside.parents,
+            ):
+                raise ValueError(
+                    f"`output_dir` is {self.output_dir}, inside the data {source.name}: with `instance_prompt`, the "
+                    "images that the run draws would be trained on. Pass another `--output_dir`."
+                )
         for column, weight in self.caption_weights.items():
             if not _is_weight(weight):
                 raise ValueError(f"`caption_weights` must be positive and finite, got {weight!r} for {column}.")

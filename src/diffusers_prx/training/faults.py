@@ -108,11 +108,17 @@ class FolderLock:
         folder: output folder of the run; it is made where it is not there.
 
     Raises:
-        ValueError: if another run holds it, with its host and process.
+        ValueError: if another run holds it, with its host and process; or if the folder cannot be made.
     """
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` is {folder}, a folder that cannot be made ({error.strerror}). Pass another "
+                "`--output_dir`."
+            ) from error
         self.path = folder / LOCK_FILE
         while True:
             self.file: Any = self.path.open("a+", encoding="utf-8")
