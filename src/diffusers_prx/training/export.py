@@ -183,7 +183,8 @@ def export_checkpoint(
     }
     read_tensors(checkpoint, parameters)
     for module in nets.trainable(cfg).values():
-        module.to(dtype)
+        # diffusers' own `to` warns of modules that stay in float32, of which PRX has none
+        torch.nn.Module.to(module, dtype)
     sheet = validation_sheet(checkpoint.parent, state.step)
     if sheet.is_file():  # the widget's pictures
         (copy := validation_sheet(output_dir, state.step)).parent.mkdir(parents=True, exist_ok=True)
