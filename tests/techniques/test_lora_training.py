@@ -155,10 +155,10 @@ def test_another_process_draws_the_same(name, base, request, tmp_path):
     run = request.getfixturevalue(name)
     code = (
         "import sys, torch; sys.path[:0] = sys.argv[1:3]; torch.set_num_threads(1); from pathlib import Path\n"
-        "import test_lora; images = test_lora.draw(test_lora.load(*map(Path, sys.argv[3:5])))\n"
+        "import test_lora_training as lora; images = lora.draw(lora.load(*map(Path, sys.argv[3:5])))\n"
         "torch.save(images, sys.argv[5])\n"
     )
-    folders = [runs.ROOT / "tests", runs.ROOT / "tests" / "training", base, run.output_dir, tmp_path / "images.pt"]
+    folders = [runs.ROOT / "tests", runs.ROOT / "tests" / "techniques", base, run.output_dir, tmp_path / "images.pt"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(runs.ROOT)])}
     subprocess.run([sys.executable, "-c", code, *map(str, folders)], check=True, env=environment)
     images = torch.load(tmp_path / "images.pt")
