@@ -206,7 +206,7 @@ def misfits():
         "no prefix": ({k.removeprefix("transformer."): v for k, v in good.items()}, "no part of a LoRA or DoRA"),
         "text encoder": ({**good, "text_encoder.q.lora_A.weight": torch.zeros(2, 2)}, "has 1 tensors of 21 that"),
         "kohya": ({"lora_unet_blocks_0.lora_down.weight": torch.zeros(2, 2)}, "accepted are transformer.LAYER"),
-        "nothing": ({}, "0 tensors of 0"),
+        "nothing": ({}, "has no tensors"),
     }  # fmt: skip
 
 

@@ -383,9 +383,11 @@ def read_adapter(state_dict: Mapping[str, Any], metadata: Any, transformer: Any)
             f"`transformer` is a {type(transformer).__module__}.{type(transformer).__name__}, which takes no adapters "
             "here; accepted is diffusers_prx.PRXTransformer2DModel, which loads the same files."
         )
+    if not state_dict:
+        raise ValueError("The file has no tensors; accepted are those of a LoRA or DoRA of the transformer.")
     found = {key: KEY.fullmatch(key) if isinstance(key, str) else None for key in state_dict}
     other = sorted(str(key) for key, match in found.items() if match is None)
-    if other or not state_dict:
+    if other:
         raise ValueError(
             f"The file has {len(other)} tensors of {len(state_dict)} that are no part of a LoRA or DoRA of the "
             f"transformer, as {other[:SHOWN]}; accepted are transformer.LAYER.lora_A.weight, .lora_B.weight, "
