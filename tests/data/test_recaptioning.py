@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import transformers
 from accelerate import PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,7 +24,6 @@ from transformers import (
     AutoProcessor,
     BlipConfig,
     BlipForConditionalGeneration,
-    BlipImageProcessorPil,
     BlipProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -100,7 +100,9 @@ def plain_model(tmp_path_factory) -> str:
     }  # fmt: skip
     config = BlipConfig(text_config=text, vision_config={**SMALL, "image_size": 16, "patch_size": 8})
     BlipForConditionalGeneration(config).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer).save_pretrained(folder)
+    # transformers has given the processor that needs Pillow alone a name of its own
+    image_processor = getattr(transformers, "BlipImageProcessorPil", transformers.BlipImageProcessor)
+    BlipProcessor(image_processor(size={"height": 16, "width": 16}), tokenizer).save_pretrained(folder)
     return folder
 
 
