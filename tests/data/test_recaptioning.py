@@ -25,7 +25,6 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -46,6 +45,11 @@ TEMPLATE = (
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES = 7
 CORRUPT = 3
+
+
+def pillow_processor(name: str) -> type:
+    """The image processor that needs Pillow alone, which newer transformers call by a name of its own."""
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +84,7 @@ def chat_model(tmp_path_factory) -> str:
         vision_feature_layer=-1,
     )  # fmt: skip
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    images = pillow_processor("CLIPImageProcessor")(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     LlavaProcessor(
         images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=TEMPLATE,
@@ -100,9 +104,9 @@ def plain_model(tmp_path_factory) -> str:
     }  # fmt: skip
     config = BlipConfig(text_config=text, vision_config={**SMALL, "image_size": 16, "patch_size": 8})
     BlipForConditionalGeneration(config).save_pretrained(folder)
-    # transformers has given the processor that needs Pillow alone a name of its own
-    image_processor = getattr(transformers, "BlipImageProcessorPil", transformers.BlipImageProcessor)
-    BlipProcessor(image_processor(size={"height": 16, "width": 16}), tokenizer).save_pretrained(folder)
+    BlipProcessor(pillow_processor("BlipImageProcessor")(size={"height": 16, "width": 16}), tokenizer).save_pretrained(
+        folder
+    )
     return folder
 
 
