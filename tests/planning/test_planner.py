@@ -174,7 +174,7 @@ def cases(names: Iterable[str], slow: Collection[str]) -> list[Any]:
 @pytest.mark.parametrize("name", cases(STEPS, SLOW))
 def test_operations_are_those_that_a_real_step_counts(folders, name):
     cfg = case(name, folders)
-    nets, batch = build_nets(cfg, iter(())), runs.batch(cfg.train_batch_size, cfg.resolution)
+    nets, batch = build_nets(cfg), runs.batch(cfg.train_batch_size, cfg.resolution)
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
         real_loss(nets, cfg, batch).backward()
     tokens = text_tokens(nets, cfg, batch["captions"])
@@ -261,7 +261,7 @@ MEMORY = {
 @pytest.mark.parametrize("name", cases(MEMORY, ("dense", "SPRINT", "REPA", "latents")))
 def test_memory_is_what_the_tracker_of_torch_sees(folders, name):
     cfg = case(name, folders, train_batch_size=16, **MEMORY[name])
-    nets, batch = build_nets(cfg, iter(())), runs.batch(16, cfg.resolution)
+    nets, batch = build_nets(cfg), runs.batch(16, cfg.resolution)
     seen = at_the_peak(nets, cfg, batch)
     single = replace(H200, num_gpus=1)
     tokens = text_tokens(nets, cfg, batch["captions"])
@@ -329,7 +329,7 @@ class Sent(TorchDispatchMode):
 def exchange_on_a_rank(rank: int, world: int, strategy: str, cfg: TrainingConfig, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    nets = build_nets(cfg, iter(()))
+    nets = build_nets(cfg)
     transformer = nets.transformer
     trained = Trained({"transformer": transformer})
     if strategy == "fsdp2":

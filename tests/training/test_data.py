@@ -629,7 +629,7 @@ def test_the_outline_is_that_of_the_networks(text_encoder, tmp_path, vae):
         values["vae_name_or_path"] = str(tmp_path / "vae")
     cfg = TrainingConfig(**runs.settings(tmp_path, text_encoder, **values, transformer_config=runs.TRANSFORMER))
     made = outline(cfg)
-    nets = build_nets(cfg, iter(()))
+    nets = build_nets(cfg)
     assert made.pixels_per_token == nets.pixels_per_token
     assert (made.vae is None) == (nets.vae is None)
     assert all(weight.is_meta for weight in made.transformer.parameters())
@@ -646,7 +646,7 @@ def test_the_outline_of_a_saved_pipeline(reference, tmp_path):
         kind = "x_prediction" if name == "pixels" else "velocity"
         for transformer in ({}, runs.TRANSFORMER):
             cfg = TrainingConfig(**values | {"transformer_config": transformer, "prediction_type": kind})
-            made, nets = outline(cfg), build_nets(cfg, iter(()))
+            made, nets = outline(cfg), build_nets(cfg)
             assert (made.pixels_per_token, made.vae is None) == (nets.pixels_per_token, name == "pixels")
             assert sum(w.numel() for w in made.transformer.parameters()) == sum(
                 w.numel() for w in nets.transformer.parameters()

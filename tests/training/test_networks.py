@@ -155,7 +155,7 @@ def config(tmp_path, **changes):
 def test_the_transformer_follows_the_other_networks(vae, text, tmp_path):
     save_text(text, tmp_path / "text")
     VAES[vae]().save_pretrained(tmp_path / "vae")
-    nets = build_nets(config(tmp_path), iter(()))
+    nets = build_nets(config(tmp_path))
     transformer = nets.transformer.config
     assert transformer.in_channels == {"kl": 4, "flux2": 12, "dc": 4, "tiny": 4}[vae]
     assert transformer.context_in_dim == tiny.TEXT_WIDTH
@@ -170,7 +170,7 @@ def test_resolution_that_does_not_fit_flux2(tmp_path):
     save_text("clip", tmp_path / "text")
     zoo.vae_flux2().save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"`resolution` must be a multiple of 8 .*got 36"):
-        build_nets(config(tmp_path, resolution=36), iter(()))
+        build_nets(config(tmp_path, resolution=36))
 
 
 def test_a_vae_without_a_scale_is_refused(tmp_path):
@@ -182,12 +182,12 @@ def test_a_vae_without_a_scale_is_refused(tmp_path):
     del stored["scaling_factor"]
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="scaling_factor"):
-        build_nets(config(tmp_path), iter(()))
+        build_nets(config(tmp_path))
 
 
 def test_more_tokens_than_the_text_encoder_has_positions(tmp_path):
     save_text("clip", tmp_path / "text")
     zoo.vae_tiny().save_pretrained(tmp_path / "vae")
-    build_nets(config(tmp_path, max_sequence_length=24), iter(()))
+    build_nets(config(tmp_path, max_sequence_length=24))
     with pytest.raises(ValueError, match=r"`max_sequence_length` is 25, .* positions for 24"):
-        build_nets(config(tmp_path, max_sequence_length=25), iter(()))
+        build_nets(config(tmp_path, max_sequence_length=25))

@@ -111,7 +111,7 @@ def cached(tmp_path_factory, parts) -> dict:
 def opened(values: dict) -> tuple[Nets, list]:
     """The networks and the stages of a run, ready for its first step."""
     cfg = TrainingConfig(**values)
-    nets, stages = build_nets(cfg, iter(())), build_stages(cfg)
+    nets, stages = build_nets(cfg), build_stages(cfg)
     tiny.randomise(nets.transformer)  # a new one ignores its text
     for stage in stages:
         stage.sort(nets.pixels_per_token, 1)

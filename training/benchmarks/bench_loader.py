@@ -79,7 +79,7 @@ def open_stage(cfg: TrainingConfig) -> Stage:
     (stage,) = build_stages(cfg)
     stage.sort(8, 1)
     if cfg.precomputed_dir is not None:
-        open_precomputed([stage], build_nets(cfg, iter(())))
+        open_precomputed([stage], build_nets(cfg))
     return stage
 
 

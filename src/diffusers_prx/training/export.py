@@ -173,7 +173,7 @@ def export_checkpoint(
     if cfg.text_encoder_config:
         text = (checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
         tokenizer = restore_tokenizer(text, cfg.max_sequence_length)
-    nets = build_nets(cfg, iter(()), techniques=False, trained_tokenizer=tokenizer)
+    nets = build_nets(cfg, techniques=False, trained_tokenizer=tokenizer)
     _check_unchanged(checkpoint, state, identity(cfg, nets, None))
     nets.enter(last_stage(cfg, state))
     parameters = {

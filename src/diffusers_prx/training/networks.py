@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -279,7 +279,6 @@ def check_fit(config: Mapping[str, Any], vae: Any, stages: Sequence[TrainingConf
 
 def build_nets(
     cfg: TrainingConfig,
-    captions: Iterator[str],
     techniques: bool = True,
     teacher_width: int | None = None,
     trained_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -287,10 +286,9 @@ def build_nets(
     """Load or make every network of the run, in float32, on the CPU.
 
     Args:
-        captions: captions to train a tokenizer on; not read where there is one already.
         techniques: False leaves out what only the auxiliary losses need.
         teacher_width: see `add_techniques`.
-        trained_tokenizer: tokenizer that the run has trained before, for a new text encoder.
+        trained_tokenizer: tokenizer for a new text encoder, as `train_tokenizer` makes it; None without one.
 
     Raises:
         ValueError: if the networks do not fit each other.
@@ -308,9 +306,8 @@ def build_nets(
     tokenizer: Any
     vae = load_vae(cfg.vae_name_or_path) if cfg.vae_name_or_path is not None else loaded.get("vae")
     if cfg.text_encoder_config:
+        assert trained_tokenizer is not None, "a new text encoder needs the tokenizer that was trained for it"
         tokenizer = trained_tokenizer
-        if tokenizer is None:
-            tokenizer = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
         text_encoder: nn.Module = new_text_encoder(cfg.text_encoder_config, tokenizer)
     elif cfg.text_encoder_name_or_path is not None:
         text_encoder, tokenizer = load_text_encoder(cfg.text_encoder_name_or_path, torch.float32)

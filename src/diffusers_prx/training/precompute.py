@@ -177,7 +177,7 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
         accelerator.print("a dry run: nothing is computed")
         accelerator.end_training()
         return
-    nets = replace(build_nets(cfg, iter(())), transformer=None, projector=None, lpips=None, dino=None)
+    nets = replace(build_nets(cfg), transformer=None, projector=None, lpips=None, dino=None)
     networks = network_settings(nets)
     for module in (nets.vae, nets.text_encoder, nets.teacher):
         if module is not None:

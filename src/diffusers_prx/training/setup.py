@@ -109,7 +109,7 @@ def _build(
     # networks
     set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
     tokenizer = tokenizer_of(cfg, stages[0], exchange, resumed)
-    nets = build_nets(cfg, iter(()), teacher_width=teacher_width, trained_tokenizer=tokenizer)
+    nets = build_nets(cfg, teacher_width=teacher_width, trained_tokenizer=tokenizer)
     open_precomputed(stages, nets)
     state = RunState(
         settings=cfg.to_dict(),
