@@ -179,6 +179,7 @@ def test_settings_that_exclude_each_other(changes, message):
 PHOTOS = {"name": "photos"}
 TWO = {"dataset_name": None, "data_sources": [PHOTOS, {"name": "tars/{0..3}.tar"}]}
 WEIGHTED = {"dataset_name": None, "data_sources": [PHOTOS | {"weight": 3}, {"name": "scenes", "weight": 0.5}]}
+EMOJI = {"dataset_name": "emoji_scenes", "emoji_dir": "emoji"}
 STREAM = {"dataset_name": "photos", "streaming": True}
 
 
@@ -207,7 +208,13 @@ def sources(*entries) -> dict:
         (WEIGHTED, {"streaming": True}, "`streaming` is for stored data"),
         (TWO, {"streaming": True}, "`data_sources` need a `weight` each .* with `streaming`"),
         (TWO, {"caption_weights": {"a": 1}} | sources(PHOTOS | {"caption_column": "b"}), "`caption_column` 'b', but"),
-        ({}, {"streaming": True}, "`streaming` is for stored data: `dataset_name` scenes are drawn on the fly"),
+        ({}, {"streaming": True}, "`streaming` is for stored data: `dataset_name` scenes"),
+        (EMOJI, {"emoji_dir": None}, "`emoji_dir` is None.* pass `--emoji_dir`"),
+        (EMOJI, {"streaming": True}, "`streaming` .* `dataset_name` emoji_scenes"),
+        (EMOJI, {"random_flip": True}, "`random_flip` .* `dataset_name` emoji_scenes"),
+        (EMOJI, {"aspect_ratio_buckets": "computed"}, "`aspect_ratio_buckets` .* `dataset_name` emoji_scenes"),
+        (EMOJI, {"instance_prompt": "a cat"}, "`instance_prompt` .* `dataset_name` emoji_scenes"),
+        (EMOJI, {"precomputed_dir": "x", "center_crop": True}, "`precomputed_dir` is 'x', .*--scenes_size"),
         (STREAM, {"aspect_ratio_buckets": "study"}, "`aspect_ratio_buckets` must be none with `streaming`"),
         (STREAM, {"precomputed_dir": "x", "center_crop": True}, "`precomputed_dir` excludes `streaming`"),
         *(({"caption_weights": {"long": 1}}, {"caption_weights": {"long": bad}},

@@ -14,8 +14,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
+import emoji
 from diffusers_prx.data.buckets import Buckets
 from diffusers_prx.data.captioned import read_sample
+from diffusers_prx.data.emoji_scenes import EmojiScenesDataset
 from diffusers_prx.data.samplers import Position
 from diffusers_prx.data.samples import TrainingSamples, collate
 from diffusers_prx.data.scenes import ScenesDataset, short_caption
@@ -204,6 +206,23 @@ def test_scenes():
         load_source("scenes")
     with pytest.raises(ValueError, match="scenes is read by index"):
         load_stream("scenes")
+
+
+def test_emoji_scenes(tmp_path):
+    options = {"emoji_dir": str(emoji.save_emoji(tmp_path)), "resolution": 32, "seed": 3, "size": 50}
+    source = load_source("emoji_scenes", caption_columns=("short", "long"), scenes=options)
+    scenes = EmojiScenesDataset(**options)
+    assert len(source) == 50
+    for i in (0, 49):
+        assert source[i]["captions"]["long"] == source.captions(i)["long"] == scenes[i]["caption"]
+        assert source[i]["caption"] == scenes.describe(scenes.scene(i), "short", i)
+        assert source[i]["image"].tobytes() == scenes[i]["image"].tobytes()
+        assert source.size(i) == (32, 32)
+    assert len({source.image_hash(i) for i in range(50)}) > 45
+    with pytest.raises(ValueError, match="`caption_column` is 'text'; accepted: 'long', 'short'"):
+        load_source("emoji_scenes", scenes=options)
+    with pytest.raises(ValueError, match="`streaming`"):
+        load_stream("emoji_scenes")
 
 
 def test_patterns(tmp_path):

@@ -602,7 +602,10 @@ def test_another_caption_stops_the_run(cached, parts, tmp_path):
         ({"train_text_encoder": True}, "a frozen text encoder computes: leave out `train_text_encoder`"),
         ({"center_crop": False}, r"set `center_crop` \(is False\)"),
         ({"random_flip": True}, r"leave out `random_flip` \(is True\)"),
-        ({"train_data_dir": None, "dataset_name": "scenes"}, "scenes are drawn on the fly"),
+        (
+            {"train_data_dir": None, "dataset_name": "scenes"},
+            "`precomputed_dir`.* `dataset_name` scenes .*--scenes_size",
+        ),
         ({"repa_cache_dir": "somewhere"}, "leave out `repa_cache_dir`"),
     ],
     ids=str,

@@ -44,6 +44,8 @@ import PIL.Image
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from diffusers_prx.data.emoji import STYLE_WORDS, enumerate_words, with_article
+
 ROWS_PER_FILE = 4000
 ROWS_PER_GROUP = 100  # a stream holds one group at a time
 SPLITS = ("train", "heldout_pairs", "unseen_names", "skin_tones")
@@ -70,14 +72,12 @@ class Style:
     """One style of drawings.
 
     Args:
-        words: name of the style in captions.
         package: package that holds the drawings.
         author: author for the attribution.
         source: address of the original drawings.
         license: SPDX identifier of their license.
     """
 
-    words: str
     package: Package
     author: str
     source: str
@@ -91,7 +91,6 @@ NAMES = Package(
 )
 STYLES = {
     "noto": Style(
-        "Noto",
         Package(
             "@iconify-json/noto",
             "1.2.9",
@@ -102,7 +101,6 @@ STYLES = {
         "Apache-2.0",
     ),
     "noto-v1": Style(
-        "Noto blob",
         Package(
             "@iconify-json/noto-v1",
             "1.2.5",
@@ -113,7 +111,6 @@ STYLES = {
         "Apache-2.0",
     ),
     "twemoji": Style(
-        "Twemoji",
         Package(
             "@iconify-json/twemoji",
             "1.2.5",
@@ -124,7 +121,6 @@ STYLES = {
         "CC-BY-4.0",
     ),
     "fluent": Style(
-        "Fluent",
         Package(
             "@iconify-json/fluent-emoji",
             "1.2.7",
@@ -135,7 +131,6 @@ STYLES = {
         "MIT",
     ),
     "fluent-flat": Style(
-        "Fluent flat",
         Package(
             "@iconify-json/fluent-emoji-flat",
             "1.2.6",
@@ -146,7 +141,6 @@ STYLES = {
         "MIT",
     ),
     "fluent-3d": Style(
-        "Fluent 3D",
         Package(
             "@lobehub/fluent-emoji-3d",
             "1.1.0",
@@ -157,7 +151,6 @@ STYLES = {
         "MIT",
     ),
     "emojione": Style(
-        "EmojiOne",
         Package(
             "@iconify-json/emojione",
             "1.2.3",
@@ -443,18 +436,9 @@ def choose(options: Sequence[str], *key: str) -> str:
     return options[int(share_of(*key) * len(options))]
 
 
-def with_article(label: str) -> str:
-    """Put "a" or "an" before a label that is neither a plural nor a proper name: "an orange heart"."""
-    last = label.split(" with ")[0].split(" (")[0].split()[-1]
-    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    if plural or not label[0].islower() or label.startswith(("flag of", "keycap")):
-        return f"the {label}" if label.startswith("flag of") else label
-    return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
-
-
 def text_caption(entry: Entry, style: str) -> str:
     """Write a caption of label and style: "a red apple in the Twemoji style"."""
-    words = STYLES[style].words
+    words = STYLE_WORDS[style]
     thing = choose((entry.label, with_article(entry.label)), "article", entry.name, style)
     patterns = ("{thing} in the {words} style", "{words} emoji of {thing}", "{thing}, {words} style")
     return choose(patterns, "text", entry.name, style).format(thing=thing, words=words)
@@ -462,7 +446,7 @@ def text_caption(entry: Entry, style: str) -> str:
 
 def long_caption(entry: Entry, style: str, colors: Sequence[str]) -> str:
     """Write a caption of sentences: label and style, synonyms, group, and colors."""
-    key, words, thing = (entry.name, style), STYLES[style].words, with_article(entry.label)
+    key, words, thing = (entry.name, style), STYLE_WORDS[style], with_article(entry.label)
     first = choose(
         (
             "An emoji of {thing} in the {words} style.",
@@ -488,11 +472,6 @@ def long_caption(entry: Entry, style: str, colors: Sequence[str]) -> str:
         rest.append(pattern.format(enumerate_words(colors)))
     rest.sort(key=lambda sentence: share_of("order", sentence, *key))
     return " ".join([first, *rest])
-
-
-def enumerate_words(words: Sequence[str]) -> str:
-    """Join words as in a sentence: "a, b and c"."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ from .fields import (
     settings_of,
 )
 
+# Sources of data that are drawn on the fly; see `data.sources`.
+DRAWN_SOURCES = ("scenes", "emoji_scenes")
 # The share of unreadable samples is judged over at least this many, so that a single one does not stop a run.
 SAMPLES_BEFORE_JUDGING = 1000
 # The study's warm-up, of a run of 100,000 steps; a run of fewer than ten times as many steps has a shorter one.
@@ -65,6 +67,11 @@ class DataSource:
     image_column: str
     caption_column: str
     instance_prompt: str | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """True if the samples are drawn on the fly."""
+        return self.name in DRAWN_SOURCES
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ class TrainingConfig:
     # the data
     dataset_name: Annotated[
         str | None,
-        "`scenes` (built in, drawn on the fly), or a data set on the Hub or on disk that `datasets` can load.",
+        "`scenes` (built in, drawn on the fly), `emoji_scenes` (drawings of `emoji_dir` on colored grounds, on the "
+        "fly), or a data set on the Hub or on disk that `datasets` can load.",
         STAGE,
         CACHED,
         PATH,
@@ -198,8 +206,27 @@ class TrainingConfig:
     caption_statistics_samples: Annotated[
         int, "Captions of each stage that are looked at before the run, in tokens; 0: none.", NOT_NEGATIVE
     ] = 2000
-    scenes_level: Annotated[Literal["easy", "medium", "hard"], "Difficulty of the built-in scenes.", STAGE] = "easy"
-    scenes_caption: Annotated[Literal["long", "short"], "Captions of the built-in scenes.", STAGE] = "long"
+    scenes_level: Annotated[Literal["easy", "medium", "hard"], "Difficulty of the built-in scenes.", STAGE, CACHED] = (
+        "easy"
+    )
+    scenes_caption: Annotated[
+        Literal["long", "short"], "Captions of `dataset_name` scenes and emoji_scenes.", STAGE, CACHED
+    ] = "long"
+    scenes_size: Annotated[
+        int | None,
+        "Number of different training scenes of `dataset_name` scenes and emoji_scenes, which gives them epochs and a "
+        "`precomputed_dir`; none: no end.",
+        AT_LEAST_ONE,
+        STAGE,
+        CACHED,
+    ] = None
+    emoji_dir: Annotated[
+        str | None,
+        "Folder that `training/tools/fetch_emoji.py` wrote, for `dataset_name` emoji_scenes.",
+        STAGE,
+        CACHED,
+        PATH,
+    ] = None
     resolution: Annotated[
         int, "Height and width in pixels: images are resized to cover it and cropped.", AT_LEAST_ONE, STAGE, CACHED
     ] = 256
@@ -602,9 +629,9 @@ class TrainingConfig:
         for source in self.data_sources:
             _check_source(source, bool(self.caption_weights))
         sources = sources_of(self)
-        scenes = any(source.name == "scenes" for source in sources)
+        drawn = next((source.name for source in sources if source.is_drawn), None)
         weights = [source.weight for source in sources if source.weight is not None]
-        if self.dataset_config_name is not None and (scenes or self.dataset_name is None):
+        if self.dataset_config_name is not None and (drawn or self.dataset_name is None):
             raise ValueError(
                 f"`dataset_config_name` is {self.dataset_config_name!r}; only a data set of the Hub has such "
                 "configurations: leave it out, or name it in its source as `config_name`."
@@ -614,12 +641,17 @@ class TrainingConfig:
                 f"`data_sources` have the weights {[source.weight for source in sources]}: give every source one, or "
                 "none to read each sample equally."
             )
-        if len(sources) > 1 and not weights and (scenes or self.streaming):
+        if len(sources) > 1 and not weights and (drawn or self.streaming):
             raise ValueError(
                 "`data_sources` need a `weight` each where they have no end: with scenes, and with `streaming`."
             )
-        if self.instance_prompt is not None and all(source.name == "scenes" for source in sources):
-            raise ValueError("`instance_prompt` is for stored data; `dataset_name` scenes have captions of their own.")
+        if self.instance_prompt is not None and all(source.is_drawn for source in sources):
+            raise ValueError(f"`instance_prompt` is for stored data; `dataset_name` {drawn} has captions of its own.")
+        if self.emoji_dir is None and any(source.name == "emoji_scenes" for source in sources):
+            raise ValueError(
+                "`emoji_dir` is None, but emoji_scenes need the folder that `training/tools/fetch_emoji.py` wrote: "
+                "pass `--emoji_dir`."
+            )
         prompted = [source.instance_prompt for source in sources if source.instance_prompt is not None]
         for name, used in (("caption_weights", bool(self.caption_weights)), ("streaming", self.streaming)):
             if prompted and used:
@@ -649,16 +681,21 @@ class TrainingConfig:
                 )
             if used and self.precomputed_dir is not None:
                 raise ValueError(f"`precomputed_dir` excludes `{name}`: only data with an end can be precomputed.")
-        if scenes and self.streaming:
-            raise ValueError("`streaming` is for stored data: `dataset_name` scenes are drawn on the fly.")
-        if scenes and self.aspect_ratio_buckets != "none":
-            raise ValueError("`aspect_ratio_buckets` must be none with `dataset_name` scenes: scenes are squares.")
-        if scenes and self.random_flip:
-            raise ValueError("`random_flip` would make the captions of `dataset_name` scenes wrong (left and right).")
+        if drawn and self.streaming:
+            raise ValueError(f"`streaming` is for stored data: `dataset_name` {drawn} is drawn on the fly.")
+        if drawn and self.aspect_ratio_buckets != "none":
+            raise ValueError(f"`aspect_ratio_buckets` must be none with `dataset_name` {drawn}: scenes are squares.")
+        if drawn and self.random_flip:
+            raise ValueError(
+                f"`random_flip` would make the captions of `dataset_name` {drawn} wrong (left and right)."
+            )
 
     def _check_precomputed(self) -> None:
-        if any(source.name == "scenes" for source in sources_of(self)):
-            raise ValueError("`precomputed_dir` is for stored data; `dataset_name` scenes are drawn on the fly.")
+        if self.scenes_size is None and any(source.is_drawn for source in sources_of(self)):
+            raise ValueError(
+                f"`precomputed_dir` is {self.precomputed_dir!r}, but `dataset_name` {self.dataset_name} has no end: "
+                "pass `--scenes_size`."
+            )
         if self.train_text_encoder:
             raise ValueError(
                 "`precomputed_dir` keeps what a frozen text encoder computes: leave out `train_text_encoder`."
@@ -843,14 +880,14 @@ def sources_of(cfg: TrainingConfig) -> list[DataSource]:
     ]
     sources = []
     for source in listed:
-        caption_column = cfg.scenes_caption if source["name"] == "scenes" else cfg.caption_column
+        drawn = source["name"] in DRAWN_SOURCES
         settings = {
             "weight": None,
             "config_name": None,
             "split": cfg.dataset_split,
             "image_column": cfg.image_column,
-            "caption_column": caption_column,
-            "instance_prompt": None if source["name"] == "scenes" else cfg.instance_prompt,
+            "caption_column": cfg.scenes_caption if drawn else cfg.caption_column,
+            "instance_prompt": None if drawn else cfg.instance_prompt,
         }
         sources.append(DataSource(**settings | source))
     return sources
@@ -875,8 +912,10 @@ def _check_source(source: Any, weighted_captions: bool) -> None:
         elif not isinstance(value, str):
             raise ValueError(f"`data_sources`: `{name}` must be a word or a path, got {value!r}.")
     drawn = sorted(set(source) & {"config_name", "split", "image_column", "instance_prompt"})
-    if source["name"] == "scenes" and drawn:
-        raise ValueError(f"`data_sources` has {drawn} for scenes, which are drawn on the fly: leave them out.")
+    if source["name"] in DRAWN_SOURCES and drawn:
+        raise ValueError(
+            f"`data_sources` has {drawn} for {source['name']}, which is drawn on the fly: leave them out."
+        )
     if weighted_captions and "caption_column" in source:
         raise ValueError(
             f"`data_sources` has the `caption_column` {source['caption_column']!r}, but `caption_weights` names the "

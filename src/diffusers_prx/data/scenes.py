@@ -200,12 +200,12 @@ def relation_between(first: tuple[int, int], second: tuple[int, int]) -> str:
     return " and ".join(filter(None, (vertical, f"to the {side} of" if side else "")))
 
 
-def _stream(*key: str | int) -> random.Random:
+def random_stream(*key: str | int) -> random.Random:
     # Python promises the same random() for the same string on every version; so every draw below is a random().
     return random.Random("/".join(map(str, key)))
 
 
-def _pick(rng: random.Random, options: Sequence[T]) -> T:
+def pick(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
@@ -228,13 +228,13 @@ def _draw(rng: random.Random, level: SceneLevel, novel: bool) -> Scene:
     places = grid_places(level)
     objects = []
     for i in range(1 + int(rng.random() * level.max_objects)):
-        colour, shape = _pick(rng, held_out if novel and i == 0 else trained)
-        place = _pick(rng, places)
+        colour, shape = pick(rng, held_out if novel and i == 0 else trained)
+        place = pick(rng, places)
         places.remove(place)
         if (colour, shape) in trained:
             trained.remove((colour, shape))  # "the red circle" names one object
-        objects.append(SceneObject(shape, colour, _pick(rng, level.sizes), _pick(rng, level.textures), place))
-    return Scene(level.name, _pick(rng, level.backgrounds), tuple(objects))
+        objects.append(SceneObject(shape, colour, pick(rng, level.sizes), pick(rng, level.textures), place))
+    return Scene(level.name, pick(rng, level.backgrounds), tuple(objects))
 
 
 def sample_scene(index: int, *, seed: int, level: str, split: str = "train") -> Scene:
@@ -256,7 +256,7 @@ def sample_scene(index: int, *, seed: int, level: str, split: str = "train") -> 
     one_of("split", split, SPLITS)
     if index < 0:
         raise ValueError(f"`index` is {index}; it must be 0 or more.")
-    rng = _stream("scene", level, split, seed, index)
+    rng = random_stream("scene", level, split, seed, index)
     while True:
         scene = _draw(rng, definition, novel=split == "novel")
         if split == "novel" or _is_held_out(scene) == (split == "heldout"):
@@ -360,16 +360,16 @@ def _capital(sentence: str) -> str:
 
 def _noun(thing: SceneObject, rng: random.Random) -> str:
     texture = "" if thing.texture == "plain" else f"{thing.texture} "
-    return f"a {_pick(rng, _SIZE_WORDS[thing.size])} {texture}{thing.colour} {thing.shape}"
+    return f"a {pick(rng, _SIZE_WORDS[thing.size])} {texture}{thing.colour} {thing.shape}"
 
 
 def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
     """A caption that states the background and every attribute of every object (texture where it is not plain), in
     the order of `scene.objects`, and `scene.relation` where there is one. (seed, index) choose the wording."""
-    rng, grid = _stream("long", seed, index), get_level(scene.level).grid
+    rng, grid = random_stream("long", seed, index), get_level(scene.level).grid
     nouns = [_noun(thing, rng) for thing in scene.objects]
-    places = [_pick(rng, _place_phrases(thing.place, grid)) for thing in scene.objects]
-    pattern = _pick(rng, _LONG_PATTERNS + _SENTENCES)
+    places = [pick(rng, _place_phrases(thing.place, grid)) for thing in scene.objects]
+    pattern = pick(rng, _LONG_PATTERNS + _SENTENCES)
     if pattern in _SENTENCES:
         parts = [_capital(pattern.format(thing=noun, place=place)) for noun, place in zip(nouns, places)]
         text = " ".join([*parts, _LAST_SENTENCE.format(background=scene.background)])
@@ -388,9 +388,9 @@ def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
 def short_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
     """A caption about the first object only: its size, texture (where not plain), colour, shape and place. It says
     nothing about the background and the other objects. (seed, index) choose the wording."""
-    rng, thing = _stream("short", seed, index), scene.objects[0]
-    place = _pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))
-    return _capital(_pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
+    rng, thing = random_stream("short", seed, index), scene.objects[0]
+    place = pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))
+    return _capital(pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
 
 
 class ScenesDataset(torch.utils.data.Dataset):
@@ -420,13 +420,20 @@ class ScenesDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def scene(self, index: int) -> Scene:
+        """Return the description of a scene; nothing is drawn."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside the {self.size} scenes")
-        scene = sample_scene(index, seed=self.seed, level=self.level, split=self.split)
-        describe = long_caption if self.caption == "long" else short_caption
+        return sample_scene(index, seed=self.seed, level=self.level, split=self.split)
+
+    def describe(self, scene: Scene, caption: str, index: int) -> str:
+        """Write the long or short caption of scene `index`."""
+        return {"long": long_caption, "short": short_caption}[caption](scene, seed=self.seed, index=index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = self.scene(index)
         return {
             "image": render_scene(scene, self.resolution),
-            "caption": describe(scene, seed=self.seed, index=index),
+            "caption": self.describe(scene, self.caption, index),
             "scene": scene,
         }

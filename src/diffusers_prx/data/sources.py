@@ -3,6 +3,7 @@
 | name | what it is | read by index | streamed |
 |---|---|---|---|
 | `scenes` | the built-in scenes | yes | no need |
+| `emoji_scenes` | scenes of the drawings of the emoji data set | yes | no need |
 | folder of pictures with a metadata.jsonl | or metadata.csv, .parquet, which have the captions | yes | yes |
 | folder of pictures | a .txt (or .json) beside each | yes | no |
 | parquet file, pattern, or folder of them | images as bytes | yes | yes |
@@ -35,10 +36,11 @@ import pyarrow as pa
 from ..files import expand_path, is_remote, printable, read_yaml
 from .captioned import CaptionedImages, ListedImages, OneCaption, Slice, StoredImages
 from .captions import require_column
+from .emoji_scenes import EmojiScenesDataset
 from .folders import Contents, FolderImages, folder_kind, list_folder, split_folder
 from .images import NOWHERE, Scope, UnreadableSample, image_value, to_rgb
 from .iterable import HubShards, ListedShards, Shards
-from .scenes import CAPTIONS, Scene, ScenesDataset, long_caption, one_of, sample_scene, short_caption
+from .scenes import CAPTIONS, ScenesDataset, one_of
 from .tars import TarImages, TarShards
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "to_rgb",
 ]
 
+# sources that are drawn on the fly
+DRAWN: dict[str, Any] = {"scenes": ScenesDataset, "emoji_scenes": EmojiScenesDataset}
 # one of these is in a folder that `save_to_disk` wrote
 SAVED = ("state.json", "dataset_dict.json")
 
@@ -103,14 +107,14 @@ class HubImages(StoredImages):
 
 
 class SceneImages:
-    """The built-in scenes with their long and short captions as columns.
+    """Scenes that are drawn on the fly, with their long and short captions as columns.
 
     Raises:
         ValueError: for a column that is neither.
     """
 
-    def __init__(self, scenes: ScenesDataset, caption_columns: Sequence[str]):
-        self.scenes = scenes
+    def __init__(self, scenes: ScenesDataset | EmojiScenesDataset, caption_columns: Sequence[str]):
+        self.scenes: Any = scenes
         self.columns = [one_of("caption_column", column, CAPTIONS) for column in caption_columns]
 
     def __len__(self) -> int:
@@ -118,16 +122,12 @@ class SceneImages:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.scenes[index]
-        captions = self._captions(sample["scene"], index)
+        captions = {column: self.scenes.describe(sample["scene"], column, index) for column in self.columns}
         return {**sample, "captions": captions, "caption": captions[self.columns[0]]}
 
-    def _captions(self, scene: Scene, index: int) -> dict[str, str]:
-        describe = {"long": long_caption, "short": short_caption}
-        return {column: describe[column](scene, seed=self.scenes.seed, index=index) for column in self.columns}
-
     def captions(self, index: int) -> dict[str, str]:
-        scenes = self.scenes  # not drawn for this
-        return self._captions(sample_scene(index, seed=scenes.seed, level=scenes.level, split=scenes.split), index)
+        scene = self.scenes.scene(index)  # not drawn for this
+        return {column: self.scenes.describe(scene, column, index) for column in self.columns}
 
     def size(self, index: int) -> tuple[int, int]:
         return self.scenes.resolution, self.scenes.resolution
@@ -224,7 +224,7 @@ def load_source(
         image_column: for tars an ending of members, or `image` for any kind of picture.
         caption_columns: one or more; for tars and folders see `captions.find_caption`, for scenes `long` and `short`.
         cache_dir: where the indices of tars are kept; none: they are made at every start.
-        scenes: arguments of `ScenesDataset`.
+        scenes: arguments of `ScenesDataset` or `EmojiScenesDataset`.
         instance_prompt: the caption of every image, in place of `caption_columns`; not for scenes.
 
     Raises:
@@ -232,9 +232,9 @@ def load_source(
             or column.
         OSError: if the disk is full when the cache of `datasets` is written.
     """
-    if name == "scenes":
+    if name in DRAWN:
         assert instance_prompt is None, "scenes have captions of their own"
-        return SceneImages(ScenesDataset(**(scenes or {})), caption_columns)
+        return SceneImages(DRAWN[name](**(scenes or {})), caption_columns)
     columns = caption_columns if instance_prompt is None else ()
     images = _load_stored(name, config_name, split, image_column, columns, cache_dir)
     return images if instance_prompt is None else OneCaption(images, instance_prompt)
@@ -396,7 +396,7 @@ def load_stream(
     Raises:
         ValueError: for a name that is nothing or that there is no need to stream, or a missing split or column.
     """
-    place = None if name == "scenes" else _find(name, caption_columns)
+    place = None if name in DRAWN else _find(name, caption_columns)
     beside = place is not None and place.kind == "pictures" and not (place.contents and place.contents.metadata)
     if place is None or place.kind == "saved" or beside:
         raise ValueError(f"{name} is read by index: leave `streaming` out.")

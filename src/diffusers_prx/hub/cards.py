@@ -358,10 +358,11 @@ def _stage_facts(stages: list[TrainingConfig], steps: int, processes: int) -> li
 def _data_facts(source: Any, cfg: TrainingConfig) -> str:
     """A source of data in a few words."""
     share = "" if source.weight is None else f", weight {source.weight:g}"
-    if source.name == SCENES:
+    if source.is_drawn:
         shares = [f"{name} ({weight:g})" for name, weight in (cfg.caption_weights or {}).items()]
         captions = " and ".join(shares) or cfg.scenes_caption
-        return f"`{SCENES}` (drawn by diffusers-prx, level {cfg.scenes_level}, {captions} captions{share})"
+        kind = f"level {cfg.scenes_level}" if source.name == SCENES else f"from `{_shown_name(cfg.emoji_dir)}`"
+        return f"`{source.name}` (drawn by diffusers-prx, {kind}, {captions} captions{share})"
     return f"`{_shown_name(source.name)}` (split {source.split}{share})"
 
 

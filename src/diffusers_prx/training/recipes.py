@@ -273,7 +273,7 @@ def _steps_of_epochs(settings: dict[str, Any], epochs: int) -> tuple[int, str]:
     others = {name: value for name, value in settings.items() if name not in ("max_train_steps", *SCHEDULE)}
     cfg = TrainingConfig(**others)
     sources = sources_of(cfg)
-    endless = cfg.streaming or any(source.name == "scenes" for source in sources)
+    endless = cfg.streaming or (cfg.scenes_size is None and any(source.is_drawn for source in sources))
     if endless or cfg.stages or (len(sources) > 1 and sources[0].weight is not None):
         kind = "stages, each with `max_train_steps` of its own" if cfg.stages else "data without an end"
         raise ValueError(f"`{EPOCHS}` is {epochs}, but the run has {kind}: pass `--max_train_steps`.")

@@ -406,10 +406,12 @@ def _open_source(
         raise ValueError(f"`train_data_dir` is {cfg.train_data_dir!r}, which is not a folder.")
     columns = _columns(cfg, source) | {"instance_prompt": source.instance_prompt}
     load = partial(load_source, source.name, **columns, cache_dir=cfg.data_cache_dir)
-    if source.name == "scenes":
-        scenes: dict[str, Any] = {"level": cfg.scenes_level, "resolution": cfg.resolution, "seed": cfg.seed}
+    if source.is_drawn:
+        scenes: dict[str, Any] = {"resolution": cfg.resolution, "seed": cfg.seed}
+        scenes |= {"level": cfg.scenes_level} if source.name == "scenes" else {"emoji_dir": cfg.emoji_dir}
+        size = {} if cfg.scenes_size is None else {"size": cfg.scenes_size}
         kept = load(scenes=scenes | {"split": "heldout", "size": held_out}) if held_out else None
-        return load(scenes=scenes), kept
+        return load(scenes=scenes | size), kept
     key = (*load.args, *load.keywords.values())
     images = opened[key] if key in opened else opened.setdefault(key, load())
     if 2 * held_out > len(images):
