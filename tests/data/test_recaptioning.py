@@ -43,6 +43,7 @@ TEMPLATE = (
     "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT :"
 )
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+NEVER_ANSWERED = [0, 1, 2, 4]  # <pad>, <unk>, <s>, <image>: random weights would, a trained model does not
 IMAGES = 7
 CORRUPT = 3
 
@@ -83,7 +84,9 @@ def chat_model(tmp_path_factory) -> str:
         image_token_id=4,
         vision_feature_layer=-1,
     )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.suppress_tokens = NEVER_ANSWERED
+    model.save_pretrained(folder)
     images = pillow_processor("CLIPImageProcessor")(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     LlavaProcessor(
         images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
@@ -158,8 +161,9 @@ def slow_answer(folder: str, prompt: str, image: PIL.Image.Image, new_tokens: in
     ids, found = inputs["input_ids"], []
     for _ in range(new_tokens):
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits
-        found.append(int(logits[0, -1].argmax()))
+            logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
+        logits[NEVER_ANSWERED] = -torch.inf
+        found.append(int(logits.argmax()))
         if found[-1] == 3:
             break
         ids = torch.cat([ids, torch.tensor([found[-1:]])], dim=1)

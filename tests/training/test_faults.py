@@ -304,6 +304,20 @@ def test_a_process_that_was_stopped_has_not_hung(stopped, steps, code):
     assert process.exitcode == code
 
 
+def fail_after_the_limit() -> None:
+    with Watch(0, 1.0):
+        time.sleep(1.5)
+        raise RuntimeError("a collective timed out")
+
+
+def test_an_error_after_the_limit_does_not_change_the_exit_code():
+    """A collective that waits for a hung process times out while the watch still waits for the stacks of others."""
+    process = mp.get_context("fork").Process(target=fail_after_the_limit)
+    process.start()
+    process.join(30)
+    assert process.exitcode == EXIT_HUNG
+
+
 def test_a_hung_process_ends_the_run_with_the_stack_of_each(undisturbed, tmp_path):
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path / "run"), "train_batch_size": 2}
     processes = launch(values | {"step_timeout_seconds": 12}, hang_on_rank_1)

@@ -193,11 +193,13 @@ class Watch:
         self.pid = os.getpid()
         self.steps_begun = 0
         self.over = threading.Event()
+        self.limit_reached = False
 
     def __enter__(self) -> "Watch":
         self.begin()
         self.over.clear()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self.thread.start()
         # a shell that starts a job in the background has it ignore the Ctrl-C that is meant for others
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         numbers = [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGINT)]
@@ -207,6 +209,9 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # past the limit a collective times out or loses its peer; that error must not change the exit code
+        if self.limit_reached and isinstance(error, Exception):
+            self.thread.join()  # ends the process
         self.over.set()
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -233,6 +238,7 @@ class Watch:
             spent, before = spent + min(now - before, 5 * tick), now  # longer ticks are those of a stopped process
             if spent < self.seconds:
                 continue
+            self.limit_reached = True
             where = f"process {os.getpid()} on {socket.gethostname()}"
             errors = sys.__stderr__ or sys.stderr
             errors.write(f"\nrank {self.rank} ({where}): no end of a step after {self.seconds} s; its stacks:\n")
