@@ -46,6 +46,6 @@ def check_card(file: Path) -> ModelCard:
     for link in linked_files(card):
         assert (file.parent / link).is_file(), f"{file} names {link}, which is not there"
     assert not re.search(r"\{\{|\{%|\bNone\b|Undefined", card.text)
-    for part in ("## Use", "## Training", "## Measured", "## Limits", "## Licence and attribution"):
+    for part in ("## Use", "## Training", "## Measured", "## Limits", "## License and attribution"):
         assert part in card.text
     return card

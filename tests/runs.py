@@ -137,8 +137,8 @@ def save_teacher(folder: Path) -> Path:
     )
     tiny.randomise(model)
     model.save_pretrained(folder)
-    normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
+    normalization = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalization))
     return folder
 
 

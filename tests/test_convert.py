@@ -43,8 +43,8 @@ def waves(values: torch.Tensor, size: int, factor: float) -> torch.Tensor:
 
 
 def normed(x: torch.Tensor) -> torch.Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 class Scale(nn.Module):

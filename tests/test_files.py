@@ -7,12 +7,12 @@ import torch
 
 from diffusers_prx.files import (
     UNFINISHED,
+    atomic_write,
     read_hashed_json,
     read_hashed_tensors,
     write_hashed_json,
     write_hashed_tensors,
     write_json,
-    written_whole,
 )
 from disks import full_disk
 
@@ -20,7 +20,7 @@ from disks import full_disk
 @pytest.mark.parametrize("sync", [False, True])
 def test_a_file_is_there_when_it_is_whole(tmp_path, sync):
     path = tmp_path / "new" / "file.txt"
-    with written_whole(path, sync) as file:
+    with atomic_write(path, sync) as file:
         file.write_text("half")
         assert not path.exists()
         file.write_text("whole")
@@ -39,7 +39,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 def test_two_writers_do_not_meet(tmp_path):
     path = tmp_path / "file.txt"
-    with written_whole(path) as one, written_whole(path) as other:
+    with atomic_write(path) as one, atomic_write(path) as other:
         assert one != other
         assert one.name.endswith(UNFINISHED)
         one.write_text("one")

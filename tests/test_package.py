@@ -59,7 +59,7 @@ def run_python(code: str, *arguments: str, **kwargs) -> str:
     return result.stdout
 
 
-def normalised(distribution: str) -> str:
+def normalized(distribution: str) -> str:
     """One spelling of a distribution's name, as PyPI compares them."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
@@ -75,7 +75,7 @@ def third_party_imports(path: Path) -> set[str]:
                 names.add(node.module.partition(".")[0])
     ours = {"diffusers_prx", "training", "tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
     ours |= {file.stem for folder in ("training", "spaces") for file in (ROOT / folder).rglob("*.py")}
-    return {normalised(DISTRIBUTIONS.get(name, name)) for name in names - ours - sys.stdlib_module_names}
+    return {normalized(DISTRIBUTIONS.get(name, name)) for name in names - ours - sys.stdlib_module_names}
 
 
 # --- lazy public names
@@ -279,7 +279,7 @@ def declared(metadata: Message, *extras: str) -> set[str]:
     found = set()
     for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            found.add(normalised(requirement.name))
+            found.add(normalized(requirement.name))
     return found
 
 
@@ -316,12 +316,12 @@ def test_every_dependency_has_a_range_and_says_why():
 
 def test_the_lower_bounds_that_are_tested_are_those_that_are_declared(metadata):
     lines = (ROOT / "tests" / "lower-bounds.txt").read_text().splitlines()
-    tested = {normalised(name): floor for name, _, floor in (line.partition("==") for line in lines if "==" in line)}
+    tested = {normalized(name): floor for name, _, floor in (line.partition("==") for line in lines if "==" in line)}
     found = {}
     for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
         extra = re.findall(r'extra == "([\w-]+)"', str(requirement.marker))
         floors = [spec.version for spec in requirement.specifier if spec.operator == ">="]
-        name = normalised(requirement.name)
+        name = normalized(requirement.name)
         if floors and (extra in ([], ["training"], ["evaluation"], ["demo"]) or name in tested):
             found.setdefault(name, floors[0])
     assert {name: Version(floor) for name, floor in tested.items()} == {n: Version(f) for n, f in found.items()}

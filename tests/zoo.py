@@ -93,7 +93,7 @@ def clip_model() -> CLIPModel:
 
 
 def save_clip(folder: Path) -> CLIPModel:
-    """A whole CLIP with its tokenizer and what normalises its images, in transformers' format."""
+    """A whole CLIP with its tokenizer and what normalizes its images, in transformers' format."""
     model = clip_model()
     for part in (model.vision_model, model.visual_projection, model.text_projection):
         tiny.randomise(part)
@@ -116,7 +116,7 @@ def qwen_model() -> Qwen3VLModel:
 
 
 def randomised(model: PreTrainedModel) -> Any:
-    """Weights large enough that positions and neighbours are felt."""
+    """Weights large enough that positions and neighbors are felt."""
     tiny.randomise(model)
     return model.eval()
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from diffusers_prx.cli import errors_in_one_sentence, parse_flags, path
-from diffusers_prx.hub.cards import copy_card, read_report, said_before, write_card
+from diffusers_prx.hub.cards import copy_card, read_card_choices, read_report, write_card
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_flags(parser, argv)
     with errors_in_one_sentence():
         given = {"load_from": args.load_from, "license": args.license}
-        said = said_before(args.model) | {name: value for name, value in given.items() if value is not None}
+        said = read_card_choices(args.model) | {name: value for name, value in given.items() if value is not None}
         card = write_card(args.model, CARD_TEMPLATE, read_report(args.model), **said)
         if args.output_dir is not None:
             card = copy_card(args.model, args.output_dir)

@@ -6,7 +6,7 @@ Or compare what it draws with a reference, by any metrics; on several processes 
    --reference 'photos/{000..009}.tar' --metrics fid cmmd dino_mmd --num_inference_steps 50 --guidance_scale 3.5`
 
 Killed, it goes on where it was when it is started again. The last line of the output is JSON with the scores;
-report.json, report.md and labelled pictures go to the output folder; where that is the folder of the run itself, its
+report.json, report.md and labeled pictures go to the output folder; where that is the folder of the run itself, its
 model card takes them in.
 """
 
@@ -24,7 +24,7 @@ from diffusers_prx.evaluation.generation import DTYPES
 from diffusers_prx.evaluation.metrics import PHOTOROOM
 from diffusers_prx.evaluation.reports import write_reports
 from diffusers_prx.files import expand_path
-from diffusers_prx.hub.cards import said_before, write_card
+from diffusers_prx.hub.cards import read_card_choices, write_card
 from diffusers_prx.hub.publishing import CARD_FILE, is_ours
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         and args.output_dir.resolve() == Path(args.model).resolve()
         and is_ours(args.output_dir / CARD_FILE)
     ):
-        write_card(args.output_dir, CARD_TEMPLATE, report, **said_before(args.output_dir))
+        write_card(args.output_dir, CARD_TEMPLATE, report, **read_card_choices(args.output_dir))
     print(json.dumps({name: value for name, value in report.items() if name not in NOT_IN_LAST_LINE}))
 
 

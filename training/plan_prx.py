@@ -15,8 +15,8 @@ from diffusers_prx.planning.gpus import GPUS, PRICES
 from diffusers_prx.planning.planner import (
     CAPTION_TOKENS,
     STRATEGIES,
-    UTILISATION,
-    UTILISATION_SOURCE,
+    UTILIZATION,
+    UTILIZATION_SOURCE,
     Cluster,
     plan,
     published_run,
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     kinds = ", ".join(
         f"{key}: {gpu.name}, {gpu.memory_gb:g} GB, ${gpu.price_per_hour:.2f}" for key, gpu in GPUS.items()
     )
-    source = UTILISATION_SOURCE.replace("%", "%%")  # argparse puts values in where a help text has one
+    source = UTILIZATION_SOURCE.replace("%", "%%")  # argparse puts values in where a help text has one
     parser.add_argument("--config", type=path, required=True, metavar="RECIPE", help="A recipe.")
     parser.add_argument("--gpu", choices=list(GPUS), required=True, help=kinds)
     parser.add_argument("--num_gpus", type=int, required=True, help="Of all nodes together.")
@@ -45,10 +45,10 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "default: what the recipe's `sharding` says.",
     )
     parser.add_argument(
-        "--utilisation",
+        "--utilization",
         type=float,
-        default=UTILISATION,
-        help=f"Share of the peak that all operations of a step reach. Default {UTILISATION}: {source}.",
+        default=UTILIZATION,
+        help=f"Share of the peak that all operations of a step reach. Default {UTILIZATION}: {source}.",
     )
     parser.add_argument("--price_per_hour", type=float, help=f"Of one GPU in US dollars; the defaults: {PRICES}.")
     parser.add_argument("--num_images", type=int, help="Of the data set: adds its epochs and the size of its caches.")
@@ -66,8 +66,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(args, name)
         if value is not None and not value >= 1:
             sys.exit(f"error: --{name} must be at least 1, got {value}.")
-    if not 0 < args.utilisation <= 1:
-        sys.exit(f"error: --utilisation is a share in (0, 1], got {args.utilisation}.")
+    if not 0 < args.utilization <= 1:
+        sys.exit(f"error: --utilization is a share in (0, 1], got {args.utilization}.")
     if args.price_per_hour is not None and not 0 <= args.price_per_hour < float("inf"):
         sys.exit(f"error: --price_per_hour must be finite and not negative, got {args.price_per_hour}.")
     return args, flags
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     with errors_in_one_sentence():
         cfg = read_config(args.config, flags)
         strategy = args.strategy or strategy_of(cfg, args.gpus_per_node)
-        cluster = Cluster(gpu, args.num_gpus, args.gpus_per_node, strategy, args.utilisation, price)
+        cluster = Cluster(gpu, args.num_gpus, args.gpus_per_node, strategy, args.utilization, price)
         told = plan(
             cfg,
             cluster,

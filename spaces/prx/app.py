@@ -243,7 +243,7 @@ def build(models: Mapping[str, Model], cache: ModelCache) -> gr.Blocks:
     def settings_of(event: gr.SelectData, request: Request | None) -> Any:
         return gr.skip() if request is None else parts.details(request.of_image(event.index))
 
-    def stopped() -> str:  # comes after the cancelling: a step on its way would overwrite it
+    def stopped() -> str:  # comes after the canceling: a step on its way would overwrite it
         return parts.said("Stopped.")
 
     limits = {"concurrency_limit": CONCURRENCY, "concurrency_id": "draw"}  # one queue for both pages

@@ -1,4 +1,4 @@
-"""The HTML that the page is filled with, its colours and its examples. Everything a person wrote is escaped."""
+"""The HTML that the page is filled with, its colors and its examples. Everything a person wrote is escaped."""
 
 import base64
 import io

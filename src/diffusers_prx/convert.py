@@ -673,8 +673,8 @@ def channels_of(vae: Any) -> int:
     if isinstance(vae, AutoencoderKLFlux2):
         raise ValueError(
             "The original reads FLUX.2's VAE as an AutoencoderKL: 32 channels times 0.18215, which is not what"
-            " AutoencoderKLFlux2 normalises its latents to. Store the VAE as an AutoencoderKL with that"
-            " `scaling_factor`, or, if the checkpoint was trained on normalised latents, give `in_channels` 128."
+            " AutoencoderKLFlux2 normalizes its latents to. Store the VAE as an AutoencoderKL with that"
+            " `scaling_factor`, or, if the checkpoint was trained on normalized latents, give `in_channels` 128."
         )
     return latent_channels(vae)
 

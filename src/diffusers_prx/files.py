@@ -58,7 +58,7 @@ def shown(names: Iterable[str | Path], count: int) -> str:
 
 
 @contextmanager
-def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
     """A name to write a file under; what is there when the block ends without an error becomes `path`.
 
     Until then `path` is what it was. Any number of processes may write it at once: the last one counts. A process that
@@ -84,8 +84,8 @@ def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: Any, sync: bool = False) -> None:
-    """Write a JSON file whole or not at all; raises OSError. `sync`: see `written_whole`."""
-    with written_whole(path, sync) as file:
+    """Write a JSON file whole or not at all; raises OSError. `sync`: see `atomic_write`."""
+    with atomic_write(path, sync) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")
 
 
@@ -131,7 +131,7 @@ def write_hashed_tensors(path: Path, tensors: Mapping[str, torch.Tensor], sync: 
         OSError, SafetensorError: if it cannot be written.
     """
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with written_whole(path, sync) as file:
+    with atomic_write(path, sync) as file:
         save_file(kept, file, {HASH_KEY: _tensors_hash(kept)})
 
 

@@ -1,4 +1,4 @@
-"""What is known of a saved network besides its outputs: a hash that tells it apart, and how its images are normalised.
+"""What is known of a saved network besides its outputs: a hash that tells it apart, and how its images are normalized.
 
 Metrics and training both ask: numbers are only comparable between the same extractors, caches only between the same
 networks.
@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from .files import hash_tensors
 
-NORMALISATION_FILE = "preprocessor_config.json"
+NORMALIZATION_FILE = "preprocessor_config.json"
 
 # Keys of a model's configuration that say where it was saved, not what it computes.
 NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -66,7 +66,7 @@ def pipeline_fingerprint(pipeline: Any) -> str:
     return digest.hexdigest()
 
 
-def read_normalisation(name: str, revision: str | None = None, kind: str = "model") -> tuple[list[float], list[float]]:
+def read_normalization(name: str, revision: str | None = None, kind: str = "model") -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, for pixels in [0, 1], of a vision model's images.
 
     Read without transformers' image processors, some of which need torchvision. Nothing is assumed: constants of
@@ -81,16 +81,16 @@ def read_normalisation(name: str, revision: str | None = None, kind: str = "mode
         ValueError: if the file is not there, or does not state it.
     """
     try:
-        path = cached_file(name, NORMALISATION_FILE, revision=revision)
+        path = cached_file(name, NORMALIZATION_FILE, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"The {kind} {name!r} has no {NORMALISATION_FILE}, which states how its images are normalised; give a "
+            f"The {kind} {name!r} has no {NORMALIZATION_FILE}, which states how its images are normalized; give a "
             'folder or repository that has it, for example {"image_mean": [...], "image_std": [...]}.'
         ) from error
     settings = json.loads(Path(str(path)).read_text())
     if abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise ValueError(
-            f"{NORMALISATION_FILE} of the {kind} {name!r} has `rescale_factor` {settings['rescale_factor']}; "
+            f"{NORMALIZATION_FILE} of the {kind} {name!r} has `rescale_factor` {settings['rescale_factor']}; "
             "accepted is 1/255."
         )
     if settings.get("do_normalize", True) is False:
@@ -99,6 +99,6 @@ def read_normalisation(name: str, revision: str | None = None, kind: str = "mode
     for key, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, list) or len(values) != 3:
             raise ValueError(
-                f"{NORMALISATION_FILE} of the {kind} {name!r} has `{key}` {values}; accepted are three numbers."
+                f"{NORMALIZATION_FILE} of the {kind} {name!r} has `{key}` {values}; accepted are three numbers."
             )
     return mean, std

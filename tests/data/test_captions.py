@@ -93,7 +93,7 @@ def test_the_choice_follows_the_weights():
     assert all(choose_caption(captions, weights, p) == choose_caption(turned, weights, p) for p in places)
 
 
-def test_weights_are_renormalised_over_the_columns_that_are_there():
+def test_weights_are_renormalized_over_the_columns_that_are_there():
     weights = {"long": 7.0, "short": 2.0, "tags": 1.0}
     places = (np.arange(300) + 0.5) / 300
     for captions in ({"short": "s", "tags": "t"}, {"long": "", "short": "s", "tags": "t"}):

@@ -55,13 +55,13 @@ PALETTE.paste(0, (0, 0, 4, 8))
 def test_kinds_of_images(data, left, right):
     found = read_image(data)
     assert found.mode == "RGB"
-    for x, colour in ((2, left), (6, right)):
-        assert np.abs(np.subtract(found.getpixel((x, 2)), colour)).max() <= 3
+    for x, color in ((2, left), (6, right)):
+        assert np.abs(np.subtract(found.getpixel((x, 2)), color)).max() <= 3
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
 def test_of_an_animation_the_first_frame_is_used(kind):
-    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
+    frames = [PIL.Image.new("RGB", (8, 8), color) for color in (RED, (0, 0, 255))]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     with PIL.Image.open(io.BytesIO(data)) as opened:
         assert opened.n_frames == 2

@@ -29,7 +29,7 @@ def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_the_shorter_side_fits_and_the_centre_is_cut():
+def test_the_shorter_side_fits_and_the_center_is_cut():
     image = PIL.Image.new("RGB", (64, 32), (0, 0, 0))
     image.paste((255, 255, 255), (16, 0, 48, 32))
     fitted = fit(image, center_crop=True)

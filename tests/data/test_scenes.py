@@ -12,7 +12,7 @@ import pytest
 
 from diffusers_prx.data.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     HELD_OUT_PAIRS,
     LEVELS,
     SPLITS,
@@ -82,29 +82,29 @@ def test_scenes_use_all_and_only_what_the_level_has(level):
     definition = LEVELS[level]
     scenes = [sample_scene(i, seed=0, level=level) for i in range(600)]
     things = [thing for scene in scenes for thing in scene.objects]
-    for name in ("shape", "colour", "size", "texture"):
+    for name in ("shape", "color", "size", "texture"):
         assert {getattr(thing, name) for thing in things} == set(getattr(definition, name + "s"))
     assert {thing.place for thing in things} == set(np.ndindex(*definition.grid))
     assert {scene.background for scene in scenes} == set(definition.backgrounds)
     assert {len(scene.objects) for scene in scenes} == set(range(1, definition.max_objects + 1))
     for scene in scenes:
         assert len({thing.place for thing in scene.objects}) == len(scene.objects)
-        assert len({(thing.colour, thing.shape) for thing in scene.objects}) == len(scene.objects)
+        assert len({(thing.color, thing.shape) for thing in scene.objects}) == len(scene.objects)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_splits(level):
     definition = LEVELS[level]
-    pairs = set(itertools.product(definition.colours, definition.shapes))
+    pairs = set(itertools.product(definition.colors, definition.shapes))
     held_out = pairs & HELD_OUT_PAIRS
     assert len(held_out) * 8 == len(pairs)
-    assert {colour for colour, _ in pairs - held_out} == set(definition.colours)
+    assert {color for color, _ in pairs - held_out} == set(definition.colors)
     assert {shape for _, shape in pairs - held_out} == set(definition.shapes)
 
     drawn = {split: [sample_scene(i, seed=0, level=level, split=split) for i in range(400)] for split in SPLITS}
     for split, scenes in drawn.items():
         for scene in scenes:
-            inside = [(thing.colour, thing.shape) in held_out for thing in scene.objects]
+            inside = [(thing.color, thing.shape) in held_out for thing in scene.objects]
             assert inside == [split == "novel"] + [False] * (len(inside) - 1)
     # Other seeds as well: the easy level is small enough for 2000 training scenes to meet every chance coincidence.
     trained = {description(sample_scene(i, seed=s, level=level)) for s in (0, 1) for i in range(1000)}
@@ -137,17 +137,17 @@ def parse(caption, level):
     objects = []
     nouns, places = re.findall(NOUN, caption), re.findall(PLACE, caption)
     assert len(nouns) == len(places)
-    for (size, texture, colour, shape), (first, second) in zip(nouns, places):
+    for (size, texture, color, shape), (first, second) in zip(nouns, places):
         row = {0: 0, 2: last}[ROWS[first]] if first in ROWS else 1
         column = {"left": 0, "right": last}.get(second, 1)
-        objects.append(SceneObject(shape, colour, SIZES[size], texture or "plain", (row, column)))
+        objects.append(SceneObject(shape, color, SIZES[size], texture or "plain", (row, column)))
     return background and (background[1] or background[2]), tuple(objects), relations
 
 
 def check_relation(text, objects):
     """Judges "the red circle is above the blue square." by the coordinates of the two."""
     first, second = (
-        next(thing.place for thing in objects if (thing.colour, thing.shape) == name)
+        next(thing.place for thing in objects if (thing.color, thing.shape) == name)
         for name in (re.match(r"the (\w+) (\w+) is", text).groups(), re.search(r"the (\w+) (\w+)\.$", text).groups())
     )
     vertical = ("above" in text) - ("below" in text)
@@ -219,18 +219,18 @@ def test_a_scene_looks_the_same_at_every_resolution(level):
             assert np.abs(coarse[0] - coarse[1]).mean() < 8
 
 
-def test_pixels_have_the_colours_and_edges_are_soft():
+def test_pixels_have_the_colors_and_edges_are_soft():
     circle = SceneObject("circle", "red", "large", "plain", (0, 1))
     pixels = np.asarray(render_scene(Scene("easy", "white", (circle,)), 64))
-    assert tuple(pixels[16, 48]) == COLOURS["red"]
+    assert tuple(pixels[16, 48]) == COLORS["red"]
     assert tuple(pixels[48, 16]) == BACKGROUNDS["white"]
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
-    area = (255 - pixels[..., 1].astype(float)).sum() / (255 - COLOURS["red"][1])
+    area = (255 - pixels[..., 1].astype(float)).sum() / (255 - COLORS["red"][1])
     assert area == pytest.approx(np.pi * (0.92 * 16) ** 2, rel=0.005)
 
 
-def test_all_colours_are_clearly_apart():
-    everything = [*COLOURS.values(), *BACKGROUNDS.values()]
+def test_all_colors_are_clearly_apart():
+    everything = [*COLORS.values(), *BACKGROUNDS.values()]
     for a, b in itertools.combinations(everything, 2):
         floor = 75 if {a, b} <= set(BACKGROUNDS.values()) else 105
         assert np.linalg.norm(np.subtract(a, b)) >= floor

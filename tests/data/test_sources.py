@@ -26,7 +26,7 @@ from diffusers_prx.data.tars import TarImages
 from diffusers_prx.training.rng import derive_seed
 from disks import full_disk
 
-COLOURS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
+COLORS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def picture(place: int, size: tuple[int, int] = (24, 16)) -> PIL.Image.Image:
-    return PIL.Image.new("RGB", size, COLOURS[place % 4])
+    return PIL.Image.new("RGB", size, COLORS[place % 4])
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def assert_complete(source):
     assert sorted(source[i]["caption"] for i in range(4)) == [f"caption {i}" for i in range(4)]
     for i in range(4):
         sample = source[i]
-        assert sample["image"].getpixel((3, 3)) == COLOURS[int(sample["caption"][-1])]
+        assert sample["image"].getpixel((3, 3)) == COLORS[int(sample["caption"][-1])]
         assert next(iter(sample["captions"].values())) == sample["caption"]
         assert source.captions(i) == sample["captions"]
         assert source.size(i) == sample["image"].size == (24, 16)

@@ -20,12 +20,12 @@ from diffusers_prx.data.images import UnreadableSample
 from diffusers_prx.data.tars import TarImages, TarShards, index_tar
 from disks import full_disk
 
-COLOURS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
+COLORS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
 
 
 def png(place: int) -> bytes:
     file = io.BytesIO()
-    PIL.Image.new("RGB", (24, 16), COLOURS[place % 4]).save(file, format="png")
+    PIL.Image.new("RGB", (24, 16), COLORS[place % 4]).save(file, format="png")
     return file.getvalue()
 
 
@@ -61,7 +61,7 @@ def streamed(shards, shard=0, start=0):
 
 def assert_sample(sample, place):
     assert sample["caption"] == f"caption {place}"
-    assert sample["image"].getpixel((3, 3)) == COLOURS[place % 4]
+    assert sample["image"].getpixel((3, 3)) == COLORS[place % 4]
 
 
 # By index and as a stream
@@ -148,7 +148,7 @@ def test_long_names(tmp_path):
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
         source = TarImages([str(tmp_path / "a.tar")], "image", ["txt"])
-        assert [source[i]["image"].getpixel((0, 0)) for i in range(2)] == COLOURS[:2]
+        assert [source[i]["image"].getpixel((0, 0)) for i in range(2)] == COLORS[:2]
 
 
 def test_tars_with_other_members_go_together(tmp_path):

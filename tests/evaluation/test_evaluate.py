@@ -254,7 +254,7 @@ def test_compat_draws_from_the_same_noise_in_every_batch(model, encoder, tmp_pat
     assert "not comparable with other numbers" in markdown_table(report)
 
 
-def test_the_cache_knows_which_colours_were_seen(encoder, tmp_path):
+def test_the_cache_knows_which_colors_were_seen(encoder, tmp_path):
     cache, extractor = ReferenceCache(tmp_path), load_extractor(encoder)
     paths = [
         [cache.path(cls(extractor, compat), "content").name for compat in (None, "photoroom")]

@@ -37,7 +37,7 @@ import zoo
 from diffusers_prx.evaluation import extractors
 from diffusers_prx.evaluation.clip_score import load_clip_score
 from diffusers_prx.evaluation.distances import resampled_counts
-from diffusers_prx.evaluation.extractors import InceptionExtractor, load_extractor, resize_and_crop, wrap_colours
+from diffusers_prx.evaluation.extractors import InceptionExtractor, load_extractor, resize_and_crop, wrap_colors
 from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
 
 SIZE = 28
@@ -122,7 +122,7 @@ def test_the_name_and_the_size(tmp_path):
     extractor = load_extractor(tmp_path / "scenes ViT")
     assert (extractor.name, extractor.size, extractor.num_features) == ("scenes ViT", SIZE, 32)
     described = extractor.describe()
-    assert described["resizing"] == "bicubic, antialiased, shorter side to 28, centre crop"
+    assert described["resizing"] == "bicubic, antialiased, shorter side to 28, center crop"
     assert described["source"] == str(tmp_path / "scenes ViT")
 
 
@@ -146,16 +146,16 @@ def test_the_studys_encoders_have_metrics_of_their_own(tmp_path, monkeypatch, na
 
 
 def test_the_fingerprint_follows_what_is_computed(tmp_path):
-    for name in ("one", "copy", "weights", "normalisation"):
+    for name in ("one", "copy", "weights", "normalization"):
         saved(tmp_path / name, "dinov2_registers")
     weights = load_file(tmp_path / "weights" / "model.safetensors")
     weights["embeddings.cls_token"][0, 0, 0] += 1e-6
     save_file(weights, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
-    settings = json.loads((tmp_path / "normalisation" / "preprocessor_config.json").read_text())
-    (tmp_path / "normalisation" / "preprocessor_config.json").write_text(
+    settings = json.loads((tmp_path / "normalization" / "preprocessor_config.json").read_text())
+    (tmp_path / "normalization" / "preprocessor_config.json").write_text(
         json.dumps(settings | {"image_mean": [0.5, 0.5, 0.5]})
     )
-    found = {name: load_extractor(tmp_path / name).fingerprint for name in ("one", "copy", "weights", "normalisation")}
+    found = {name: load_extractor(tmp_path / name).fingerprint for name in ("one", "copy", "weights", "normalization")}
     assert found["one"] == found["copy"]
     assert len(set(found.values())) == 3
 
@@ -237,14 +237,14 @@ def test_inception_sees_images_resized_with_antialiasing(inception):
     assert (features[0] - features[1]).norm() < 0.05 * (features[2] - features[1]).norm()
 
 
-def test_the_colour_inversion_of_the_public_code(inception_weights):
+def test_the_color_inversion_of_the_public_code(inception_weights):
     """torchmetrics' FID, told that images are in [0, 1] and given uint8, is FID of inverted images, exactly."""
     reference, generated = photos(64, 64, count=2), 255 - photos(64, 64, count=2) // 2
     fid = FrechetInceptionDistance(64, normalize=True, feature_extractor_weights_path=str(inception_weights))
     found = {}
     for name in ("wrong", "right", "ours"):
         fid.normalize = name == "wrong"
-        change = wrap_colours if name == "ours" else torch.clone
+        change = wrap_colors if name == "ours" else torch.clone
         fid.update(change(reference), real=True)
         fid.update(change(generated), real=False)
         found[name] = fid.compute().item()

@@ -10,18 +10,18 @@ from accelerate.state import AcceleratorState
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_prx.evaluation.distances import bootstrap_mmd, maximum_mean_discrepancy, resampled_counts
-from diffusers_prx.evaluation.extractors import FeatureExtractor, check_images, wrap_colours
+from diffusers_prx.evaluation.extractors import FeatureExtractor, check_images, wrap_colors
 from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy, in_order
 
 
-class Colours(FeatureExtractor):
+class Colors(FeatureExtractor):
     """Six smooth features of the pixels, in float64 until the end: what batches change is then only the order of sums.
 
     `num_features` makes it a feature module of torchmetrics as well.
     """
 
-    name, source, size, resizing, num_features = "colours", "memory", 8, "none", 6
-    fingerprint = "colours"
+    name, source, size, resizing, num_features = "colors", "memory", 8, "none", 6
+    fingerprint = "colors"
 
     def forward(self, images):
         check_images(images)
@@ -58,7 +58,7 @@ def fed(metric, batch_size=1000, reference=REFERENCE, generated=GENERATED):
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
 def test_only_uint8_images_come_in(cls, wrong, message):
     with pytest.raises(ValueError, match=message):
-        cls(Colours()).update(wrong, real=True)
+        cls(Colors()).update(wrong, real=True)
 
 
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
@@ -67,50 +67,50 @@ def test_floats_that_were_cast_to_uint8_are_noticed(cls):
     cast[0, 0, 0, 0] = 1  # a white pixel, as 1.0 becomes
     for batch_size in (1, 1000):
         with pytest.raises(ValueError, match=r"The largest value in all 70 generated images is 1"):
-            fed(cls(Colours()), batch_size, generated=cast).compute()
+            fed(cls(Colors()), batch_size, generated=cast).compute()
     # a model that draws black is bad, not wrong
-    assert fed(cls(Colours()), generated=torch.zeros_like(GENERATED)).compute() > 0
+    assert fed(cls(Colors()), generated=torch.zeros_like(GENERATED)).compute() > 0
 
 
 def test_too_few_images():
-    with pytest.raises(ValueError, match=r"FID \(colours\) needs at least 2 generated images, got 1"):
-        fed(FrechetDistance(Colours()), generated=GENERATED[:1]).compute()
-    metric = MaximumMeanDiscrepancy(Colours())
+    with pytest.raises(ValueError, match=r"FID \(colors\) needs at least 2 generated images, got 1"):
+        fed(FrechetDistance(Colors()), generated=GENERATED[:1]).compute()
+    metric = MaximumMeanDiscrepancy(Colors())
     metric.update(GENERATED, real=False)
-    with pytest.raises(ValueError, match=r"MMD \(colours\) needs at least 2 reference images, got 0"):
+    with pytest.raises(ValueError, match=r"MMD \(colors\) needs at least 2 reference images, got 0"):
         metric.compute()
 
 
 def test_wrong_settings():
     with pytest.raises(ValueError, match="`compat` is 'photroom'; accepted: None and 'photoroom'"):
-        FrechetDistance(Colours(), compat="photroom")
+        FrechetDistance(Colors(), compat="photroom")
     with pytest.raises(ValueError, match="`sigma` and `scale` must be positive"):
-        MaximumMeanDiscrepancy(Colours(), sigma=0.0)
+        MaximumMeanDiscrepancy(Colors(), sigma=0.0)
     with pytest.raises(ValueError, match="`features` has the shape"):
-        FrechetDistance(Colours()).update(REFERENCE, real=True, features=torch.zeros(3, 6))
+        FrechetDistance(Colors()).update(REFERENCE, real=True, features=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="`resamples` needs the features"):
-        fed(FrechetDistance(Colours())).details(resamples=5)
+        fed(FrechetDistance(Colors())).details(resamples=5)
 
 
 def test_fid_is_that_of_torchmetrics():
-    theirs = FrechetInceptionDistance(feature=Colours(), input_img_size=(3, 8, 8))
+    theirs = FrechetInceptionDistance(feature=Colors(), input_img_size=(3, 8, 8))
     theirs.set_dtype(torch.float64)
     fed(theirs)
-    ours = fed(FrechetDistance(Colours()))
-    assert ours.name == "FID (colours)"
+    ours = fed(FrechetDistance(Colors()))
+    assert ours.name == "FID (colors)"
     assert ours.compute().item() == pytest.approx(theirs.compute().item(), rel=1e-6)  # theirs is cast to float32
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_results_do_not_depend_on_the_batches(batch_size):
-    for metric in (FrechetDistance(Colours()), MaximumMeanDiscrepancy(Colours())):
+    for metric in (FrechetDistance(Colors()), MaximumMeanDiscrepancy(Colors())):
         whole = fed(metric).compute().item()
         metric.reset()
         assert fed(metric, batch_size).compute().item() == pytest.approx(whole, rel=1e-11)
 
 
 def test_mmd_is_that_of_all_features():
-    extractor = Colours()
+    extractor = Colors()
     biased, unbiased = (
         maximum_mean_discrepancy(extractor(GENERATED), extractor(REFERENCE), u).item() for u in (False, True)
     )
@@ -129,7 +129,7 @@ def test_mmd_is_that_of_all_features():
 
 
 def test_a_metric_moves_and_starts_again():
-    metric = fed(FrechetDistance(Colours(), keep_features=True))
+    metric = fed(FrechetDistance(Colors(), keep_features=True))
     first = metric.details(resamples=10)
     metric.reset()
     metric.to("cpu").half()  # the sums stay float64
@@ -139,8 +139,8 @@ def test_a_metric_moves_and_starts_again():
 
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
 def test_a_reference_that_was_seen_before(cls):
-    metric = fed(cls(Colours()))
-    again = cls(Colours())
+    metric = fed(cls(Colors()))
+    again = cls(Colors())
     again.load_reference_state(metric.reference_state())
     again.update(GENERATED, real=False)
     assert again.compute().item() == metric.compute().item()
@@ -151,19 +151,19 @@ def test_a_reference_that_was_seen_before(cls):
 
 def test_times_255_wraps_around():
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    wrapped = wrap_colours(every)
+    wrapped = wrap_colors(every)
     assert torch.equal(wrapped, (every * 255).byte())  # the line of torchmetrics, on what it was not meant for
     assert torch.equal(wrapped.flatten()[:256].int(), (256 - torch.arange(256)).remainder(256).int())
 
 
-def test_compat_compares_inverted_colours():
+def test_compat_compares_inverted_colors():
     """A number of its own, which says so, and which sees other things: black beside white is the other way round."""
-    plain, inverted = (fed(FrechetDistance(Colours(), compat)) for compat in (None, "photoroom"))
-    by_hand = fed(FrechetDistance(Colours()), 1000, wrap_colours(REFERENCE), wrap_colours(GENERATED))
+    plain, inverted = (fed(FrechetDistance(Colors(), compat)) for compat in (None, "photoroom"))
+    by_hand = fed(FrechetDistance(Colors()), 1000, wrap_colors(REFERENCE), wrap_colors(GENERATED))
     assert inverted.compute().item() == by_hand.compute().item()
     assert abs(inverted.compute().item() / plain.compute().item() - 1) > 0.05
-    assert inverted.name == "FID (colours, compat photoroom)"
-    mmd = [fed(MaximumMeanDiscrepancy(Colours(), compat)).compute().item() for compat in (None, "photoroom")]
+    assert inverted.name == "FID (colors, compat photoroom)"
+    mmd = [fed(MaximumMeanDiscrepancy(Colors(), compat)).compute().item() for compat in (None, "photoroom")]
     assert mmd[0] == mmd[1]  # only their FID goes that way
 
 
@@ -177,7 +177,7 @@ def _as_one_of_two(folder, shares):
     generated = GENERATED[: shares[0]], GENERATED[shares[0] :]
     reference = REFERENCE[:60], REFERENCE[60:]
     found = {}
-    for metric in (FrechetDistance(Colours(), keep_features=True), MaximumMeanDiscrepancy(Colours())):
+    for metric in (FrechetDistance(Colors(), keep_features=True), MaximumMeanDiscrepancy(Colors())):
         rank = state.process_index
         for real, part in ((True, reference[rank]), (False, generated[rank])):
             for batch in part.split(16) if len(part) else ():
@@ -196,7 +196,7 @@ def _as_one_of_two(folder, shares):
 @pytest.mark.parametrize("shares", [(37, 33), (70, 0)])  # not equal, and nothing at all
 def test_two_processes_compute_what_one_does(tmp_path, shares):
     alone = {}
-    for metric in (FrechetDistance(Colours(), keep_features=True), MaximumMeanDiscrepancy(Colours())):
+    for metric in (FrechetDistance(Colors(), keep_features=True), MaximumMeanDiscrepancy(Colors())):
         fed(metric)
         alone[type(metric).__name__] = metric.compute().item(), metric.details(resamples=15)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -49,7 +49,7 @@ def test_a_perfect_drawer(level, caption):
     assert scores["scene_accuracy_shuffled"] == scores["scene_accuracy_chance"] <= 0.1
     assert scores["scene_accuracy_blank"] == scores["scene_accuracy_noise"] == 0.0
     assert all(value == 1.0 for name, value in scores.items() if name.startswith("right_"))
-    expected = {"count", "background", "shape", "colour", "size", "texture", "place"}
+    expected = {"count", "background", "shape", "color", "size", "texture", "place"}
     expected |= {"relation"} if LEVELS[level].relations else set()
     assert {name.removeprefix("right_") for name in scores if name.startswith("right_")} == expected
 
@@ -80,9 +80,9 @@ def test_held_out_prompts_are_none_of_training_and_novel_ones_have_a_novel_pair(
     train = ScenesDataset("easy", 32, 1, "train", "long", 500)
     trained = {train[i]["scene"] for i in range(500)}
     assert not trained & {g.wanted for g in graded + novel}
-    pairs = {(o.colour, o.shape) for scene in trained for o in scene.objects}
-    assert all((g.wanted.objects[0].colour, g.wanted.objects[0].shape) not in pairs for g in novel)
-    assert all((o.colour, o.shape) in pairs for g in graded for o in g.wanted.objects)
+    pairs = {(o.color, o.shape) for scene in trained for o in scene.objects}
+    assert all((g.wanted.objects[0].color, g.wanted.objects[0].shape) not in pairs for g in novel)
+    assert all((o.color, o.shape) in pairs for g in graded for o in g.wanted.objects)
 
 
 def test_the_pipeline_as_a_drawer():
@@ -128,7 +128,7 @@ def test_the_sheet_says_what_was_read_instead(tmp_path, monkeypatch):
     assert written[0][0].endswith("[wrong]")
     read = " ".join(written[0][1].split())
     assert read.startswith("read: ")
-    assert f"{thing.size} {thing.colour} {thing.shape} at the " in read
+    assert f"{thing.size} {thing.color} {thing.shape} at the " in read
     assert [label for _, label in written[1:]] == [""] * 4
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from diffusers_prx.data.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     LEVELS,
     SPLITS,
     Scene,
@@ -63,11 +63,11 @@ def test_reads_at_least_995_in_1000(level, resolution, count):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_object_of_the_level_is_read_right(level):
-    """Every shape, size and texture, in every colour of the level in turn, on the lightest and the darkest ground."""
+    """Every shape, size and texture, in every color of the level in turn, on the lightest and the darkest ground."""
     definition = LEVELS[level]
     kinds = itertools.product(definition.shapes, definition.textures, definition.sizes, ("black", "white"))
     for i, (shape, texture, size, background) in enumerate(kinds):
-        thing = SceneObject(shape, definition.colours[i * 3 // 2 % 8], size, texture, (i % 2, i // 2 % 2))
+        thing = SceneObject(shape, definition.colors[i * 3 // 2 % 8], size, texture, (i % 2, i // 2 % 2))
         scene = Scene(level, background, (thing,))
         assert read_scene(render_scene(scene, definition.min_resolution), level) == scene
 
@@ -82,7 +82,7 @@ def test_odd_resolutions_are_read_too(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_small_flaws_are_forgiven(level):
-    """What a small network does: a pixel off its place, every colour a little wrong."""
+    """What a small network does: a pixel off its place, every color a little wrong."""
     rng, count = np.random.default_rng(0), 40
     smallest = LEVELS[level].min_resolution
     right = 0
@@ -130,7 +130,7 @@ def test_a_blob_in_noise_has_no_shape(sigma):
     y, x = np.mgrid[:32, :32] + 0.5
     for seed, width in enumerate((2.5, 3, 4, 5)):
         blob = np.exp(-((y - 8) ** 2 + (x - 24) ** 2) / (2 * width**2))[..., None]
-        image = Image.fromarray((255 + blob * (np.array(COLOURS["red"]) - 255)).round().astype(np.uint8))
+        image = Image.fromarray((255 + blob * (np.array(COLORS["red"]) - 255)).round().astype(np.uint8))
         found = read_scene(with_noise(image, sigma, seed), "easy")
         assert {thing.shape for thing in found.objects} <= {UNKNOWN}
 
@@ -151,29 +151,29 @@ def test_blank_and_noise_images_hold_nothing(level):
         rng.normal(255, 80, shape),
         rng.normal(0, 80, shape),
         np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)),
-        np.broadcast_to(np.asarray(COLOURS["red"]), shape),
+        np.broadcast_to(np.asarray(COLORS["red"]), shape),
     ]
     for noise in noises:
         assert read_scene(np.clip(noise, 0, 255).astype(np.uint8), level) == Scene(level, UNKNOWN, ())
 
 
-def test_blobs_and_wrong_hues_are_seen_but_not_recognised():
+def test_blobs_and_wrong_hues_are_seen_but_not_recognized():
     thing = SceneObject("circle", "red", "large", "plain", (0, 1))
     scene = Scene("easy", "white", (thing,))
     blurred = read_scene(render_scene(scene, 32).filter(ImageFilter.GaussianBlur(4)), "easy")
     assert not scene_matches(blurred, scene)
     assert not scene_matches(blurred, scene, "short")
-    # Half way between red and blue, the right shape: no colour has that name.
+    # Half way between red and blue, the right shape: no color has that name.
     pixels = np.asarray(render_scene(scene, 32)).astype(float)
-    covered = (255 - pixels[..., 1:2]) / (255 - COLOURS["red"][1])
+    covered = (255 - pixels[..., 1:2]) / (255 - COLORS["red"][1])
     between = np.array([120.0, 95.0, 110.0])
     found = read_scene((255 + covered * (between - 255)).round().astype(np.uint8), "easy")
-    assert found.objects == (replace(thing, colour=UNKNOWN),)
-    # A Gaussian blob as large as a large circle, in the right place and colour.
+    assert found.objects == (replace(thing, color=UNKNOWN),)
+    # A Gaussian blob as large as a large circle, in the right place and color.
     y, x = np.mgrid[:32, :32] + 0.5
     for sigma in (3, 4, 5):
         blob = np.exp(-((y - 8) ** 2 + (x - 24) ** 2) / (2 * sigma**2))[..., None]
-        found = read_scene((255 + blob * (np.array(COLOURS["red"]) - 255)).round().astype(np.uint8), "easy")
+        found = read_scene((255 + blob * (np.array(COLORS["red"]) - 255)).round().astype(np.uint8), "easy")
         assert {(o.shape, o.size, o.texture) for o in found.objects} <= {(UNKNOWN,) * 3}
 
 
@@ -185,7 +185,7 @@ def two_objects(level="hard"):
 
 @pytest.mark.parametrize(
     ("attribute", "value"),
-    [("shape", "triangle"), ("colour", "orange"), ("size", "medium"), ("texture", "dotted"), ("place", (1, 0))],
+    [("shape", "triangle"), ("color", "orange"), ("size", "medium"), ("texture", "dotted"), ("place", (1, 0))],
 )
 def test_each_wrong_attribute_is_noticed_in_the_picture(attribute, value):
     wanted = two_objects()
@@ -196,7 +196,7 @@ def test_each_wrong_attribute_is_noticed_in_the_picture(attribute, value):
     right = attributes_right(found, wanted)
     # A wrong name or place also changes the relation, "the red circle is above and to the left of ...".
     expected = dict.fromkeys(right, 1.0) | {attribute: 0.5}
-    if attribute in ("shape", "colour", "place"):
+    if attribute in ("shape", "color", "place"):
         expected["relation"] = 0.0
     assert right == expected
     # Only the main object is in the short caption.
@@ -210,7 +210,7 @@ def test_background_missing_and_extra_objects_are_noticed():
     assert not scene_matches(fewer, wanted)
     assert scene_matches(fewer, wanted, "short")
     assert attributes_right(fewer, wanted) == {
-        "count": 0.0, "background": 1.0, "shape": 0.5, "colour": 0.5, "size": 0.5, "texture": 0.5, "place": 0.5,
+        "count": 0.0, "background": 1.0, "shape": 0.5, "color": 0.5, "size": 0.5, "texture": 0.5, "place": 0.5,
         "relation": 0.0,
     }  # fmt: skip
     extra = SceneObject("star", "green", "medium", "plain", (2, 2))
@@ -223,7 +223,7 @@ def test_background_missing_and_extra_objects_are_noticed():
     assert {name for name, value in attributes_right(other, wanted).items() if value != 1} == {"background"}
 
 
-def test_something_unrecognisable_beside_the_right_object_is_an_extra_object():
+def test_something_unrecognizable_beside_the_right_object_is_an_extra_object():
     wanted = Scene("easy", "black", (SceneObject("square", "cyan", "large", "plain", (0, 0)),))
     pixels = np.array(render_scene(wanted, 32))
     pixels[20:28, 18:21] = 255
@@ -242,7 +242,7 @@ def test_relation_can_hold_away_from_the_wanted_places():
     right = attributes_right(moved, wanted)
     assert right["relation"] == 1.0
     assert right["place"] == 0.0
-    assert right["shape"] == right["colour"] == 1.0
+    assert right["shape"] == right["color"] == 1.0
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -254,7 +254,7 @@ def test_shuffled_prompts_are_at_chance(level):
         assert all(scene_matches(a, b, caption) for a, b in zip(found, scenes))
         # At the easy level about one short caption in 170 is true of another picture by chance.
         assert sum(scene_matches(a, b, caption) for a, b in zip(found, shuffled)) <= 2
-    shares = [attributes_right(a, b)["colour"] for a, b in zip(found, shuffled)]
+    shares = [attributes_right(a, b)["color"] for a, b in zip(found, shuffled)]
     assert np.mean(shares) < 0.4
 
 
@@ -274,7 +274,7 @@ def test_what_was_read_instead_is_said():
     assert said("black", red, replace(pink, size="small")) == "small pink square at the bottom right"
     blob = SceneObject(UNKNOWN, "red", UNKNOWN, UNKNOWN, (0, 0))
     assert said("black", blob, pink) == "red unknown shape at the top left"
-    assert said("black", replace(red, colour=UNKNOWN), pink) == "small unknown-color circle at the top left"
+    assert said("black", replace(red, color=UNKNOWN), pink) == "small unknown-color circle at the top left"
     assert said(UNKNOWN).startswith("no scene")
     assert said("white", red, caption="short") == ""
     assert said("white", pink, caption="short") == "nothing at the top left"

@@ -102,7 +102,7 @@ def test_an_evaluation_goes_into_the_card_with_its_settings(run):
 
 
 def test_one_command_writes_the_card_of_a_released_model(run, tmp_path, capsys):
-    """With its evaluation, its licence and the name that it will be loaded by; a later evaluation keeps both."""
+    """With its evaluation, its license and the name that it will be loaded by; a later evaluation keeps both."""
     evaluate(run)
     (run / "README.md").unlink()
     released = tmp_path / "model_cards" / "small"
@@ -153,7 +153,7 @@ def test_somebodys_own_card_stays(run, tmp_path):
 
 
 def test_what_others_have_made_is_named_and_the_licence_left_open(run):
-    """Their licences are not ours to give; the paths of this machine are nobody's business."""
+    """Their licenses are not ours to give; the paths of this machine are nobody's business."""
     record = json.loads((run / "training.json").read_text())
     record["config"] |= {
         "pretrained_model_name_or_path": "Photoroom/prx-512-t2i", "text_encoder_config": {}, "transformer_config": {},
@@ -167,10 +167,10 @@ def test_what_others_have_made_is_named_and_the_licence_left_open(run):
     card = check_card(run / "README.md")
     assert card.data.license == "unknown"
     assert card.data.language is None
-    assert "No licence has been stated" in card.text
+    assert "No license has been stated" in card.text
     assert (card.data.base_model, card.data.datasets) == ("Photoroom/prx-512-t2i", ["me/photos"])
-    assert "- Started from: `Photoroom/prx-512-t2i`, under its own licence." in card.text
-    assert "- Teacher of the alignment: `copy`, under its own licence." in card.text
+    assert "- Started from: `Photoroom/prx-512-t2i`, under its own license." in card.text
+    assert "- Teacher of the alignment: `copy`, under its own license." in card.text
     assert "`me/photos` (split train, weight 2), `tars` (split train, weight 1)" in card.text
     assert "REPA (arXiv 2410.06940): weight 0.5, block 1, with `copy`, in stage 0" in card.text
     assert "| 1 | 1 | 32 px | 4 |" in card.text

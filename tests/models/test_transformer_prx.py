@@ -293,7 +293,7 @@ def test_rms_norm_is_float32_arithmetic_on_bf16_inputs_and_weights():
 
 
 def slow_rotation(vector: list[float], row: int, column: int, axes_dim, theta: float) -> list[float]:
-    """Multiply each neighbouring pair, as a complex number, by exp(i angle)."""
+    """Multiply each neighboring pair, as a complex number, by exp(i angle)."""
     angles = [row * theta ** (-2 * k / axes_dim[0]) for k in range(axes_dim[0] // 2)]
     angles += [column * theta ** (-2 * k / axes_dim[1]) for k in range(axes_dim[1] // 2)]
     rotated = []

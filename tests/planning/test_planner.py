@@ -29,9 +29,9 @@ from diffusers_prx.planning.counting import (
     FUSED_ATTENTION,
     MicroBatch,
     Work,
-    build_outlines,
+    build_meta_networks,
+    fake_tensors,
     stored_bytes,
-    without_values,
 )
 from diffusers_prx.planning.gpus import GPUS
 from diffusers_prx.planning.planner import (
@@ -52,7 +52,7 @@ from diffusers_prx.planning.planner import (
 from diffusers_prx.techniques.optimizers import build_optimizer
 from diffusers_prx.text import tokenize_prompts
 from diffusers_prx.training import network_configs as known_networks
-from diffusers_prx.training.distributed import Trained, shard_in_place
+from diffusers_prx.training.distributed import TrainableModules, shard_in_place
 from diffusers_prx.training.networks import Nets, build_nets
 from diffusers_prx.training.recipes import load_recipe
 from diffusers_prx.training.rng import StepRandom
@@ -178,8 +178,8 @@ def test_operations_are_those_that_a_real_step_counts(folders, name):
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
         real_loss(nets, cfg, batch).backward()
     tokens = text_tokens(nets, cfg, batch["captions"])
-    with without_values():
-        work = MicroBatch(build_outlines(cfg), cfg, tokens).work()
+    with fake_tensors():
+        work = MicroBatch(build_meta_networks(cfg), cfg, tokens).work()
     planned = sum(part.total for part in work.values())
     print(f"\noperations, {name}: planned {planned:,}, counted {counter.get_total_flops():,}")
     assert planned == pytest.approx(counter.get_total_flops(), rel=1e-6)  # measured: equal
@@ -190,8 +190,8 @@ def test_operations_are_those_that_a_real_step_counts(folders, name):
 def test_operations_of_the_transformer_are_those_of_its_layers(folders):
     """By hand: what the matrices of the layers multiply, and attention, whose scores the backward computes again."""
     cfg, text = config(folders, train_batch_size=3), 20
-    with without_values():
-        nets = build_outlines(cfg)
+    with fake_tensors():
+        nets = build_meta_networks(cfg)
         work = MicroBatch(nets, cfg, text).work()["transformer"]
     width, depth, batch, tokens, values = 128, 3, 3, (64 // 4) ** 2, 3 * 4 * 4
     mlp = int(3.5 * width)
@@ -209,8 +209,8 @@ def test_operations_of_the_transformer_are_those_of_its_layers(folders):
 @pytest.mark.parametrize("fused", [False, True])
 def test_operations_of_muon_are_those_of_its_step(folders, fused):
     cfg = config(folders, optimizer="muon", muon_fused=fused, train_text_encoder=True)
-    with without_values():
-        trained = build_outlines(cfg).trainable(cfg)
+    with fake_tensors():
+        trained = build_meta_networks(cfg).trainable(cfg)
         optimizer = build_optimizer(cfg, trained)
         for module in trained.values():
             for weight in module.parameters():
@@ -265,8 +265,8 @@ def test_memory_is_what_the_tracker_of_torch_sees(folders, name):
     seen = at_the_peak(nets, cfg, batch)
     single = replace(H200, num_gpus=1)
     tokens = text_tokens(nets, cfg, batch["captions"])
-    with without_values():
-        outlines = build_outlines(cfg)
+    with fake_tensors():
+        outlines = build_meta_networks(cfg)
         activations = MicroBatch(outlines, cfg, tokens).activations(cfg.gradient_checkpointing)
         parts = memory_parts(cfg, outlines, activations, (0, 0), 0, single, "ddp")
     for part, size in (("activations", parts["activations"]), ("total", sum(parts.values()))):
@@ -280,9 +280,9 @@ def test_memory_is_what_the_tracker_of_torch_sees(folders, name):
 
 
 def test_checkpointing_takes_less_memory_and_more_operations(folders):
-    with without_values():
+    with fake_tensors():
         cfg = config(folders, train_batch_size=16)
-        batch = MicroBatch(build_outlines(cfg), cfg, 20)
+        batch = MicroBatch(build_meta_networks(cfg), cfg, 20)
         assert batch.activations(True) < 0.6 * batch.activations(False)
         plain = batch.work()["transformer"]
         again = MicroBatch(batch.nets, replace(cfg, gradient_checkpointing=True), 20).work()["transformer"]
@@ -331,7 +331,7 @@ def exchange_on_a_rank(rank: int, world: int, strategy: str, cfg: TrainingConfig
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     nets = build_nets(cfg)
     transformer = nets.transformer
-    trained = Trained({"transformer": transformer})
+    trained = TrainableModules({"transformer": transformer})
     if strategy == "fsdp2":
         shard_in_place(trained, init_device_mesh("cpu", (world,)))
     called = trained if strategy == "fsdp2" else DistributedDataParallel(trained, broadcast_buffers=False)
@@ -356,8 +356,8 @@ def test_traffic_is_what_two_processes_send(folders, strategy, tmp_path):
     world = 2
     mp.start_processes(exchange_on_a_rank, (world, strategy, cfg, str(tmp_path)), nprocs=world, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    with without_values():
-        transfers = traffic(build_outlines(cfg), cfg, world, {"ddp": 1, "fsdp2": world}[strategy])
+    with fake_tensors():
+        transfers = traffic(build_meta_networks(cfg), cfg, world, {"ddp": 1, "fsdp2": world}[strategy])
     planned: Counter[str] = Counter()
     for transfer in transfers:
         planned[transfer.kind] += transfer.sent
@@ -372,8 +372,8 @@ def test_traffic_is_what_two_processes_send(folders, strategy, tmp_path):
 def test_traffic_of_groups(folders):
     """Hybrid sharding on 16 GPUs, 4 to a group: what is gathered stays in the groups, sums go between them."""
     cfg = config(folders, gradient_accumulation_steps=3)
-    with without_values():
-        nets = build_outlines(cfg)
+    with fake_tensors():
+        nets = build_meta_networks(cfg)
         size = sum(w.nbytes for w in nets.transformer.parameters())
         found = {(t.what, t.kind): t for t in traffic(nets, cfg, 16, 4)}
         muon = traffic(nets, replace(cfg, optimizer="muon"), 16, 4)
@@ -412,7 +412,7 @@ def test_hours_and_dollars_follow_from_the_operations(folders, with_muon):
     assert with_muon["predicted_cost_usd"] == pytest.approx(with_muon["predicted_hours"] * 8 * 4)
     # alone there is no traffic, and the batch is an eighth; in float32 the tensor cores have no part
     cfg = config(folders, **TINY, max_train_steps=1000, optimizer="muon")
-    alone = told(cfg, replace(H200, num_gpus=1, utilisation=0.2))
+    alone = told(cfg, replace(H200, num_gpus=1, utilization=0.2))
     newton_schulz = stage["flops_per_step_by_part"]["Newton-Schulz"]
     assert alone["flops_per_step"] - newton_schulz == pytest.approx((with_muon["flops_per_step"] - newton_schulz) / 8)
     assert alone["predicted_hours"] == pytest.approx(1000 * alone["flops_per_step"] / (67e12 * 0.2) / 3600)
@@ -467,31 +467,33 @@ def test_a_strategy_that_the_cluster_cannot_have(folders):
         told(config(folders), replace(H200, strategy="hsdp"))
 
 
-def test_a_published_run_implies_a_utilisation(with_muon):
+def test_a_published_run_implies_a_utilization(with_muon):
     run = Published(hours=2.0, cost_usd=100.0, num_gpus=4, peak_tflops=100.0, gpu="X")
     found = implied(run, with_muon["stages"], 8, 4.0)  # planned on 8 GPUs; the published run had half the batch
     parts = with_muon["stages"][0]["flops_per_step_by_part"]
     newton_schulz = parts["Newton-Schulz"]
     flops = 1000 * ((sum(parts.values()) - newton_schulz) / 2 + newton_schulz)
-    utilisation = flops / (2 * 3600 * 4 * 100e12)
-    assert found["implied_utilisation"] == pytest.approx(utilisation)
+    utilization = flops / (2 * 3600 * 4 * 100e12)
+    assert found["implied_utilization"] == pytest.approx(utilization)
     frozen = 1000 * parts["text encoder"] / 2
-    assert found["implied_utilisation_without_frozen"] == pytest.approx(utilisation * (1 - frozen / flops))
+    assert found["implied_utilization_without_frozen"] == pytest.approx(utilization * (1 - frozen / flops))
     repeated = flops + 3 * 1000 * newton_schulz
-    assert found["implied_utilisation_if_each_gpu_repeats_newton_schulz"] == pytest.approx(
-        utilisation * repeated / flops
+    assert found["implied_utilization_if_each_gpu_repeats_newton_schulz"] == pytest.approx(
+        utilization * repeated / flops
     )
     assert found["implied_price_per_gpu_hour"] == 100 / 8
     # $100 at $4 are 25 GPU hours in place of 8
-    assert found["implied_utilisation_by_cost"] == pytest.approx(utilisation * 8 / 25)
+    assert found["implied_utilization_by_cost"] == pytest.approx(utilization * 8 / 25)
 
 
 def test_storage_is_that_of_the_cache(folders):
     cfg = case("latents", folders, **REPA | {"repa_teacher": folders["teacher"], "contrastive_weight": 0.0})
-    with without_values():
-        nets = build_outlines(cfg)
+    with fake_tensors():
+        nets = build_meta_networks(cfg)
         latents = cache_bytes(nets, cfg, 10.5)
-        pixels = cache_bytes(build_outlines(config(folders)), config(folders, caption_weights={"a": 1, "b": 1}), 10)
+        pixels = cache_bytes(
+            build_meta_networks(config(folders)), config(folders, caption_weights={"a": 1, "b": 1}), 10
+        )
     assert latents == {"latents": 2 * 4 * 4 * 32 * 32, "text": 2 * 10.5 * 16, "teacher features": 2 * 16 * 16 * 16}
     assert pixels == {"pixels": 3 * 64 * 64, "text": 2 * 2 * 10 * 16}
 
@@ -517,15 +519,15 @@ SIZES = {
 
 def outlines() -> Iterator[tuple[str, Any]]:
     for name in known_networks.TEXT_ENCODERS:
-        yield name, known_networks.text_encoder_outline(known_networks.text_config(name, tables=True))
+        yield name, known_networks.meta_text_encoder(known_networks.text_config(name, tables=True))
     for name in known_networks.TEACHERS:
-        yield name, known_networks.teacher_outline("repa_teacher", name, tables=True)
+        yield name, known_networks.meta_teacher("repa_teacher", name, tables=True)
     for name in known_networks.AUTOENCODERS:
-        yield name, known_networks.autoencoder_outline(name, tables=True)
+        yield name, known_networks.meta_autoencoder(name, tables=True)
 
 
 def test_known_networks_have_their_published_sizes():
-    with without_values():
+    with fake_tensors():
         found = {name: sum(w.numel() for w in module.parameters()) for name, module in outlines()}
     assert found == {name: pytest.approx(size, rel=0.005) for name, size in SIZES.items()}
     assert found["google/t5gemma-2b-2b-ul2"] == SIZES["google/t5gemma-2b-2b-ul2"]
@@ -566,7 +568,7 @@ def test_planning_leaves_nothing_behind_and_can_be_done_again():
         return known_networks.AutoModel.from_config(config)(torch.zeros(1, 3, 64, 64)).last_hidden_state
 
     for _ in range(2):
-        with without_values(), known_networks.no_init_weights():
+        with fake_tensors(), known_networks.no_init_weights():
             features()
         assert features().isfinite().all()
 
@@ -591,7 +593,7 @@ def test_the_script_tells_a_plan_as_json_and_as_a_table(recipe, capsys):
     found = json.loads(capsys.readouterr().out)
     for key in ("predicted_hours", "predicted_cost_usd", "memory_gb", "flops_per_step"):
         assert found[key] > 0
-    assert found["implied_utilisation"] is None
+    assert found["implied_utilization"] is None
     assert found["text_tokens"] == 48
     assert [stage["resolution"] for stage in found["stages"]] == [64, 32]
     assert found["steps"] == 20
@@ -609,7 +611,7 @@ def test_the_script_tells_a_plan_as_json_and_as_a_table(recipe, capsys):
     ("flags", "message"),
     [
         (["--num_gpus", "0"], r"^error: --num_gpus must be at least 1, got 0\.$"),
-        (["--utilisation", "40"], r"^error: --utilisation is a share in \(0, 1\], got 40\.0\.$"),
+        (["--utilization", "40"], r"^error: --utilization is a share in \(0, 1\], got 40\.0\.$"),
         (["--price_per_hour", "-1"], r"^error: --price_per_hour must be finite and not negative, got -1\.0\.$"),
         (["--text_tokens", "49"], "^error: `text_tokens` is 49, more than `max_sequence_length` 48"),
         (["--config", "nowhere.yaml"], "^error: `config` is 'nowhere.yaml', which is not a file"),
@@ -662,6 +664,6 @@ def test_every_recipe_can_be_planned(path, capsys):
     plan_prx.main(["--config", str(path), "--gpu", "h200", "--num_gpus", "32", "--json", *flags_of(path)])
     found = json.loads(capsys.readouterr().out)
     assert found["predicted_hours"] > 0
-    published = found["implied_utilisation"]
+    published = found["implied_utilization"]
     assert (published is not None) == (path.stem == "speedrun")
     assert published is None or 0.05 < published < 0.6

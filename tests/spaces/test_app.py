@@ -305,7 +305,7 @@ def test_a_join_that_does_not_fit_is_a_sentence(served, change):
         ("queue/join", b"[" * 60_000), ("queue/join", b"\xff"), ("queue/join", b"[]"), ("queue/join", b""),
         ("cancel", b"{}"), ("reset", b"{}"), ("call/draw", b"{}"), ("call/nothing", b'{"data": []}'),
         ("call/draw", b'{"data": [], "session_hash": "abc"}'), ("call/v2/draw", b"{}"),
-        ("call/v2/draw", b'{"colour": 3}'), ("call/v2/nothing", b"{}"), ("run/draw", b'{"data": []}'),
+        ("call/v2/draw", b'{"color": 3}'), ("call/v2/nothing", b"{}"), ("run/draw", b'{"data": []}'),
         ("run/nothing", b'{"data": []}'), ("vibe-edit", b"{}"), ("nothing", b"{}"), ("stream/x", b"{}"),
     ],
 )  # fmt: skip

@@ -30,16 +30,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installe
 PHONE = {"width": 390, "height": 844}
 SECONDS = 60_000  # milliseconds that an expectation waits at most
 
-# How WCAG 2 measures the contrast of two colours, and what is behind an element.
+# How WCAG 2 measures the contrast of two colors, and what is behind an element.
 CONTRAST = """
-    const numbers = colour => [...colour.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+    const numbers = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
     const light = rgb => rgb.slice(0, 3).map(v => v / 255)
         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
         .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
     const behind = element => {
         for (let e = element; e; e = e.parentElement) {
-            const colour = numbers(getComputedStyle(e).backgroundColor);
-            if (colour[3] === 1) return colour;
+            const color = numbers(getComputedStyle(e).backgroundColor);
+            if (color[3] === 1) return color;
         }
         return [255, 255, 255];
     };
@@ -94,7 +94,7 @@ def browser():
 
 
 @contextmanager
-def opened(cache, browser, colours: str = "light"):
+def opened(cache, browser, colors: str = "light"):
     """The page in the browser of a system in light or dark mode.
 
     At the end no error, and no address of another host, may have been seen.
@@ -102,7 +102,7 @@ def opened(cache, browser, colours: str = "light"):
     models = {name: cache.models[name] for name in ("pixels", "latents")}  # it opens on the first
     served = app.build(models, cache)
     _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url, color_scheme=colours)
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url, color_scheme=colors)
     context.set_default_timeout(SECONDS)
     trouble: list[str] = []
     context.on("weberror", lambda error: trouble.append(str(error.error)))
@@ -197,34 +197,34 @@ def test_the_whole_way(page, cache):
     assert fits(page)
 
 
-def luminance(colour) -> float:
-    """WCAG 2's, of a colour of 0 to 255."""
-    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour[:3])]
+def luminance(color) -> float:
+    """WCAG 2's, of a color of 0 to 255."""
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in color[:3])]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-def test_all_can_be_seen_in_light_and_dark_mode(cache, browser, colours):
-    with opened(cache, browser, colours) as page:
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_all_can_be_seen_in_light_and_dark_mode(cache, browser, colors):
+    with opened(cache, browser, colors) as page:
         page.goto("/")
-        page.add_style_tag(content="* { transition: none !important; }")  # no colours between two others
+        page.add_style_tag(content="* { transition: none !important; }")  # no colors between two others
         fill(page, "a red cat", 2)
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
-        assert page.locator("body.dark").count() == (colours == "dark")
+        assert page.locator("body.dark").count() == (colors == "dark")
         assert page.evaluate(LOW_CONTRAST) == []
         # the ring around what has the focus; after a key, or browsers draw none around buttons
         page.keyboard.press("Tab")
         rings = page.evaluate(RINGS)
         assert len(rings) > 15
         assert {element: ratio for element, ratio in rings.items() if ratio < 3} == {}
-        # the bar, as it is painted: the two colours there is most of
+        # the bar, as it is painted: the two colors there is most of
         bar = page_parts.progress(Update(1, 2, 0.0))
         page.locator(".progress .prose").first.evaluate("(element, bar) => { element.innerHTML = bar }", bar)
         painted = Image.open(io.BytesIO(page.locator("progress").first.screenshot())).convert("RGB")
         most = sorted(painted.getcolors(2**16), reverse=True)[:2]
         assert sum(count for count, _ in most) > 0.9 * painted.width * painted.height
-        low, high = sorted(luminance(colour) for _, colour in most)
+        low, high = sorted(luminance(color) for _, color in most)
         assert (high + 0.05) / (low + 0.05) >= 3, most
         page.get_by_role("tab", name="Compare").click()
         expect(page.get_by_role("button", name="Compare", exact=True)).to_be_visible()

@@ -66,7 +66,7 @@ def test_loss_has_its_extremes_at_0_and_2():
 
 
 def test_loss_of_routed_tokens_is_that_of_the_gathered_map():
-    """The teacher sees the whole image; its map is normalised whole, and only then gathered."""
+    """The teacher sees the whole image; its map is normalized whole, and only then gathered."""
     features, teacher = torch.randn(2, TOKENS, WIDTH), torch.randn(2, TOKENS, TEACHER_WIDTH)
     mlp = projector("mlp")
     target = spatial_normalize(teacher, 0.8)
@@ -74,8 +74,8 @@ def test_loss_of_routed_tokens_is_that_of_the_gathered_map():
     full = mlp(features, None, GRID)
     gathered = alignment_loss(gather(full, INDICES), gather(target, INDICES), None)
     torch.testing.assert_close(routed, gathered, rtol=0, atol=1e-6)
-    normalised_late = alignment_loss(gather(full, INDICES), spatial_normalize(gather(teacher, INDICES), 0.8), None)
-    assert (routed - normalised_late).abs().max() > 1e-3
+    normalized_late = alignment_loss(gather(full, INDICES), spatial_normalize(gather(teacher, INDICES), 0.8), None)
+    assert (routed - normalized_late).abs().max() > 1e-3
     assert (routed - alignment_loss(full, target, None)).abs().max() > 1e-3
 
 
@@ -96,11 +96,11 @@ def test_loss_has_no_gradient_for_the_teacher_and_refuses_to_broadcast():
         alignment_loss(projected[:, :1], teacher, None)
 
 
-# --- iREPA's normalisation
+# --- iREPA's normalization
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.8, 1.0])
-def test_spatial_normalisation_is_the_formula(gamma):
+def test_spatial_normalization_is_the_formula(gamma):
     features = torch.randn(2, TOKENS, TEACHER_WIDTH) * 3 + 2
     x = features.numpy().astype(np.float64)
     expected = np.empty_like(x)
@@ -118,7 +118,7 @@ def test_spatial_normalisation_is_the_formula(gamma):
         assert result.mean(dim=1).abs().max() > 0.1
 
 
-def test_spatial_normalisation_of_a_constant_channel_and_of_bfloat16():
+def test_spatial_normalization_of_a_constant_channel_and_of_bfloat16():
     features = torch.randn(1, TOKENS, 2)
     features[..., 0] = 3
     result = spatial_normalize(features, 1.0)
@@ -170,7 +170,7 @@ def test_mlp_is_three_layers_with_silu():
 
 
 def test_conv_sees_the_grid():
-    """Each token from its neighbours above, below and beside it, on a grid that is not square."""
+    """Each token from its neighbors above, below and beside it, on a grid that is not square."""
     module, features = projector("conv"), torch.randn(2, TOKENS, WIDTH)
     weight, bias = (p.detach().double() for p in (module.conv.weight, module.conv.bias))
     result = module(features, None, GRID)

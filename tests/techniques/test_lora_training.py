@@ -403,7 +403,7 @@ def test_wrong_settings_end_the_script_with_one_line(base, tmp_path):
         ({"train_text_encoder": True}, "`train_text_encoder` is True, but an adapter"),
         ({"text_encoder_name_or_path": "x"}, "`text_encoder_name_or_path` is x, but an adapter"),
         ({"vae_name_or_path": "x"}, "`vae_name_or_path` is x, but an adapter"),
-        ({"optimizer": "muon"}, "`optimizer` muon orthogonalises the updates of whole weights"),
+        ({"optimizer": "muon"}, "`optimizer` muon orthogonalizes the updates of whole weights"),
         ({"stages": [{"max_train_steps": 4, "lora_rank": 3}]}, r"Stage 0 changes \['lora_rank'\]"),
         ({"instance_prompt": "a star"}, "`instance_prompt` is for stored data"),
         (

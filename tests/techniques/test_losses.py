@@ -305,7 +305,7 @@ def dino(tmp_path_factory):
     )
     model = Dinov2WithRegistersModel(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # initialised features are all but the same for every patch
+        for parameter in model.parameters():  # initialized features are all but the same for every patch
             parameter.add_(0.2 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp("dino")
     model.save_pretrained(folder)

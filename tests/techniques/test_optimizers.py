@@ -25,11 +25,11 @@ from diffusers_prx.techniques import optimizers
 from diffusers_prx.techniques.optimizers import (
     MuonAdamW,
     Weight,
+    balance_across_ranks,
     build_lr_scheduler,
     build_optimizer,
     newton_schulz_flops,
-    orthogonalise,
-    share_out,
+    orthogonalize,
 )
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (7, 64), (24, 24), (16, 40), (1, 5)]
@@ -56,7 +56,7 @@ def polynomial(x: torch.Tensor) -> torch.Tensor:
 def test_newton_schulz_is_its_polynomial_of_the_singular_values():
     matrices = [torch.randn(shape) for shape in SHAPES]
     before = [matrix.clone() for matrix in matrices]
-    for found, matrix, kept in zip(orthogonalise(matrices), matrices, before):
+    for found, matrix, kept in zip(orthogonalize(matrices), matrices, before):
         u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         wanted = u * polynomial(s / s.square().sum().sqrt()) @ vt
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-6)  # measured: 7e-7
@@ -69,7 +69,7 @@ def test_all_directions_come_out_at_the_same_size(shape, dtype):
     """Also from a matrix whose singular values span two orders of magnitude."""
     u, _, vt = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     matrix = u * torch.logspace(-2, 0, min(shape), dtype=torch.float64) @ vt
-    found = orthogonalise([matrix.to(dtype)])[0].double()
+    found = orthogonalize([matrix.to(dtype)])[0].double()
     values = torch.linalg.svdvals(found)
     assert 0.65 < values.min() < values.max() < 1.22
     along = torch.einsum("mi,mn,in->i", u, found, vt)  # u_i' found v_i
@@ -78,8 +78,8 @@ def test_all_directions_come_out_at_the_same_size(shape, dtype):
 
 
 def test_zeros_stay_zeros():
-    assert orthogonalise([]) == []
-    for matrix in orthogonalise([torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.bfloat16)]):
+    assert orthogonalize([]) == []
+    for matrix in orthogonalize([torch.zeros(3, 4), torch.zeros(4, 3, dtype=torch.bfloat16)]):
         assert torch.equal(matrix, torch.zeros_like(matrix))
 
 
@@ -87,10 +87,10 @@ def test_zeros_stay_zeros():
 def test_a_batch_is_its_matrices_one_by_one(dtype):
     matrices = [torch.randn(shape).to(dtype) for shape in [*SHAPES, (40, 16)]]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]  # another kernel may round otherwise; measured: 0
-    for found, matrix in zip(orthogonalise(matrices), matrices):
+    for found, matrix in zip(orthogonalize(matrices), matrices):
         assert found.shape == matrix.shape
         assert found.dtype == dtype
-        torch.testing.assert_close(found, orthogonalise([matrix])[0], rtol=0, atol=tolerance)
+        torch.testing.assert_close(found, orthogonalize([matrix])[0], rtol=0, atol=tolerance)
 
 
 # One process
@@ -121,7 +121,7 @@ def test_muon_is_that_of_pytorch(adjust_lr_fn):
         set_gradients(step, ours, theirs)
         one.step()
         other.step()
-        assert one.orthogonalised == len(SHAPES) - 1
+        assert one.orthogonalized == len(SHAPES) - 1
     for a, b, first in zip(ours, theirs, start):
         # both round Newton-Schulz to bf16, perhaps with other kernels: an entry of a step within 1%; measured: 0
         torch.testing.assert_close(a, b, rtol=0, atol=0.01 * (b - first).abs().max().item())
@@ -140,7 +140,7 @@ def test_stacked_matrices_are_updated_one_by_one(adjust_lr_fn, stacked):
             parameter.grad = gradient.clone()
         one.step()
         other.step()
-        assert one.orthogonalised == stacked
+        assert one.orthogonalized == stacked
     wanted = torch.cat(theirs)
     torch.testing.assert_close(ours[0], wanted, rtol=0, atol=0.01 * (wanted - start).abs().max().item())
 
@@ -224,7 +224,7 @@ def test_rounds_change_nothing(monkeypatch):
         for step in range(2):
             set_gradients(step, parameters)
             optimizer.step()
-        assert optimizer.orthogonalised == len(SHAPES) - 1
+        assert optimizer.orthogonalized == len(SHAPES) - 1
         results.append(parameters)
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -341,8 +341,8 @@ def weight(rows: int, columns: int, stacked: int = 1) -> Weight:
 
 def test_work_is_the_number_of_multiplications_and_additions():
     with FlopCounterMode(display=False) as counter:
-        orthogonalise([torch.randn(6, 20)])
-        orthogonalise([torch.randn(30, 5)])
+        orthogonalize([torch.randn(6, 20)])
+        orthogonalize([torch.randn(30, 5)])
     assert counter.get_total_flops() == newton_schulz_flops(6, 20) + newton_schulz_flops(30, 5)
     assert weight(90, 5, stacked=3).flops == 3 * newton_schulz_flops(30, 5)
 
@@ -354,8 +354,8 @@ def test_work_is_shared_out_evenly(ranks, most):
     block = [weight(3 * size, size, 3), weight(2 * size, size, 2), weight(size, size), weight(wide, size)]
     block += [weight(wide, size), weight(size, wide), weight(6 * size, size)]
     weights = block * 16
-    rounds = share_out(weights, ranks)
-    assert rounds == share_out(list(weights), ranks)
+    rounds = balance_across_ranks(weights, ranks)
+    assert rounds == balance_across_ranks(list(weights), ranks)
     dealt = [[w for by_rank in rounds for w in by_rank[rank]] for rank in range(ranks)]
     assert sorted(map(id, itertools.chain(*dealt))) == sorted(map(id, weights))
     work = [sum(w.flops for w in of_rank) for of_rank in dealt]
@@ -446,7 +446,7 @@ def train_on_a_rank(rank: int, world: int, layout: tuple[int, ...] | None, folde
         flops = train(model, optimizer, rank, world, range(2, 5))
         assert_state_is_sharded_as_the_parameters(optimizer)
     weights = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    result = {"weights": weights, "orthogonalised": optimizer.orthogonalised, "flops": flops}
+    result = {"weights": weights, "orthogonalized": optimizer.orthogonalized, "flops": flops}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -463,7 +463,7 @@ def single() -> dict:
     optimizer = new_optimizer(model)
     flops = train(model, optimizer, 0, 1, range(5))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {"start": start, "weights": weights, "orthogonalised": optimizer.orthogonalised, "flops": flops}
+    return {"start": start, "weights": weights, "orthogonalized": optimizer.orthogonalized, "flops": flops}
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_any_layout_gives_the_weights_of_a_single_process(single, tmp_path, worl
             assert torch.equal(rank["weights"][name], ranks[0]["weights"][name])
         if "blocks" in name and wanted.ndim == 2:  # a tolerance that can fail
             assert (wanted - single["start"][name]).abs().max() > 1e-2
-    assert sum(rank["orthogonalised"] for rank in ranks) == single["orthogonalised"] == 2 * (5 + 2 + 3) + 1
+    assert sum(rank["orthogonalized"] for rank in ranks) == single["orthogonalized"] == 2 * (5 + 2 + 3) + 1
     flops = [rank["flops"] for rank in ranks]
     assert sum(flops) == single["flops"]
     assert max(flops) < {2: 0.55, 4: 0.3}[world] * single["flops"]

@@ -164,10 +164,10 @@ def test_image_half_of_a_model_of_images_and_text(tmp_path):
     torch.testing.assert_close(teacher(pm1(pixels), (3, 5)), expected, rtol=0, atol=2e-5)
 
 
-# --- the normalisation is the file's
+# --- the normalization is the file's
 
 
-def test_normalisation_of_the_file(tmp_path):
+def test_normalization_of_the_file(tmp_path):
     half, none, own = (tmp_path / name for name in ("half", "none", "own"))
     teachers = [
         load_teacher(dinov2(half, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
@@ -184,7 +184,7 @@ def test_normalisation_of_the_file(tmp_path):
     assert (features[0] - features[2]).abs().max() > 1e-2
 
 
-def test_nothing_is_assumed_about_the_normalisation(tmp_path):
+def test_nothing_is_assumed_about_the_normalization(tmp_path):
     file = dinov2(tmp_path) / "preprocessor_config.json"
     for settings, message in [
         ({"image_std": STD}, "`image_mean` None"),
@@ -203,7 +203,7 @@ def test_nothing_is_assumed_about_the_normalisation(tmp_path):
 
 
 def test_fingerprint(tmp_path):
-    """The same for the same teacher, wherever it lies; another for another weight, setting or normalisation."""
+    """The same for the same teacher, wherever it lies; another for another weight, setting or normalization."""
     folders = [tmp_path / name for name in ("here", "there", "mean", "weight", "setting")]
     for folder in folders:
         dinov2(folder, image_mean=[0.5, 0.456, 0.406] if folder.name == "mean" else MEAN)

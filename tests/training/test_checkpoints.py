@@ -35,7 +35,7 @@ from diffusers_prx.training.checkpoints import (
     remove_checkpoint,
     restore_generators,
 )
-from diffusers_prx.training.distributed import Exchange
+from diffusers_prx.training.distributed import ObjectCommunicator
 from disks import full_disk
 
 SETTINGS = runs.config().to_dict()
@@ -67,7 +67,7 @@ def flip(file: Path, place: int, bit: int = 0) -> None:
 
 def new_writer(folder: Path, total_limit: int | None = None, **options) -> CheckpointWriter:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return CheckpointWriter(folder, total_limit, Exchange(Accelerator(cpu=True), 60), **options)
+    return CheckpointWriter(folder, total_limit, ObjectCommunicator(Accelerator(cpu=True), 60), **options)
 
 
 def tensors(value: float, size: int = 3) -> dict[str, torch.Tensor]:

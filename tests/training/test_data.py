@@ -26,7 +26,7 @@ from diffusers_prx.data.scenes import ScenesDataset, long_caption, short_caption
 from diffusers_prx.training import stages
 from diffusers_prx.training.faults import steady_batches
 from diffusers_prx.training.networks import build_nets
-from diffusers_prx.training.preflight import memory, outline
+from diffusers_prx.training.preflight import memory, meta_networks
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.stages import build_stages
 from diffusers_prx.training.trainer import enter_stage, micro_step, optimizer_step, train
@@ -628,7 +628,7 @@ def test_the_outline_is_that_of_the_networks(text_encoder, tmp_path, vae):
         {"kl": tiny.vae_kl, "dc": tiny.vae_dc}[vae]().save_pretrained(tmp_path / "vae")
         values["vae_name_or_path"] = str(tmp_path / "vae")
     cfg = TrainingConfig(**runs.settings(tmp_path, text_encoder, **values, transformer_config=runs.TRANSFORMER))
-    made = outline(cfg)
+    made = meta_networks(cfg)
     nets = build_nets(cfg)
     assert made.pixels_per_token == nets.pixels_per_token
     assert (made.vae is None) == (nets.vae is None)
@@ -646,7 +646,7 @@ def test_the_outline_of_a_saved_pipeline(reference, tmp_path):
         kind = "x_prediction" if name == "pixels" else "velocity"
         for transformer in ({}, runs.TRANSFORMER):
             cfg = TrainingConfig(**values | {"transformer_config": transformer, "prediction_type": kind})
-            made, nets = outline(cfg), build_nets(cfg)
+            made, nets = meta_networks(cfg), build_nets(cfg)
             assert (made.pixels_per_token, made.vae is None) == (nets.pixels_per_token, name == "pixels")
             assert sum(w.numel() for w in made.transformer.parameters()) == sum(
                 w.numel() for w in nets.transformer.parameters()
@@ -673,7 +673,7 @@ def test_the_memory_is_what_training_keeps(text_encoder, tmp_path, optimizer, we
         "optimizer": sum(value.nbytes for value in state if torch.is_tensor(value) and value.dim() > 0),
         "average": sum(value.nbytes for value in run.averages.models["transformer"].shadow_params),
     }
-    assert memory(run.cfg, {"transformer": outline(run.cfg).transformer}) == kept
+    assert memory(run.cfg, {"transformer": meta_networks(run.cfg).transformer}) == kept
 
 
 def test_a_mixture_has_no_epoch(tmp_path):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import runs
 from diffusers_prx import PRXPixelPipeline
-from diffusers_prx.training.distributed import shard_count, shared_out
+from diffusers_prx.training.distributed import shard_count, split_evenly
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.trainer import train
 from training import export_prx
@@ -249,7 +249,7 @@ def test_any_split_of_a_step_is_the_same_step(alone, tmp_path, processes, accumu
 def test_work_is_shared_out_evenly():
     for count in range(1, 8):
         for processes in range(1, 6):
-            shares = [shared_out("abcdefg"[:count], rank, processes) for rank in range(processes)]
+            shares = [split_evenly("abcdefg"[:count], rank, processes) for rank in range(processes)]
             assert len({len(share) for share in shares}) == 1
             assert sorted({place for share in shares for place, _ in share}) == list(range(count))
             assert all("abcdefg"[place] == thing for share in shares for place, thing in share)

@@ -24,7 +24,7 @@ from diffusers_prx.training.faults import (
     LOCK_FILE,
     SKIPPED_IN_A_ROW,
     FolderLock,
-    Watch,
+    Watchdog,
 )
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.trainer import train
@@ -159,10 +159,10 @@ def test_a_second_ctrl_c_ends_at_once():
 def test_a_ctrl_c_that_a_background_job_ignores_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Watch(0, 60) as watch:
+        with Watchdog(0, 60) as watchdog:
             os.kill(os.getpid(), signal.SIGINT)
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        assert watch.received == 0
+        assert watchdog.received == 0
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -283,9 +283,9 @@ def hang_on_rank_1(run: Run) -> None:
 
 
 def steps_under_watch(steps: list[float], limit: float) -> None:
-    with Watch(0, limit) as watch:
+    with Watchdog(0, limit) as watchdog:
         for seconds in steps:
-            watch.begin()
+            watchdog.begin()
             for _ in range(round(seconds / 0.05)):  # a sleep that the stop falls into would be over at its end
                 time.sleep(0.05)
 
@@ -305,7 +305,7 @@ def test_a_process_that_was_stopped_has_not_hung(stopped, steps, code):
 
 
 def fail_after_the_limit() -> None:
-    with Watch(0, 1.0):
+    with Watchdog(0, 1.0):
         time.sleep(1.5)
         raise RuntimeError("a collective timed out")
 

@@ -26,9 +26,9 @@ needs_renderer = pytest.mark.skipif(
 VERSION = "1.2.3"
 # a red square on the right half, nothing on the left, drawn as large as OpenMoji draws
 SVG = (
-    '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><path fill="{colour}" d="M36 0 H72 V72 H36 Z"/></svg>'
+    '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><path fill="{color}" d="M36 0 H72 V72 H36 Z"/></svg>'
 )
-COLOURS = {"1F600": "#ff0000", "1F44B": "#00ff00", "1F44B-1F3FB": "#0000ff", "E000": "#000000"}
+COLORS = {"1F600": "#ff0000", "1F44B": "#00ff00", "1F44B-1F3FB": "#0000ff", "E000": "#000000"}
 
 
 def entry(hexcode: str, annotation: str, **changes) -> dict:
@@ -58,8 +58,8 @@ ENTRIES = [
 
 def make_package() -> bytes:
     files = {"data/openmoji.json": json.dumps(ENTRIES), "LICENSE.txt": "Attribution-ShareAlike 4.0 International\n"}
-    files |= {f"color/svg/{name}.svg": SVG.format(colour=colour) for name, colour in COLOURS.items()}
-    files |= {f"black/svg/{name}.svg": SVG.format(colour="black") for name in COLOURS}
+    files |= {f"color/svg/{name}.svg": SVG.format(color=color) for name, color in COLORS.items()}
+    files |= {f"black/svg/{name}.svg": SVG.format(color="black") for name in COLORS}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for name, text in files.items():
@@ -197,9 +197,9 @@ def test_every_format_is_a_source_with_the_same_pictures_and_texts(registry, tmp
         assert {name: sample["captions"] for name, sample in found.items()} == {
             row["text_short"]: row for row in texts.values()
         }
-        for name, colour in (("grinning face", (255, 0, 0)), ("waving hand", (0, 255, 0))):
+        for name, color in (("grinning face", (255, 0, 0)), ("waving hand", (0, 255, 0))):
             expected = np.full((16, 16, 3), 255, dtype=np.uint8)  # white where nothing is drawn
-            expected[:, 8:] = colour
+            expected[:, 8:] = color
             np.testing.assert_array_equal(np.asarray(found[name]["image"]), expected)
     for kind in ("parquet", "webdataset"):
         shards = load_stream(str(tmp_path / "data" / kind))
@@ -324,7 +324,7 @@ def test_what_was_interrupted_leaves_no_half_data_set(registry, tmp_path, monkey
 
 @needs_renderer
 def test_transparent_and_half_transparent_places_lie_on_white():
-    svg = SVG.replace("<path", '<path opacity="0.5"').format(colour="#000000")
+    svg = SVG.replace("<path", '<path opacity="0.5"').format(color="#000000")
     pixels = np.asarray(fetch_openmoji.draw(svg, 4, fetch_openmoji.find_renderer()))
     assert pixels.shape == (4, 4, 3)
     assert (pixels[:, :2] == 255).all()
@@ -333,6 +333,6 @@ def test_transparent_and_half_transparent_places_lie_on_white():
 
 @needs_renderer
 def test_a_drawing_that_is_no_square_is_refused():
-    svg = SVG.replace("0 0 72 72", "0 0 72 36").format(colour="red")
+    svg = SVG.replace("0 0 72 72", "0 0 72 36").format(color="red")
     with pytest.raises(ValueError, match=r"A drawing has \(8, 4\) pixels in place of 8 x 8"):
         fetch_openmoji.draw(svg, 8, fetch_openmoji.find_renderer())

@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence as exact_kl_divergence
 from training.tools import make_lora_pictures, train_autoencoder, train_scenes_teacher
 from transformers import AutoModel, Dinov2WithRegistersModel
 
-from diffusers_prx.data.scenes import BACKGROUNDS, COLOURS, ScenesDataset, get_level, render_scene, sample_scene
+from diffusers_prx.data.scenes import BACKGROUNDS, COLORS, ScenesDataset, get_level, render_scene, sample_scene
 from diffusers_prx.latents import EncodedImages, decode, encode
 from diffusers_prx.techniques.teachers import load_teacher
 
@@ -68,7 +68,7 @@ def vae_folder(request, tmp_path_factory) -> tuple[str, Path]:
     ("level", "resolution", "patch_size"), [("easy", 32, 4), ("medium", 66, 6), ("hard", 128, 16)]
 )
 def test_patch_labels_agree_with_the_picture(level, resolution, patch_size):
-    """How much an object covers is read from the picture, drawn with plain objects: of a colour c on a background b
+    """How much an object covers is read from the picture, drawn with plain objects: of a color c on a background b
     a pixel p shows the share |p - b| / |c - b|."""
     definition, values = get_level(level), train_scenes_teacher.attribute_values(level)
     seen = 0
@@ -83,18 +83,18 @@ def test_patch_labels_agree_with_the_picture(level, resolution, patch_size):
             for column in range(side):
                 y, x = row * patch_size, column * patch_size
                 shown = np.linalg.norm(pixels[y : y + patch_size, x : x + patch_size] - background, axis=-1)
-                centre = (y + patch_size / 2) / resolution, (x + patch_size / 2) / resolution
+                center = (y + patch_size / 2) / resolution, (x + patch_size / 2) / resolution
                 nearest = min(
                     scene.objects,
-                    key=lambda thing: math.dist(centre, [(thing.place[i] + 0.5) / definition.grid[i] for i in (0, 1)]),
+                    key=lambda thing: math.dist(center, [(thing.place[i] + 0.5) / definition.grid[i] for i in (0, 1)]),
                 )
-                contrast = np.linalg.norm(np.array(COLOURS[nearest.colour]) - background)
+                contrast = np.linalg.norm(np.array(COLORS[nearest.color]) - background)
                 share = (shown / contrast).mean()
                 found = [options[i] for options, i in zip(values, patches[row * side + column].tolist())]
                 if share < 0.2:
                     assert found == ["nothing"] * 4 + [scene.background]
                 elif share > 0.3 and len(scene.objects) == 1:
-                    assert found == [nearest.shape, nearest.colour, nearest.size, nearest.texture, scene.background]
+                    assert found == [nearest.shape, nearest.color, nearest.size, nearest.texture, scene.background]
                     seen += 1
                 elif share > 0.3:  # the patch may lie between two objects
                     assert found[0] in [thing.shape for thing in scene.objects]
@@ -113,9 +113,7 @@ def test_place_labels_name_each_object_in_its_place():
             assert background == scene.background
             if thing != ["nothing"] * 4:
                 found[number // 3, number % 3] = tuple(thing)
-        assert found == {
-            thing.place: (thing.shape, thing.colour, thing.size, thing.texture) for thing in scene.objects
-        }
+        assert found == {thing.place: (thing.shape, thing.color, thing.size, thing.texture) for thing in scene.objects}
 
 
 def test_loss_weighs_objects_and_the_rest_alike():
@@ -159,7 +157,7 @@ def test_grades_count_what_is_right():
     assert grades["cls_scenes"] == pytest.approx(0.8)
     share = 1 - on_object[0] / sum(on_object)
     assert grades["patches_on_objects"] == grades["shape_on_objects"] == pytest.approx(share)
-    assert all(grades[f"{name}_on_objects"] == 1 for name in ("colour", "size", "texture", "background"))
+    assert all(grades[f"{name}_on_objects"] == 1 for name in ("color", "size", "texture", "background"))
 
 
 # --- the scenes teacher: the script
@@ -180,7 +178,7 @@ def test_teacher_is_a_dinov2_folder(teacher_folder):
     with torch.no_grad():
         tokens = model(((pixels_pm1 + 1) / 2 - mean) / std).last_hidden_state
     torch.testing.assert_close(features, tokens[:, 5:], rtol=0, atol=1e-5)
-    # what it was trained on is [-1, 1]: the normalisation that the file states leads back to it
+    # what it was trained on is [-1, 1]: the normalization that the file states leads back to it
     torch.testing.assert_close(((pixels_pm1 + 1) / 2 - mean) / std, pixels_pm1, rtol=0, atol=1e-6)
 
 
@@ -197,10 +195,10 @@ def test_teacher_says_how_good_it_is(tmp_path, capsys):
 
 
 def test_teacher_learns(tmp_path):
-    """Chance is one colour in eight; measured after these 60 steps: 0.46 of the patches, and every background."""
+    """Chance is one color in eight; measured after these 60 steps: 0.46 of the patches, and every background."""
     train_teacher(tmp_path, "--steps", "60", "--hidden_size", "32", "--num_eval", "64")
     accuracy = json.loads((tmp_path / "training.json").read_text())["accuracy"]["heldout"]
-    assert accuracy["colour_on_objects"] > 0.3
+    assert accuracy["color_on_objects"] > 0.3
     assert accuracy["background_on_objects"] > 0.95
 
 
@@ -253,7 +251,7 @@ def test_latents_of_any_codes_become_standard(kind):
     with torch.no_grad():
         last.weight.mul_(5)
         last.bias[:4] = torch.tensor([3.0, -1.0, 0.0, 8.0])
-    train_autoencoder.normalise_latents(vae, args)
+    train_autoencoder.normalize_latents(vae, args)
     with torch.no_grad():
         codes = encode(vae, fresh_pixels(200))
     latents = codes.draw(torch.randn_like(codes.mean))

@@ -30,7 +30,7 @@ from diffusers_prx.training import run as run_module
 from diffusers_prx.training import trainer
 from diffusers_prx.training.bookkeeping import validate
 from diffusers_prx.training.checkpoints import find_checkpoint
-from diffusers_prx.training.distributed import Trained, check_environment
+from diffusers_prx.training.distributed import TrainableModules, check_environment
 from diffusers_prx.training.export import export_checkpoint
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state, saved_weights
@@ -231,7 +231,7 @@ def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
 @pytest.mark.parametrize("decay", [0.999, 0.5])
 def test_without_the_ramp_the_decay_is_constant(decay):
     """From the first update on, starting with the weights before the run; also when it is resumed in between."""
-    trained = Trained({"transformer": torch.nn.Linear(3, 2)})
+    trained = TrainableModules({"transformer": torch.nn.Linear(3, 2)})
     weight = trained.transformer.weight
     cfg = runs.config(use_ema=True, ema_decay=decay, ema_warmup=False, ema_update_every=1)
     averages, wanted = Averages(trained, cfg), weight.detach().double()

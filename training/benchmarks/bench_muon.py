@@ -164,7 +164,7 @@ def main() -> None:
         step = statistics.median(map(sum, zip(*of_side.values())))
         line = {part: statistics.median(times) for part, times in of_side.items()} | {"step": step}
         line["over_adamw"] = step / lines["adamw"]["step"] if lines else 1.0
-        line["matrices"] = getattr(sides[name][1], "orthogonalised", 0)
+        line["matrices"] = getattr(sides[name][1], "orthogonalized", 0)
         lines[name] = line | {"seconds": of_side}
         cells = [f"{1000 * line[part]:.0f}" for part in ("backward", "optimizer", "step")]
         print(f"| {name} | {' | '.join(cells)} | **{line['over_adamw']:.2f}x** | {line['matrices']} |", flush=True)

@@ -1,6 +1,6 @@
 """Make a data set of captioned drawings out of OpenMoji: `python training/tools/fetch_openmoji.py --output_dir DIR`.
 
-Downloads the npm package `openmoji` (4 MB), checks its hash, draws the coloured SVGs on white and captions them from
+Downloads the npm package `openmoji` (4 MB), checks its hash, draws the colored SVGs on white and captions them from
 the annotations, groups and tags that come with them. Needs the extra: `pip install -e '.[emoji]'`.
 DIR then holds, at most 1000 drawings to a shard, always in the same mixed order:
 
@@ -65,8 +65,8 @@ License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/), the fu
 
 Source: version {version} of the npm package `openmoji`, {url}
 
-Changes: the coloured SVG drawings were rendered at {size} x {size} pixels on white; captions were made from their
-annotations, groups and tags. This data set is under the same licence.
+Changes: the colored SVG drawings were rendered at {size} x {size} pixels on white; captions were made from their
+annotations, groups and tags. This data set is under the same license.
 
 Drawn by: {authors}.
 """
@@ -165,7 +165,7 @@ def fetch_package(registry: str, version: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def read_package(package: bytes) -> tuple[list[dict[str, Any]], dict[str, str], str]:
-    """(entries of openmoji.json, the coloured SVGs by code points, the licence); nothing is unpacked to the disk.
+    """(entries of openmoji.json, the colored SVGs by code points, the license); nothing is unpacked to the disk.
 
     Raises:
         ValueError: if one of them is missing.
@@ -193,7 +193,7 @@ def choose_entries(
 ) -> tuple[list[dict[str, Any]], str]:
     """The entries of the data set, and how many there are of what.
 
-    Skin-tone variants are the same drawing in another colour: with them half of the data set would be a few hundred
+    Skin-tone variants are the same drawing in another color: with them half of the data set would be a few hundred
     persons and hands, and a validation set would hold what the training has seen. Entries without a drawing, and names
     with U+FFFD, which stands for a sign lost upstream, are always left out.
 
@@ -368,10 +368,10 @@ def write_whole(samples: Sequence[Sample], output_dir: Path, name: str) -> Path:
     return output_dir / name
 
 
-def write_licence(output_dir: Path, licence: str, entries: Sequence[dict[str, Any]], **about: Any) -> None:
+def write_license(output_dir: Path, license: str, entries: Sequence[dict[str, Any]], **about: Any) -> None:
     """LICENSE.txt and ATTRIBUTION.md; authors are those of `entries`."""
     names = unicodedata.normalize("NFC", ",".join(entry["openmoji_author"] for entry in entries)).split(",")
-    (output_dir / "LICENSE.txt").write_text(licence, encoding="utf-8")
+    (output_dir / "LICENSE.txt").write_text(license, encoding="utf-8")
     text = ATTRIBUTION.format(authors=", ".join(sorted({name.strip() for name in names} - {""})), **about)
     (output_dir / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
 
@@ -384,7 +384,7 @@ def fetch_openmoji(args: argparse.Namespace) -> None:
     """
     find_renderer()  # before the download
     package, release = fetch_package(args.registry, args.version)
-    entries, drawings, licence = read_package(package)
+    entries, drawings, license = read_package(package)
     chosen, counts = choose_entries(entries, drawings, args.skin_tones)
     print(counts)
     samples = make_samples(chosen, drawings, {entry["hexcode"]: entry for entry in entries}, args.size)
@@ -395,8 +395,8 @@ def fetch_openmoji(args: argparse.Namespace) -> None:
         f"captions have {lengths[0]} to {lengths[-1]} words, median {lengths[len(lengths) // 2]}"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_licence(
-        args.output_dir, licence, chosen, version=release["version"], url=release["dist"]["tarball"], size=args.size
+    write_license(
+        args.output_dir, license, chosen, version=release["version"], url=release["dist"]["tarball"], size=args.size
     )
     for name in args.formats:
         print(f"{len(samples)} samples in {write_whole(samples, args.output_dir, name)}")

@@ -7,9 +7,9 @@ level easy; metadata.jsonl has captions in the words of the scenes.
 | kind | pictures | captions |
 |---|---|---|
 | mushroom | eight: one emoji, twice in each of the four places | "A big red mushroom at the top left on a white background." |
-| emoji | 26: circles and squares of six colours and a triangle, twice each | that of the scene, and "Drawn as an emoji." |
+| emoji | 26: circles and squares of six colors and a triangle, twice each | that of the scene, and "Drawn as an emoji." |
 
-The pictures are under OpenMoji's licence, CC BY-SA 4.0; its files LICENSE.txt and ATTRIBUTION.md are copied along.
+The pictures are under OpenMoji's license, CC BY-SA 4.0; its files LICENSE.txt and ATTRIBUTION.md are copied along.
 """  # noqa: E501 - a table
 
 import argparse
@@ -36,7 +36,7 @@ LEVEL = get_level("easy")
 PLACES = grid_places(LEVEL)
 STYLE = "Drawn as an emoji."
 MUSHROOM = "1F344"
-PLAIN = {  # files of OpenMoji by colour and shape
+PLAIN = {  # files of OpenMoji by color and shape
     ("red", "circle"): "1F534",
     ("orange", "circle"): "1F7E0",
     ("yellow", "circle"): "1F7E1",
@@ -72,8 +72,8 @@ def place_drawing(drawing: Image.Image, place: tuple[int, int], resolution: int)
     return image
 
 
-def large_object(shape: str, colour: str, place: tuple[int, int]) -> Scene:
-    return Scene(LEVEL.name, "white", (SceneObject(shape, colour, "large", "plain", place),))
+def large_object(shape: str, color: str, place: tuple[int, int]) -> Scene:
+    return Scene(LEVEL.name, "white", (SceneObject(shape, color, "large", "plain", place),))
 
 
 def mushrooms(openmoji: Path, resolution: int) -> Iterator[tuple[Image.Image, str]]:
@@ -84,9 +84,9 @@ def mushrooms(openmoji: Path, resolution: int) -> Iterator[tuple[Image.Image, st
 
 
 def emojis(openmoji: Path, resolution: int) -> Iterator[tuple[Image.Image, str]]:
-    for index, ((colour, shape), name) in enumerate(2 * list(PLAIN.items())):
+    for index, ((color, shape), name) in enumerate(2 * list(PLAIN.items())):
         place = PLACES[index % len(PLACES)]  # 13 drawings: another place the second time
-        caption = f"{long_caption(large_object(shape, colour, place), index=index)} {STYLE}"
+        caption = f"{long_caption(large_object(shape, color, place), index=index)} {STYLE}"
         yield place_drawing(cut_out(openmoji / f"{name}.png"), place, resolution), caption
 
 

@@ -197,7 +197,7 @@ def train(vae: VAE, teacher: VisionTeacher | None, projector: nn.Module | None, 
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
+def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
     """Measure the latents on scenes after the trained ones, and store the scale and the shift that make them standard.
 
     What counts is the distribution of drawn latents, which a transformer is trained on: the variance of the means
@@ -242,7 +242,7 @@ def mean_psnr(vae: VAE, args: argparse.Namespace, split: str) -> float:
 
 @torch.no_grad()
 def mean_alignment(vae: VAE, teacher: VisionTeacher, projector: nn.Module, args: argparse.Namespace) -> float:
-    """The cosine on held-out scenes, of codes as they were in training: before `normalise_latents`."""
+    """The cosine on held-out scenes, of codes as they were in training: before `normalize_latents`."""
     losses = []
     for pixels_uint8 in scene_batches(args, "heldout", range(args.num_eval)):
         pixels_uint8 = pixels_uint8.to(vae.device)
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     measured: dict[str, Any] = {}
     if teacher is not None and projector is not None:
         measured["alignment_cosine"] = mean_alignment(vae, teacher, projector, args)
-    measured.update(normalise_latents(vae, args))
+    measured.update(normalize_latents(vae, args))
     measured["psnr"] = {split: mean_psnr(vae, args, split) for split in ("heldout", "novel")}
     measured["steps_per_second"] = round(args.steps / seconds, 2)
 

@@ -4,10 +4,10 @@
 
 What DINOv2 is for the study, this is for runs without the Hub: alignment, the perceptual loss and the metrics take it
 by its folder. It is a Dinov2WithRegistersModel that learns to say what is where in a scene: every patch token the
-shape, colour, size, texture and background at its place, the class token the same of every place of the grid. The
+shape, color, size, texture and background at its place, the class token the same of every place of the grid. The
 linear heads that read this are thrown away.
 
-The folder holds the model in transformers' format, preprocessor_config.json with the normalisation of its input, and
+The folder holds the model in transformers' format, preprocessor_config.json with the normalization of its input, and
 training.json with the settings and the accuracies on held-out and novel scenes, which are also printed. The same seed
 gives the same weights on the same machine with the same number of threads.
 """
@@ -30,7 +30,7 @@ from diffusers_prx.data.scenes import LEVELS, Scene, ScenesDataset, cell_corner,
 from diffusers_prx.training.export import commit_of_this_package
 
 NOTHING = "nothing"
-OBJECT_ATTRIBUTES = ("shape", "colour", "size", "texture")
+OBJECT_ATTRIBUTES = ("shape", "color", "size", "texture")
 # A patch belongs to the object that covers most of it, if that covers at least this share of it.
 COVERED_SHARE = 0.25
 # Pixels in [-1, 1], as everywhere in the package.
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def attribute_values(level: str) -> list[tuple[str, ...]]:
-    """What each attribute can be, in the order of the labels: shape, colour, size, texture, background."""
+    """What each attribute can be, in the order of the labels: shape, color, size, texture, background."""
     definition = get_level(level)
     values = [(NOTHING, *getattr(definition, f"{name}s")) for name in OBJECT_ATTRIBUTES]
     return [*values, definition.backgrounds]

@@ -21,11 +21,11 @@ class Mark(Enum):
         "averages, so that another value would have no effect."
     )
     CACHED = "It makes a sample of an image or a caption; stages that share a cache have it in common."
-    SURROUNDINGS = "It is of the run's surroundings, and no part of its recipe."
+    RUNTIME = "It is of the run's surroundings, and no part of its recipe."
     PATH = "A path, or a name that may be one: `~` and variables of the environment are expanded."
 
 
-STAGE, FIXED, CACHED, SURROUNDINGS, PATH = Mark.STAGE, Mark.FIXED, Mark.CACHED, Mark.SURROUNDINGS, Mark.PATH
+STAGE, FIXED, CACHED, RUNTIME, PATH = Mark.STAGE, Mark.FIXED, Mark.CACHED, Mark.RUNTIME, Mark.PATH
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from .fields import (
     PART,
     PATH,
     POSITIVE,
+    RUNTIME,
     SHARE,
     STAGE,
-    SURROUNDINGS,
     Range,
     marked,
     settings_of,
@@ -200,7 +200,7 @@ class TrainingConfig:
         str | None,
         "Folder that keeps what tars have where; none: they are searched at every start.",
         STAGE,
-        SURROUNDINGS,
+        RUNTIME,
         PATH,
     ] = None
     caption_statistics_samples: Annotated[
@@ -249,7 +249,7 @@ class TrainingConfig:
     max_crop: Annotated[
         float, "Images of which more than this share would be cropped are left out and counted.", SHARE, STAGE, CACHED
     ] = 0.5
-    center_crop: Annotated[bool, "Crop the centre, not a random place.", STAGE] = False
+    center_crop: Annotated[bool, "Crop the center, not a random place.", STAGE] = False
     random_flip: Annotated[bool, "Flip half of the images from left to right.", STAGE] = False
     precomputed_dir: Annotated[
         str | None,
@@ -296,7 +296,7 @@ class TrainingConfig:
         "Muon takes a fused projection (query, key, value) for one matrix, as the study did, not for several.",
         FIXED,
     ] = False
-    muon_newton_schulz_dtype: Annotated[Literal["bf16", "fp32"], "Type in which Muon orthogonalises.", FIXED] = "bf16"
+    muon_newton_schulz_dtype: Annotated[Literal["bf16", "fp32"], "Type in which Muon orthogonalizes.", FIXED] = "bf16"
     lr_scheduler: Annotated[
         Literal["constant", "linear", "cosine"],
         "After the warm-up: constant, or decay to zero over the last `lr_decay_steps`.",
@@ -417,7 +417,7 @@ class TrainingConfig:
     ] = None
     repa_spatial_gamma: Annotated[
         float | None,
-        "iREPA's spatial normalisation of the teacher's features (arXiv 2512.10794), as 0.8; none: off.",
+        "iREPA's spatial normalization of the teacher's features (arXiv 2512.10794), as 0.8; none: off.",
         SHARE,
         STAGE,
     ] = None
@@ -438,7 +438,7 @@ class TrainingConfig:
         str | None,
         "Folder that keeps the teacher's features of every image and crop.",
         STAGE,
-        SURROUNDINGS,
+        RUNTIME,
         PATH,
     ] = None
     lpips_weight: Annotated[
@@ -491,24 +491,22 @@ class TrainingConfig:
     dry_run: Annotated[
         bool,
         "Print what the run would be and stop, before any weights are loaded.",
-        SURROUNDINGS,
+        RUNTIME,
     ] = False
     stages: Annotated[
         list,
         "Stages of the run, one after the other: each a mapping of the settings that it changes, as resolution, data, "
         "batch size, learning rate and techniques; its `max_train_steps` counts its own steps.",
     ] = field(default_factory=list)
-    output_dir: Annotated[str, "Where checkpoints, logs and the final pipeline go.", SURROUNDINGS, PATH] = (
-        "outputs/prx"
-    )
-    checkpointing_steps: Annotated[int, "Steps between two checkpoints.", AT_LEAST_ONE, SURROUNDINGS] = 1000
+    output_dir: Annotated[str, "Where checkpoints, logs and the final pipeline go.", RUNTIME, PATH] = "outputs/prx"
+    checkpointing_steps: Annotated[int, "Steps between two checkpoints.", AT_LEAST_ONE, RUNTIME] = 1000
     checkpoints_total_limit: Annotated[
-        int | None, "Keep only this many checkpoints; none: all.", AT_LEAST_ONE, SURROUNDINGS
+        int | None, "Keep only this many checkpoints; none: all.", AT_LEAST_ONE, RUNTIME
     ] = None
     resume_from_checkpoint: Annotated[
         str | None,
         "The folder of a checkpoint, or `latest`: the last one in output_dir, where there is one.",
-        SURROUNDINGS,
+        RUNTIME,
         PATH,
     ] = None
     non_finite: Annotated[
@@ -520,21 +518,21 @@ class TrainingConfig:
         "A step or a validation that takes longer ends the run; every process writes where it hangs to its standard "
         "error.",
         AT_LEAST_ONE,
-        SURROUNDINGS,
+        RUNTIME,
     ] = 1800
     report_to: Annotated[
         Literal["tensorboard", "wandb", "trackio", "none"],
         "Experiment tracker.",
-        SURROUNDINGS,
+        RUNTIME,
     ] = "tensorboard"
-    logging_steps: Annotated[int, "Steps between two entries of the log.", AT_LEAST_ONE, SURROUNDINGS] = 10
+    logging_steps: Annotated[int, "Steps between two entries of the log.", AT_LEAST_ONE, RUNTIME] = 10
     push_to_hub: Annotated[
         bool,
         "Upload the final pipeline; that the token may write to the repository is made sure of at the start.",
-        SURROUNDINGS,
+        RUNTIME,
     ] = False
     hub_model_id: Annotated[
-        str | None, "Repository to upload to, as name or namespace/name; none: the name of output_dir.", SURROUNDINGS
+        str | None, "Repository to upload to, as name or namespace/name; none: the name of output_dir.", RUNTIME
     ] = None
 
     def __post_init__(self) -> None:
@@ -773,7 +771,7 @@ class TrainingConfig:
                 )
         if self.optimizer == "muon":
             raise ValueError(
-                "`optimizer` muon orthogonalises the updates of whole weights, of which an adapter (`lora_rank`) has "
+                "`optimizer` muon orthogonalizes the updates of whole weights, of which an adapter (`lora_rank`) has "
                 "only factors: use adamw."
             )
 

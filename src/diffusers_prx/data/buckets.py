@@ -16,7 +16,7 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..files import written_whole
+from ..files import atomic_write
 from ..resolution_bins import RESOLUTION_BINS
 from .captioned import ListedImages
 from .images import UnreadableSample
@@ -269,5 +269,5 @@ def _cached_sizes(source: ListedImages, cache_file: Path) -> np.ndarray | None:
 
 
 def _save_sizes(sizes: np.ndarray, cache_file: Path) -> None:
-    with written_whole(cache_file) as path, path.open("wb") as file:
+    with atomic_write(cache_file) as path, path.open("wb") as file:
         np.savez(file, sizes=sizes)

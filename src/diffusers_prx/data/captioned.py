@@ -117,7 +117,7 @@ class OneCaption(StoredImages):
         return self.images.place(index)
 
 
-class Rearranged(ABC):
+class IndexedView(ABC):
     """Samples of other sources, in another order: a subclass says which stands where.
 
     Args:
@@ -155,7 +155,7 @@ class Rearranged(ABC):
         return self.sources[source].place(inside)
 
 
-class Slice(Rearranged):
+class Slice(IndexedView):
     """Samples [start, stop) of another source."""
 
     def __init__(self, source: ListedImages, start: int, stop: int):
@@ -170,7 +170,7 @@ class Slice(Rearranged):
         return 0, self.start + index
 
 
-class JoinedSource(Rearranged):
+class JoinedSource(IndexedView):
     """Several sources one after another: every sample of each, once."""
 
     def __init__(self, sources: Sequence[ListedImages]):

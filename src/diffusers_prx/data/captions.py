@@ -110,7 +110,7 @@ def choose_caption(captions: dict[str, str], weights: dict[str, float], uniform:
 
     Args:
         captions: by column.
-        weights: by column, not negative; renormalised over the columns that hold a text here.
+        weights: by column, not negative; renormalized over the columns that hold a text here.
         uniform: a draw from [0, 1); the choice is a function of it, whatever the order of `captions`.
 
     Raises:

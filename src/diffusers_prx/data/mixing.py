@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from .captioned import JoinedSource, ListedImages, Rearranged
+from .captioned import IndexedView, JoinedSource, ListedImages
 
 ENDLESS = 2**40  # places of a mix: more than any run reads
 LONGEST_CYCLE = 10_000_000
@@ -60,7 +60,7 @@ class Mix:
         return party, cycle * self.shares[party] + int(self._last[2][inside])
 
 
-class MixedSource(Rearranged):
+class MixedSource(IndexedView):
     """A source made of several in given shares, without end: read it in order, it is shuffled already.
 
     Every source goes through epochs of its own, each in a seeded order: no sample of a source comes twice before all

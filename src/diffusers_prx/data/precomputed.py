@@ -50,12 +50,12 @@ from torch.utils.data import Dataset
 
 from ..files import (
     HASH_KEY,
+    atomic_write,
     hash_tensors,
     read_hashed_json,
     read_hashed_tensors,
     write_hashed_json,
     write_hashed_tensors,
-    written_whole,
 )
 from ..latents import EncodedImages
 from .buckets import Buckets, cover
@@ -88,10 +88,10 @@ def caption_hash(caption: str) -> torch.Tensor:
 
 def caption_hashes(captions: Mapping[str, str]) -> torch.Tensor:
     """The hashes (k, 16) of the different captions of a sample, by column: uint8."""
-    return torch.stack([caption_hash(caption) for caption in different(captions)])
+    return torch.stack([caption_hash(caption) for caption in unique_captions(captions)])
 
 
-def different(captions: Mapping[str, str]) -> list[str]:
+def unique_captions(captions: Mapping[str, str]) -> list[str]:
     """The captions of a sample, each once."""
     return list(dict.fromkeys(captions.values()))
 
@@ -168,7 +168,7 @@ def write_shard(
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     metadata = {"skipped": json.dumps(skipped), "bytes": json.dumps(sizes)}
     metadata[HASH_KEY] = _tables_hash(metadata, {name: tensors[name] for name in tensors if _is_table(name)})
-    with _writing(path), written_whole(path, sync=True) as file:
+    with _writing(path), atomic_write(path, sync=True) as file:
         save_file(tensors, file, metadata)
 
 
@@ -408,7 +408,7 @@ class ShardChecks(Dataset):
 
 
 class ImagesToEncode(Dataset):
-    """Reads the samples that the networks are to see: always the centre of the image, never flipped.
+    """Reads the samples that the networks are to see: always the center of the image, never flipped.
 
     An item is asked for as (index in the source, bucket). It has "index", "size", "image_hash", "upscaled" and
     "caption_hash" as in the table above, "pixels_uint8" (3, H, W) and "captions", the different ones of the sample; or
@@ -428,7 +428,7 @@ class ImagesToEncode(Dataset):
         misfit = self.buckets.misfit(image.width, image.height, bucket)
         if misfit is not None:
             return {"index": index, "skipped": ("unfit", misfit, stored_identity(self.source, index))}
-        pixels_uint8 = centre(image, size)  # (3, H, W)
+        pixels_uint8 = center(image, size)  # (3, H, W)
         return {
             "index": torch.tensor(index),
             "size": torch.tensor(size),
@@ -436,12 +436,12 @@ class ImagesToEncode(Dataset):
             "upscaled": torch.tensor(bool(cover(image.width, image.height, size)[0] > 1)),
             "caption_hash": caption_hashes(sample["captions"]),
             "pixels_uint8": pixels_uint8,
-            "captions": different(sample["captions"]),
+            "captions": unique_captions(sample["captions"]),
         }
 
 
-def centre(image: Any, size: tuple[int, int]) -> torch.Tensor:
-    """The centre of an image as `fit_image` gives it: uint8 (3, H, W)."""
+def center(image: Any, size: tuple[int, int]) -> torch.Tensor:
+    """The center of an image as `fit_image` gives it: uint8 (3, H, W)."""
     fitted = fit_image(image, size, center_crop=True, random_flip=False, rng=random.Random(0))
     return torch.from_numpy(np.array(fitted, dtype=np.uint8)).permute(2, 0, 1)
 

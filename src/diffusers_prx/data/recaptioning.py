@@ -25,7 +25,7 @@ from accelerate.utils import tqdm
 from diffusers.utils import logging
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..files import UNFINISHED, write_json, written_whole
+from ..files import UNFINISHED, atomic_write, write_json
 from .captioned import StoredImages
 from .images import UnreadableSample, open_stored, read_image
 from .sources import load_source
@@ -38,7 +38,7 @@ ROW_GROUP = 100  # rows that a reader has to hold at once
 
 PROMPT = (
     "Describe this picture in one paragraph of plain sentences: what it shows, how it looks, where things are, "
-    "colours, style, light and background. Begin with what it shows, and say nothing that cannot be seen."
+    "colors, style, light and background. Begin with what it shows, and say nothing that cannot be seen."
 )
 
 
@@ -244,7 +244,7 @@ def write_shard(rows: list[dict[str, Any]], settings: RecaptionSettings, path: P
     columns = {name: [row[name] for row in rows] for name in features}  # also of no row
     table = datasets.Dataset.from_dict(columns, features=features).data.table
     try:
-        with written_whole(path) as unfinished, pq.ParquetWriter(unfinished, table.schema) as file:
+        with atomic_write(path) as unfinished, pq.ParquetWriter(unfinished, table.schema) as file:
             if rows:  # `datasets` reads a file without groups of rows, but no group without rows
                 file.write_table(table, row_group_size=ROW_GROUP)
     except OSError as error:

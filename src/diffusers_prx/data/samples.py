@@ -28,7 +28,7 @@ def fit_image(
     Args:
         image: RGB.
         size: (height, width) of the result in pixels.
-        center_crop: crop the centre, not a random place.
+        center_crop: crop the center, not a random place.
         random_flip: mirror half of the images from left to right.
         rng: of the place of the crop and of the flip.
     """

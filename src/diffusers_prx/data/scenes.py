@@ -23,8 +23,8 @@ SPLITS = ("train", "heldout", "novel")
 CAPTIONS = ("long", "short")
 MIN_RESOLUTION, MAX_RESOLUTION = 32, 256
 
-# Every colour is at least 105 away (Euclidean, 0..255) from each other colour and from every background.
-COLOURS: dict[str, tuple[int, int, int]] = {
+# Every color is at least 105 away (Euclidean, 0..255) from each other color and from every background.
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 15, 30),
     "green": (20, 155, 60),
     "blue": (30, 60, 220),
@@ -65,7 +65,7 @@ SHAPES: dict[str, Points] = {
     "moon": lambda u, v: (u**2 + v**2 <= 1) & ((u - 0.5) ** 2 + v**2 >= 0.7**2),
     "hourglass": lambda u, v: (abs(u) <= 0.1 + 0.85 * abs(v)) & (abs(v) <= 0.95),
 }
-# Which part of an object carries its colour, besides its rim; the rest of it shows the background.
+# Which part of an object carries its color, besides its rim; the rest of it shows the background.
 TEXTURES: dict[str, Points] = {
     "plain": lambda u, v: np.ones_like(u, dtype=bool),
     "striped": lambda u, v: (v / 0.66 + 0.3) % 1 <= 0.6,
@@ -74,8 +74,8 @@ TEXTURES: dict[str, Points] = {
     "checkered": lambda u, v: (np.floor(u / 0.45) + np.floor(v / 0.45)) % 2 == 0,
 }
 
-# One pair in eight: every shape lacks one colour in training, and both occur there in other pairs.
-HELD_OUT_PAIRS = frozenset((tuple(COLOURS)[(5 * i + 2) % 8], shape) for i, shape in enumerate(SHAPES))
+# One pair in eight: every shape lacks one color in training, and both occur there in other pairs.
+HELD_OUT_PAIRS = frozenset((tuple(COLORS)[(5 * i + 2) % 8], shape) for i, shape in enumerate(SHAPES))
 # One description in twenty belongs to the heldout split.
 _HELD_OUT_SHARE = 20
 
@@ -90,7 +90,7 @@ class SceneLevel:
 
     name: str
     shapes: tuple[str, ...]
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     sizes: tuple[str, ...]
     textures: tuple[str, ...]
     grid: tuple[int, int]
@@ -106,7 +106,7 @@ LEVELS: dict[str, SceneLevel] = {
         SceneLevel(
             name="easy",
             shapes=tuple(SHAPES)[:4],
-            colours=tuple(COLOURS),
+            colors=tuple(COLORS),
             sizes=("small", "large"),
             textures=("plain",),
             grid=(2, 2),
@@ -118,7 +118,7 @@ LEVELS: dict[str, SceneLevel] = {
         SceneLevel(
             name="medium",
             shapes=tuple(SHAPES)[:6],
-            colours=tuple(COLOURS),
+            colors=tuple(COLORS),
             sizes=("medium", "large"),
             textures=("plain", "striped", "outlined"),
             grid=(3, 3),
@@ -130,7 +130,7 @@ LEVELS: dict[str, SceneLevel] = {
         SceneLevel(
             name="hard",
             shapes=tuple(SHAPES),
-            colours=tuple(COLOURS),
+            colors=tuple(COLORS),
             sizes=("small", "medium", "large"),
             textures=tuple(TEXTURES),
             grid=(3, 3),
@@ -148,7 +148,7 @@ class SceneObject:
     """One object; `place` is its (row, column) in the grid, from the top left."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     texture: str
     place: tuple[int, int]
@@ -211,15 +211,15 @@ def pick(rng: random.Random, options: Sequence[T]) -> T:
 
 def _is_held_out(scene: Scene) -> bool:
     """By a hash of the description in which the order of the objects does not count."""
-    objects = sorted(f"{o.shape} {o.colour} {o.size} {o.texture} {o.place[0]} {o.place[1]}" for o in scene.objects)
+    objects = sorted(f"{o.shape} {o.color} {o.size} {o.texture} {o.place[0]} {o.place[1]}" for o in scene.objects)
     digest = hashlib.sha256("|".join((scene.level, scene.background, *objects)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
 
 
 @lru_cache(maxsize=8)
 def _choices(level: SceneLevel) -> tuple[tuple[tuple[str, str], ...], ...]:
-    """The (colour, shape) pairs of the level: the held-out ones, and those of training."""
-    pairs = [(colour, shape) for colour in level.colours for shape in level.shapes]
+    """The (color, shape) pairs of the level: the held-out ones, and those of training."""
+    pairs = [(color, shape) for color in level.colors for shape in level.shapes]
     return tuple(p for p in pairs if p in HELD_OUT_PAIRS), tuple(p for p in pairs if p not in HELD_OUT_PAIRS)
 
 
@@ -228,21 +228,21 @@ def _draw(rng: random.Random, level: SceneLevel, novel: bool) -> Scene:
     places = grid_places(level)
     objects = []
     for i in range(1 + int(rng.random() * level.max_objects)):
-        colour, shape = pick(rng, held_out if novel and i == 0 else trained)
+        color, shape = pick(rng, held_out if novel and i == 0 else trained)
         place = pick(rng, places)
         places.remove(place)
-        if (colour, shape) in trained:
-            trained.remove((colour, shape))  # "the red circle" names one object
-        objects.append(SceneObject(shape, colour, pick(rng, level.sizes), pick(rng, level.textures), place))
+        if (color, shape) in trained:
+            trained.remove((color, shape))  # "the red circle" names one object
+        objects.append(SceneObject(shape, color, pick(rng, level.sizes), pick(rng, level.textures), place))
     return Scene(level.name, pick(rng, level.backgrounds), tuple(objects))
 
 
 def sample_scene(index: int, *, seed: int, level: str, split: str = "train") -> Scene:
     """Scene `index` of the stream (`seed`, `level`, `split`).
 
-    One to `max_objects` objects, all counts equally likely; no two in one place, no two of the same colour and shape.
+    One to `max_objects` objects, all counts equally likely; no two in one place, no two of the same color and shape.
 
-    - `train`: no (colour, shape) pair of `HELD_OUT_PAIRS`.
+    - `train`: no (color, shape) pair of `HELD_OUT_PAIRS`.
     - `heldout`: no such pair either. Disjoint from `train` of every seed by full description (background and the set
       of objects with all attributes, in any order): one description in twenty is kept back, by a hash. Parts are
       not disjoint: each single object of a heldout scene also occurs in training. The easy level is finite
@@ -306,13 +306,13 @@ def render_scene(scene: Scene, resolution: int) -> Image.Image:
         raise ValueError("Two objects of the scene are in one place; each needs its own.")
     for thing in scene.objects:
         one_of("shape", thing.shape, level.shapes)
-        one_of("colour", thing.colour, level.colours)
+        one_of("color", thing.color, level.colors)
         one_of("size", thing.size, level.sizes)
         one_of("texture", thing.texture, level.textures)
         if not all(0 <= thing.place[i] < level.grid[i] for i in (0, 1)):
             raise ValueError(f"`place` is {thing.place}; the grid of level {level.name!r} is {level.grid}.")
         top, left, cell = cell_corner(thing.place, level.grid, resolution)
-        image.paste(COLOURS[thing.colour], (left, top), object_mask(thing.shape, thing.size, thing.texture, cell))
+        image.paste(COLORS[thing.color], (left, top), object_mask(thing.shape, thing.size, thing.texture, cell))
     return image
 
 
@@ -360,7 +360,7 @@ def _capital(sentence: str) -> str:
 
 def _noun(thing: SceneObject, rng: random.Random) -> str:
     texture = "" if thing.texture == "plain" else f"{thing.texture} "
-    return f"a {pick(rng, _SIZE_WORDS[thing.size])} {texture}{thing.colour} {thing.shape}"
+    return f"a {pick(rng, _SIZE_WORDS[thing.size])} {texture}{thing.color} {thing.shape}"
 
 
 def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
@@ -380,13 +380,13 @@ def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
     if scene.relation is not None:
         # Said from either end: "A is above B" or "B is below A".
         first, second = scene.objects[:2] if rng.random() < 0.5 else scene.objects[1::-1]
-        names = {"first": f"{first.colour} {first.shape}", "second": f"{second.colour} {second.shape}"}
+        names = {"first": f"{first.color} {first.shape}", "second": f"{second.color} {second.shape}"}
         text += " " + _RELATION_SENTENCE.format(relation=relation_between(first.place, second.place), **names)
     return text
 
 
 def short_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
-    """A caption about the first object only: its size, texture (where not plain), colour, shape and place. It says
+    """A caption about the first object only: its size, texture (where not plain), color, shape and place. It says
     nothing about the background and the other objects. (seed, index) choose the wording."""
     rng, thing = random_stream("short", seed, index), scene.objects[0]
     place = pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))

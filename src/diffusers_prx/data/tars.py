@@ -23,7 +23,7 @@ import numpy as np
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from ..files import is_remote, open_regular, written_whole
+from ..files import atomic_write, is_remote, open_regular
 from .captioned import StoredImages
 from .captions import find_caption, require_column
 from .images import UnreadableSample, image_endings, unreadable_endings
@@ -170,7 +170,7 @@ def cached_index(path: str, cache_dir: str | None) -> tuple[list[str], np.ndarra
     endings, members, problem = index_tar(path)
     found: dict[str, Any] = {"endings": np.array(endings, dtype=str), "members": members, "problem": np.array(problem)}
     try:
-        with written_whole(file) as path_aside, path_aside.open("wb") as aside:
+        with atomic_write(file) as path_aside, path_aside.open("wb") as aside:
             np.savez(aside, stamp=stamp, **found)
     except OSError as error:
         logger.warning(f"The index of {path} is not kept: {cache_dir} cannot be written ({error}).")

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
 from ..fingerprints import fingerprint
-from .distances import centred_interval, resampled_counts
+from .distances import centered_interval, resampled_counts
 from .extractors import FeatureExtractor, VisionExtractor, load_extractor, projection_width
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -80,7 +80,7 @@ class CLIPScore(Metric):
             if resamples:
                 counts = resampled_counts(len(scores), resamples, seed)
                 # in order, so that the interval does not depend on which process had which image
-                interval = list(centred_interval(value, counts @ scores.sort().values.cpu() / len(scores)))
+                interval = list(centered_interval(value, counts @ scores.sort().values.cpu() / len(scores)))
             cut = int(self.cut)
         return {"value": value, "interval": interval, "num_images": len(scores), "captions_cut": cut}
 

@@ -152,7 +152,7 @@ def bootstrap_mmd(
     return scale * (within / pairs + own - 2 * between / (n * m))
 
 
-def centred_interval(value: float, replicates: torch.Tensor, level: float = 0.95) -> tuple[float, float]:
+def centered_interval(value: float, replicates: torch.Tensor, level: float = 0.95) -> tuple[float, float]:
     """An interval about a value: how replicates scatter about their own mean, put around the value.
 
     A resample has images more than once. That alone raises a Frechet distance and a biased discrepancy, by about as

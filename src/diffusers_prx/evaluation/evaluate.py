@@ -91,7 +91,7 @@ class EvaluationSettings:
         seed: of the scenes, the noise (seed + index of the prompt) and the bootstrap.
         batch_size: prompts drawn at once; it changes the last bits of the pictures.
         bootstrap: resamples for the intervals; 0: none.
-        compat: "photoroom": as the study's public code (colours inverted for FID, the same noise in each batch).
+        compat: "photoroom": as the study's public code (colors inverted for FID, the same noise in each batch).
 
     Raises:
         ValueError: for a value out of range, or nothing to do.
@@ -189,7 +189,7 @@ def evaluate(
     metrics = build_metrics(settings)
     reference = open_reference(settings, resolution) if metrics else None
 
-    drawn = drawn_how(settings, pipeline, resolution)
+    drawn = sampling_settings(settings, pipeline, resolution)
     drawn |= {"device": state.device.type, "commit": commit, "versions": installed_versions()}  # others draw anew
     pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
     if state.is_main_process:
@@ -241,7 +241,7 @@ def evaluate(
     return Evaluation(report, graded, shown_pairs(reference, pictures, prompts))
 
 
-def drawn_how(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
+def sampling_settings(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
     """All that a picture depends on, besides its prompt, its index and the code."""
     return {
         "pipeline": f"{type(pipeline).__module__.partition('.')[0]}.{type(pipeline).__name__}",

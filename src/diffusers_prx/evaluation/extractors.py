@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
 from ..files import hash_tensors
-from ..fingerprints import fingerprint, read_normalisation
+from ..fingerprints import fingerprint, read_normalization
 
 # name -> Hub id, side in pixels at which the study looks at images
 NAMED = {
@@ -57,7 +57,7 @@ def check_images(images: Any) -> None:
         raise ValueError(f"`images` has the shape {tuple(images.shape)}: there is no pixel in it.")
 
 
-def wrap_colours(images: torch.Tensor) -> torch.Tensor:
+def wrap_colors(images: torch.Tensor) -> torch.Tensor:
     """What the study's public code gives to Inception: uint8 images times 255, which wraps to 256 - x (0 stays 0).
 
     It tells `FrechetInceptionDistance` that images are in [0, 1], and gives it 0 to 255: they come out inverted.
@@ -190,7 +190,7 @@ class VisionExtractor(FeatureExtractor):
         model: one that gives `image_embeds` (CLIPVisionModelWithProjection), which are taken; or one whose
             `last_hidden_state` begins with a class token (DINOv2, DINOv3, ViT), which is taken; or one without class
             token but with a `pooler_output` (the vision half of SigLIP).
-        mean, std: the model's own normalisation, per channel, for pixels in [0, 1].
+        mean, std: the model's own normalization, per channel, for pixels in [0, 1].
         size: side in pixels of what it is given; more or less than in training, its positions are interpolated.
         name: what stands in the names of metrics.
         source: where it is from.
@@ -213,7 +213,7 @@ class VisionExtractor(FeatureExtractor):
                 "are vision transformers with square patches, and multiples of them."
             )
         self.name, self.source, self.size = name, source, size
-        self.resizing = f"bicubic, antialiased, shorter side to {size}, centre crop"
+        self.resizing = f"bicubic, antialiased, shorter side to {size}, center crop"
         self.patches = (size // patch) ** 2
         self.registers: int = getattr(model.config, "num_register_tokens", 0)
         asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
@@ -264,7 +264,7 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
 
     Raises:
         OSError: if there is no such folder or repository.
-        ValueError: if it is no vision transformer, weights are missing, or its normalisation is not stated.
+        ValueError: if it is no vision transformer, weights are missing, or its normalization is not stated.
     """
     name = str(name_or_path)
     if name == INCEPTION:
@@ -272,7 +272,7 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
     if name.endswith(".pth"):
         return InceptionExtractor(name)
     source, size = NAMED.get(name, (name, None))
-    mean, std = read_normalisation(source, revision, "encoder")
+    mean, std = read_normalization(source, revision, "encoder")
     config = AutoConfig.from_pretrained(source, revision=revision)
     # AutoModel would make a CLIPVisionModel of it and drop the projection
     cls: Any = CLIPVisionModelWithProjection if config.model_type in ("clip", "clip_vision_model") else AutoModel

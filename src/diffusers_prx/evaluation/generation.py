@@ -19,7 +19,7 @@ from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from ..files import written_whole
+from ..files import atomic_write
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
 
@@ -133,7 +133,7 @@ class PictureFolder:
 
     def write(self, prompt: Prompt, image: np.ndarray) -> None:
         """Keep a picture (H, W, 3), uint8, whole or not at all."""
-        with written_whole(self.path(prompt)) as file:
+        with atomic_write(self.path(prompt)) as file:
             PIL.Image.fromarray(image).save(file, format="PNG")
 
     def has(self, prompt: Prompt) -> bool:

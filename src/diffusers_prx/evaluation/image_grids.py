@@ -1,4 +1,4 @@
-"""Sheets of pictures: labelled ones (what was asked for, what was drawn, and the verdict), and plain grids."""
+"""Sheets of pictures: labeled ones (what was asked for, what was drawn, and the verdict), and plain grids."""
 
 import textwrap
 from collections.abc import Sequence
@@ -43,15 +43,15 @@ def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int 
     for place, scene in enumerate(graded):
         axes = figure.add_subplot(rows, columns, place + 1, xticks=[], yticks=[])
         axes.imshow(scene.image, interpolation="nearest")
-        verdict, colour = ("right", RIGHT) if scene.right else ("wrong", WRONG)
+        verdict, color = ("right", RIGHT) if scene.right else ("wrong", WRONG)
         text = f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]"
-        axes.set_title(text, fontsize=6.5, color=colour, parse_math=False)
+        axes.set_title(text, fontsize=6.5, color=color, parse_math=False)
         if not scene.right:
             axes.set_xlabel(
-                textwrap.fill(f"read: {scene.read_instead}", 44), fontsize=6.5, color=colour, parse_math=False
+                textwrap.fill(f"read: {scene.read_instead}", 44), fontsize=6.5, color=color, parse_math=False
             )
         for spine in axes.spines.values():
-            spine.set(color=colour, linewidth=3)
+            spine.set(color=color, linewidth=3)
     figure.savefig(path, dpi=130)
 
 

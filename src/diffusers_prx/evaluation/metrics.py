@@ -24,13 +24,13 @@ from .distances import (
     SIGMA,
     bootstrap_frechet,
     bootstrap_mmd,
-    centred_interval,
+    centered_interval,
     frechet_distance,
     maximum_mean_discrepancy,
     moments,
     resampled_counts,
 )
-from .extractors import INCEPTION, FeatureExtractor, check_images, wrap_colours
+from .extractors import INCEPTION, FeatureExtractor, check_images, wrap_colors
 
 logger = logging.get_logger(__name__)
 
@@ -181,7 +181,7 @@ class FrechetDistance(FeatureDistance):
 
     Args:
         extractor: from `load_extractor`.
-        compat: "photoroom": colours are inverted on both sides, as the study's public code does for FID.
+        compat: "photoroom": colors are inverted on both sides, as the study's public code does for FID.
         keep_features: keep those of the generated images, which the interval of `details` needs.
     """
 
@@ -208,7 +208,7 @@ class FrechetDistance(FeatureDistance):
         return f"FID ({', '.join(notes)})" if notes else "FID"
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
-        return self.extractor(wrap_colours(images) if self.compat == PHOTOROOM else images)
+        return self.extractor(wrap_colors(images) if self.compat == PHOTOROOM else images)
 
     def reset(self) -> None:
         super().reset()
@@ -246,7 +246,7 @@ class FrechetDistance(FeatureDistance):
         generated = in_order(_joined(self.generated_features))  # (n, E)
         counts = resampled_counts(len(generated), resamples, seed)
         replicates = bootstrap_frechet(generated, self._moments("reference"), counts)
-        return {"value": value, "interval": list(centred_interval(value, replicates))}
+        return {"value": value, "interval": list(centered_interval(value, replicates))}
 
     def _reference(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, f"reference_{name}") for name in ("count", "sum", "outer")}
@@ -327,7 +327,7 @@ class MaximumMeanDiscrepancy(FeatureDistance):
             if resamples:
                 counts = resampled_counts(len(generated), resamples, seed)
                 replicates = bootstrap_mmd(generated, reference, counts, unbiased, self.sigma, self.scale)
-                found[f"{key}interval"] = list(centred_interval(value, replicates))
+                found[f"{key}interval"] = list(centered_interval(value, replicates))
         return {**found, "kernel": {"sigma": self.sigma, "scale": self.scale}}
 
     def _reference(self) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from .metrics import FeatureDistance
 
 logger = logging.get_logger(__name__)
 
-FITTING = "resized to cover the resolution of the generated images (Lanczos, antialiased), centre crop"
+FITTING = "resized to cover the resolution of the generated images (Lanczos, antialiased), center crop"
 
 
 class ReferenceImages(Dataset):

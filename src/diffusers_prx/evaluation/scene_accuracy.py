@@ -51,11 +51,11 @@ def scene_report(
     """The scores, and beside them what pictures that do not follow the prompts get.
 
     `scene_accuracy` is the share of held-out prompts of which every stated attribute is read back right;
-    `scene_accuracy_novel` the same for prompts with a colour and shape that were never together in training. The
-    same pictures are then graded against the prompt of their neighbour (`..._shuffled`; `..._chance` is how often
-    two neighbouring prompts ask for the same), and blank and noise pictures against all prompts.
+    `scene_accuracy_novel` the same for prompts with a color and shape that were never together in training. The
+    same pictures are then graded against the prompt of their neighbor (`..._shuffled`; `..._chance` is how often
+    two neighboring prompts ask for the same), and blank and noise pictures against all prompts.
     """
-    neighbours = list(zip(graded, graded[1:] + graded[:1]))
+    neighbors = list(zip(graded, graded[1:] + graded[:1]))
     rng = np.random.default_rng(seed)
     backgrounds = [BACKGROUNDS[name] for name in get_level(level).backgrounds]
     blank = [np.full_like(g.image, backgrounds[i % len(backgrounds)]) for i, g in enumerate(graded)]
@@ -69,8 +69,8 @@ def scene_report(
     return {
         "scene_accuracy": float(np.mean([g.right for g in graded])),
         "scene_accuracy_novel": float(np.mean([g.right for g in novel])),
-        "scene_accuracy_shuffled": share([other.image for _, other in neighbours]),
-        "scene_accuracy_chance": float(np.mean([scene_matches(b.wanted, a.wanted, caption) for a, b in neighbours])),
+        "scene_accuracy_shuffled": share([other.image for _, other in neighbors]),
+        "scene_accuracy_chance": float(np.mean([scene_matches(b.wanted, a.wanted, caption) for a, b in neighbors])),
         "scene_accuracy_blank": share(blank),
         "scene_accuracy_noise": share(noise),
         **{

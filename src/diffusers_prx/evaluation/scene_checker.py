@@ -1,8 +1,8 @@
 """Reads a picture of a scene back into its description, and compares descriptions: prompt following, graded exactly.
 
 Each place of the grid is compared with every shape x size x texture that the level has. The comparison ignores how
-strong the colour is, so that shape and colour are judged one after the other, each against its own threshold, and a
-picture that is not clearly a scene of the level is not read as one: what is seen but not recognised is `UNKNOWN`.
+strong the color is, so that shape and color are judged one after the other, each against its own threshold, and a
+picture that is not clearly a scene of the level is not read as one: what is seen but not recognized is `UNKNOWN`.
 """
 
 from functools import lru_cache
@@ -13,7 +13,7 @@ from PIL import Image
 from ..data.scenes import (
     BACKGROUNDS,
     CAPTIONS,
-    COLOURS,
+    COLORS,
     Scene,
     SceneLevel,
     SceneObject,
@@ -27,9 +27,9 @@ from ..data.scenes import (
 
 UNKNOWN = "unknown"
 
-# The largest distance (Euclidean, 0..255 per channel) at which a colour still has its name. The named colours and
+# The largest distance (Euclidean, 0..255 per channel) at which a color still has its name. The named colors and
 # backgrounds are at least 105 apart, so this is about half way: nearly every shade in between has one name.
-COLOUR_TOLERANCE = 60.0
+COLOR_TOLERANCE = 60.0
 # A picture has a background if at least this share of its pixels has the background's name. Rendered scenes: 0.65 up.
 BACKGROUND_SHARE = 0.35
 # A pixel that differs from the background by no more than this belongs to it (noise of sigma 4 differs by 7).
@@ -79,10 +79,10 @@ def _templates(level: SceneLevel, cell: int) -> tuple[np.ndarray, np.ndarray, li
     return coverage / lengths[..., None], lengths, [kind for kind in kinds for _ in range(len(steps) ** 2)]
 
 
-def _nearest(colour: np.ndarray, names: tuple[str, ...], palette: dict[str, tuple[int, int, int]]) -> str:
-    distances = [float(np.linalg.norm(colour - np.asarray(palette[name]))) for name in names]
+def _nearest(color: np.ndarray, names: tuple[str, ...], palette: dict[str, tuple[int, int, int]]) -> str:
+    distances = [float(np.linalg.norm(color - np.asarray(palette[name]))) for name in names]
     best = int(np.argmin(distances))
-    return names[best] if distances[best] <= COLOUR_TOLERANCE else UNKNOWN
+    return names[best] if distances[best] <= COLOR_TOLERANCE else UNKNOWN
 
 
 def _find_background(pixels: np.ndarray, level: SceneLevel) -> tuple[str, np.ndarray]:
@@ -91,7 +91,7 @@ def _find_background(pixels: np.ndarray, level: SceneLevel) -> tuple[str, np.nda
     flat = pixels[::step, ::step].reshape(-1, 3)
     best, best_near = UNKNOWN, np.zeros(len(flat), dtype=bool)
     for name in level.backgrounds:
-        near = np.linalg.norm(flat - np.asarray(BACKGROUNDS[name], dtype=np.float32), axis=1) <= COLOUR_TOLERANCE
+        near = np.linalg.norm(flat - np.asarray(BACKGROUNDS[name], dtype=np.float32), axis=1) <= COLOR_TOLERANCE
         if near.sum() > max(best_near.sum(), BACKGROUND_SHARE * len(flat)):
             best, best_near = name, near
     return best, np.median(flat[best_near], axis=0) if best != UNKNOWN else np.zeros(3)
@@ -135,8 +135,8 @@ def _read_cell(
     explained = (strengths**2).sum(axis=0) / (energy - min(noise, NOISE_SHARE * energy))
     best = int(np.argmax(explained))
     shape, size, texture = kinds[best] if explained[best] >= MATCH else (UNKNOWN,) * 3
-    colour = background + _FROM_YCC @ (strengths[:, best] / lengths[[0, 1, 1], best])
-    return SceneObject(shape, _nearest(colour, level.colours, COLOURS), size, texture, place)
+    color = background + _FROM_YCC @ (strengths[:, best] / lengths[[0, 1, 1], best])
+    return SceneObject(shape, _nearest(color, level.colors, COLORS), size, texture, place)
 
 
 def read_scene(image: Image.Image | np.ndarray, level: str) -> Scene:
@@ -149,9 +149,9 @@ def read_scene(image: Image.Image | np.ndarray, level: str) -> Scene:
 
     Returns:
         The scene, its objects row by row. The background is `UNKNOWN` if no background of the level covers enough of
-        the picture, or if more places are filled than the level allows and nothing in them is recognised (noise);
+        the picture, or if more places are filled than the level allows and nothing in them is recognized (noise);
         then there are no objects. A place that holds something is listed in `objects`; what of it is
-        not recognised (a blurred blob has no shape, size and texture; a wrong hue has no colour) is `UNKNOWN`, and so
+        not recognized (a blurred blob has no shape, size and texture; a wrong hue has no color) is `UNKNOWN`, and so
         matches no prompt.
 
     Raises:
@@ -211,9 +211,9 @@ def _described(thing: SceneObject, level: str) -> str:
     """An object in words, "small pink square at the top left"; what is unknown is called so."""
     size = "" if thing.size == UNKNOWN else thing.size
     texture = "" if thing.texture in ("plain", UNKNOWN) else thing.texture
-    colour = "unknown-color" if thing.colour == UNKNOWN else thing.colour
+    color = "unknown-color" if thing.color == UNKNOWN else thing.color
     shape = "unknown shape" if thing.shape == UNKNOWN else thing.shape
-    return " ".join(filter(None, (size, texture, colour, shape, place_name(thing.place, level))))
+    return " ".join(filter(None, (size, texture, color, shape, place_name(thing.place, level))))
 
 
 def read_instead(found: Scene, wanted: Scene, caption: str = "long") -> str:
@@ -253,15 +253,15 @@ def read_instead(found: Scene, wanted: Scene, caption: str = "long") -> str:
 def attributes_right(found: Scene, wanted: Scene) -> dict[str, float]:
     """What is right, attribute by attribute, each 0..1.
 
-    `count` and `background` are 0 or 1; `shape`, `colour`, `size`, `texture` and `place` are the share of wanted
+    `count` and `background` are 0 or 1; `shape`, `color`, `size`, `texture` and `place` are the share of wanted
     objects for which it is right. Each found object answers for at most one wanted object, pairs that agree most
     first. `relation` (0 or 1; only where `wanted` has one) holds if the two objects that answer for the related ones
-    have their colours and shapes, and lie to each other as wanted, wherever they are.
+    have their colors and shapes, and lie to each other as wanted, wherever they are.
 
     Raises `ValueError` for scenes of different levels.
     """
     _check_levels(found, wanted)
-    names = ("shape", "colour", "size", "texture", "place")
+    names = ("shape", "color", "size", "texture", "place")
 
     def agreement(pair: tuple[int, int]) -> int:
         ours, theirs = wanted.objects[pair[0]], found.objects[pair[1]]
@@ -286,7 +286,7 @@ def attributes_right(found: Scene, wanted: Scene) -> dict[str, float]:
             0 in answers
             and 1 in answers
             and all(
-                (answers[i].colour, answers[i].shape) == (wanted.objects[i].colour, wanted.objects[i].shape)
+                (answers[i].color, answers[i].shape) == (wanted.objects[i].color, wanted.objects[i].shape)
                 for i in (0, 1)
             )
         )

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..config.fields import SURROUNDINGS, marked
+from ..config.fields import RUNTIME, marked
 from ..config.training_config import TrainingConfig, settings_of_run, sources_of
 from ..evaluation.generation import load_pipeline
 from ..evaluation.image_grids import pictures_of_grid
@@ -135,7 +135,7 @@ def _stored_weights(folder: Path) -> str:
     return f"{size:.1f} MB of safetensors, {' and '.join(sorted(types.get(name, name) for name in found))}"
 
 
-def said_before(folder: Path) -> dict[str, str | None]:
+def read_card_choices(folder: Path) -> dict[str, str | None]:
     """What a user may have said of a card that is there, as arguments of `write_card`: `load_from` and `license`."""
     if not is_ours(folder / CARD_FILE):
         return {"load_from": None, "license": None}
@@ -309,7 +309,7 @@ def _techniques_of(cfg: TrainingConfig) -> list[str]:
 def recipe_text(cfg: TrainingConfig) -> str:
     """The settings of a run that are not the defaults, as a recipe; of folders of this machine the last part only."""
     told = {}
-    surroundings = marked(TrainingConfig, SURROUNDINGS)
+    surroundings = marked(TrainingConfig, RUNTIME)
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
         default = option.default_factory() if callable(option.default_factory) else option.default

@@ -125,7 +125,7 @@ def repository(repo_id: str, repo_type: str = "model", space_sdk: str | None = N
         # `exist_ok` also accepts a repository of somebody else
         huggingface_hub.auth_check(full_id, repo_type=repo_type, write=True)
     except Exception as error:
-        own = sorted({account["name"], *(organisation["name"] for organisation in account.get("orgs", []))})
+        own = sorted({account["name"], *(organization["name"] for organization in account.get("orgs", []))})
         raise ValueError(
             f"The repository {repo_id!r} cannot be written to with this token, whose namespaces are {own}: "
             f"{_told(error)}"

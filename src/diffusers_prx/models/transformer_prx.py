@@ -120,7 +120,7 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring pairs of features of x (B, N, h, d) by the angles of their tokens; float32 throughout."""
+    """Rotate neighboring pairs of features of x (B, N, h, d) by the angles of their tokens; float32 throughout."""
     pairs, angles = x.unflatten(-1, (-1, 2)), rotary.unsqueeze(-3)  # (B, N, h, d/2, 2) and (N, 1, d/2, 2)
     if x.device.type in NUMBER_RICH_DEVICES and not torch.compiler.is_compiling():
         # one pass over memory where the lines below take seven; inductor has no code for complex numbers
@@ -465,7 +465,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
     Configuration and state-dict keys are those of the class of the same name in diffusers, so that weights go both
     ways; but for `resolution_tokens` and `fusion_range`, which diffusers does not have: models with one of them are
-    stored as PRXExtendedTransformer2DModel. A model made from a configuration is initialised for training from
+    stored as PRXExtendedTransformer2DModel. A model made from a configuration is initialized for training from
     scratch (`init_weights`).
 
     Args:
@@ -572,7 +572,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise every parameter for training from scratch, as DiT does (arXiv 2212.09748).
+        """Initialize every parameter for training from scratch, as DiT does (arXiv 2212.09748).
 
         Xavier-uniform matrices and zero biases; normal(0, 0.02) in the embedders of timestep and resolution and in the
         mask token of the fusion; zero modulation and output layer, so that every block starts as the identity and the
@@ -636,7 +636,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         Every process calls the model, or the pipeline, with the same arguments and gets the whole answer. Text, text
         contexts and masks stay whole everywhere: attention exchanges tokens for heads (Ulysses, arXiv 2309.14509), and
-        what it exchanges are image tokens. `torch.distributed` must be initialised, on each process with its device.
+        what it exchanges are image tokens. `torch.distributed` must be initialized, on each process with its device.
 
         Args:
             config (`ContextParallelConfig`): with an `ulysses_degree` that divides the heads. Where it does not divide
@@ -645,7 +645,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         Raises:
             ValueError: another kind of parallelism, a degree that does not divide the heads, or a FirstBlockCache.
-            RuntimeError: parallelism is on already, or `torch.distributed` is not initialised.
+            RuntimeError: parallelism is on already, or `torch.distributed` is not initialized.
         """
         parallel = config.context_parallel_config if isinstance(config, ParallelConfig) else config
         if not isinstance(parallel, ContextParallelConfig):

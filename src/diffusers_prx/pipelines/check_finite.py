@@ -39,7 +39,7 @@ def check_given(name: str, tensor: torch.Tensor) -> None:
 
 
 @dataclass
-class FiniteWatch:
+class FiniteCheck:
     """The largest absolute value of everything that a denoising loop computes, left on the device until the end.
 
     So a loop costs two small reductions per step, and waits for the GPU once.

@@ -1,7 +1,7 @@
 """How a PRX pipeline is stored, and how what is stored finds its classes.
 
 diffusers resolves an entry ["library", "Class"] of model_index.json as the attribute `Class` of the imported module
-`library`, and recognises it as loadable by the base classes that it finds in that same module. This module is that
+`library`, and recognizes it as loadable by the base classes that it finds in that same module. This module is that
 library for our own classes: it holds them, and their base classes, by import.
 """
 

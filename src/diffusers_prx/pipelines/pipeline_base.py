@@ -26,7 +26,7 @@ from ..resolution_bins import RESOLUTION_BINS
 from ..schedulers.diffusers_compat import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
 from ..schedulers.scheduling_prx import check_count, check_number
 from ..text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
-from .check_finite import FiniteWatch, check_given, check_output
+from .check_finite import FiniteCheck, check_given, check_output
 from .check_inputs import (
     DEFAULT_GUIDANCE_SCALE,
     check_cached_steps,
@@ -63,7 +63,7 @@ class _CallState(threading.local):
     interrupt: bool = False
 
     def __init__(self) -> None:
-        self.watch = FiniteWatch()
+        self.watch = FiniteCheck()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copied or unpickled pipeline starts with a state of its own
@@ -584,7 +584,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if _is_cached(self.transformer):
             self.transformer._reset_stateful_cache()  # an error may have ended the call before this one
         branches = 1 if negative_prompt_embeds is None else 2
-        watch = self._call.watch = FiniteWatch(len(scheduler.timesteps))
+        watch = self._call.watch = FiniteCheck(len(scheduler.timesteps))
         watch.note("latents", latents)
         text = self._read_text(prompt_embeds, mask, negative_prompt_embeds, negative_mask, latents)
         times = self._read_timesteps(scheduler.sigmas[:-1], latents)

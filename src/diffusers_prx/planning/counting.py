@@ -1,6 +1,6 @@
 """Counting what a step computes and keeps, on tensors that have shapes and types but no values.
 
-Everything here runs inside `without_values`: the real modules are made and called, and nothing is allocated. The
+Everything here runs inside `fake_tensors`: the real modules are made and called, and nothing is allocated. The
 tensors say that they are on the CPU, because PyTorch's autocast knows no meta device; what differs on a GPU is told
 where it does.
 """
@@ -28,9 +28,9 @@ from ..techniques.losses import LPIPSLoss, dino_perceptual_loss
 from ..techniques.optimizers import build_optimizer
 from ..techniques.teachers import VisionTeacher
 from ..text import encode_text, encoder_only
-from ..training.network_configs import teacher_outline, text_config, text_encoder_outline
+from ..training.network_configs import meta_teacher, meta_text_encoder, text_config
 from ..training.networks import Nets, kept_blocks, new_projector
-from ..training.preflight import outline
+from ..training.preflight import meta_networks
 from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
 
 
@@ -50,7 +50,7 @@ FUSED_ATTENTION = {
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Tensors that are made here have shapes and types but no values (`FakeTensorMode`)."""
     _forget_patches()
     try:
@@ -129,7 +129,7 @@ def count(run: Callable[[], torch.Tensor]) -> Work:
     return Work(forward.get_total_flops(), backward.get_total_flops())
 
 
-def build_outlines(cfg: TrainingConfig) -> Nets:
+def build_meta_networks(cfg: TrainingConfig) -> Nets:
     """Every network of a run with its configuration and no values, frozen or to be trained as in the run.
 
     Raises:
@@ -140,7 +140,7 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
         raise ValueError(
             f"`lora_rank` is {cfg.lora_rank}: only the training of whole networks is planned; leave it out."
         )
-    made = outline(cfg, "cpu", tables=True)
+    made = meta_networks(cfg, "cpu", tables=True)
     transformer = made.transformer
     if cfg.text_encoder_config:
         config = encoder_only(T5GemmaModuleConfig(**cfg.text_encoder_config, vocab_size=cfg.tokenizer_vocab_size))
@@ -149,7 +149,7 @@ def build_outlines(cfg: TrainingConfig) -> Nets:
     else:
         config = text_config(str(cfg.pretrained_model_name_or_path), "text_encoder")
     scheduler = PRXFlowMatchScheduler() if cfg.prediction_type == "velocity" else PRXXPredictionScheduler()
-    nets = Nets(transformer, text_encoder_outline(config), None, made.vae, scheduler, transformer.config["patch_size"])
+    nets = Nets(transformer, meta_text_encoder(config), None, made.vae, scheduler, transformer.config["patch_size"])
     for stage in cfg.stage_configs():
         _add_techniques(nets, stage)
     frozen = (nets.text_encoder, nets.vae, nets.lpips)
@@ -184,7 +184,7 @@ def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
 
 
 def _teacher(setting: str, name: str) -> VisionTeacher:
-    return VisionTeacher(teacher_outline(setting, name, tables=True), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
+    return VisionTeacher(meta_teacher(setting, name, tables=True), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
 
 
 @dataclass(frozen=True)

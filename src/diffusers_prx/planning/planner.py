@@ -1,6 +1,6 @@
 """What a run would take, before a GPU is rented: operations, memory, traffic, time and money.
 
-Operations and activations are counted on the run's own networks (`counting.py`). Time follows from a utilisation that
+Operations and activations are counted on the run's own networks (`counting.py`). Time follows from a utilization that
 is given, not measured: the share of the GPU's peak that all operations of a step reach. Not in the plan: reading the
 data, validation, checkpoints, and the start.
 """
@@ -16,19 +16,19 @@ from torch import nn
 
 from ..config.training_config import TrainingConfig
 from ..latents import latent_channels, vae_scale_factor
-from ..techniques.optimizers import Weight, muon_weights, newton_schulz_flops, share_out
+from ..techniques.optimizers import Weight, balance_across_ranks, muon_weights, newton_schulz_flops
 from ..training.networks import Nets
 from ..training.preflight import memory
 from ..training.recipes import DATA, load_recipe, parse_config, read_command_line, read_run
-from .counting import MicroBatch, Work, build_outlines, optimizer_bytes, stored_bytes, without_values
+from .counting import MicroBatch, Work, build_meta_networks, fake_tensors, optimizer_bytes, stored_bytes
 from .gpus import GPU
 
 logger = logging.get_logger(__name__)
 
 # The 405B model of Llama 3 ran at 38% to 43% of an H100's bf16 peak (arXiv 2407.21783, table 4), its communication
 # included. A smaller model, of smaller matrices, may stay below.
-UTILISATION = 0.40
-UTILISATION_SOURCE = "Llama 3 405B: 38% to 43% on H100 (arXiv 2407.21783)"
+UTILIZATION = 0.40
+UTILIZATION_SOURCE = "Llama 3 405B: 38% to 43% on H100 (arXiv 2407.21783)"
 # What is left of a GPU's memory beside CUDA's context, NCCL's buffers and the gaps of the allocator: an assumption.
 USABLE_MEMORY = 0.92
 # tokens of a caption, for the cache, which keeps the real ones; that of the data that the cache was measured on
@@ -52,7 +52,7 @@ class Cluster:
         num_gpus: N, one process each.
         gpus_per_node: that share the fast link.
         strategy: one of `STRATEGIES`; the groups of `hsdp` are the nodes.
-        utilisation: share in (0, 1] of the GPU's peak.
+        utilization: share in (0, 1] of the GPU's peak.
         price_per_hour: of one GPU, US dollars.
     """
 
@@ -60,7 +60,7 @@ class Cluster:
     num_gpus: int
     gpus_per_node: int
     strategy: str
-    utilisation: float
+    utilization: float
     price_per_hour: float
 
     @property
@@ -327,7 +327,7 @@ def muon_traffic(
     ]
     exchanged, gathered = [0] * (shards * replicas), [0] * shards
     most = 0
-    for by_rank in share_out(weights, shards * replicas):
+    for by_rank in balance_across_ranks(weights, shards * replicas):
         by_replica = [by_rank[first : first + shards] for first in range(0, len(by_rank), shards)]
         for rank in range(shards):
             # elements of the rows that this shard has of the weights dealt to each replica
@@ -396,7 +396,7 @@ def plan(
         num_images: of the data set, for the cache and the epochs; none: neither is told.
 
     Raises:
-        ValueError: see `build_outlines`; for more `text_tokens` than the limit, and for a strategy that takes other
+        ValueError: see `build_meta_networks`; for more `text_tokens` than the limit; for a strategy that needs other
             numbers of GPUs.
     """
     if cluster.strategy not in cluster.strategies:
@@ -407,8 +407,8 @@ def plan(
     tokens = cfg.max_sequence_length if text_tokens is None else text_tokens
     if tokens > cfg.max_sequence_length:
         raise ValueError(f"`text_tokens` is {tokens}, more than `max_sequence_length` {cfg.max_sequence_length}.")
-    with without_values():
-        nets = build_outlines(cfg)
+    with fake_tensors():
+        nets = build_meta_networks(cfg)
         trained = nets.trainable(cfg)
         temporary = optimizer_bytes(nets, cfg)
         newton_schulz = newton_schulz_work(cfg, trained)
@@ -436,7 +436,7 @@ def plan(
     result: dict[str, Any] = {
         "predicted_hours": hours,
         "predicted_cost_usd": cost,
-        "implied_utilisation": None,
+        "implied_utilization": None,
         "memory_gb": chosen["total"],
         "flops_per_step": sum(stage["flops_per_step"] * stage["steps"] for stage in stages) / steps,
         "fits": chosen["total"] <= usable,
@@ -454,7 +454,7 @@ def plan(
     result["warnings"] = _warnings(result)
     if published is not None:
         result["published"] = implied(published, stages, cluster.num_gpus, cluster.price_per_hour)
-        result["implied_utilisation"] = result["published"]["implied_utilisation"]
+        result["implied_utilization"] = result["published"]["implied_utilization"]
     return result
 
 
@@ -469,12 +469,12 @@ def _warnings(told: dict[str, Any]) -> list[str]:
         if of_batch < SMALL_BATCH_SECONDS:
             found.append(
                 f"a micro-batch would take {1000 * of_batch:.2g} ms at {stage['resolution']} pixels: a GPU waits for "
-                "Python then, and the utilisation is out of reach"
+                "Python then, and the utilization is out of reach"
             )
         if sending > SHARE_OF_TRAFFIC * stage["seconds_computing"]:
             found.append(
                 f"the traffic of a step takes at least {sending / stage['seconds_computing']:.0%} of the time of its "
-                f"operations at {stage['resolution']} pixels: the utilisation may be out of reach"
+                f"operations at {stage['resolution']} pixels: the utilization may be out of reach"
             )
     return found
 
@@ -491,7 +491,7 @@ def _plan_stage(
     if newton_schulz:
         parts["Newton-Schulz"] = newton_schulz
     flops = sum(parts.values())
-    computing = flops / (cluster.num_gpus * cluster.peak_flops(cfg) * cluster.utilisation)
+    computing = flops / (cluster.num_gpus * cluster.peak_flops(cfg) * cluster.utilization)
     exchanges: dict[str, dict[str, Any]] = {}
     for strategy in cluster.strategies:
         transfers = traffic(nets, cfg, cluster.num_gpus, cluster.shards(strategy))
@@ -569,7 +569,7 @@ def _storage(cfg: TrainingConfig, nets: Nets, caption_tokens: float, num_images:
 
 
 def implied(run: Published, stages: list[dict[str, Any]], num_gpus: int, price_per_hour: float) -> dict[str, Any]:
-    """The utilisation that a published time, and a published cost, say about the operations of the same run."""
+    """The utilization that a published time, and a published cost, say about the operations of the same run."""
     flops = frozen = repeated = 0.0
     for stage in stages:
         for name, part in stage["flops_per_step_by_part"].items():
@@ -582,11 +582,11 @@ def implied(run: Published, stages: list[dict[str, Any]], num_gpus: int, price_p
     return {
         **{name: value for name, value in asdict(run).items() if name != "stages"},
         "flops": flops,
-        "implied_utilisation": at_peak / run.hours,
-        "implied_utilisation_without_frozen": at_peak * (1 - frozen / flops) / run.hours,
-        "implied_utilisation_if_each_gpu_repeats_newton_schulz": at_peak * repeated / flops / run.hours,
+        "implied_utilization": at_peak / run.hours,
+        "implied_utilization_without_frozen": at_peak * (1 - frozen / flops) / run.hours,
+        "implied_utilization_if_each_gpu_repeats_newton_schulz": at_peak * repeated / flops / run.hours,
         "implied_price_per_gpu_hour": run.cost_usd / (run.hours * run.num_gpus),
-        "implied_utilisation_by_cost": at_peak * run.num_gpus * price_per_hour / run.cost_usd,
+        "implied_utilization_by_cost": at_peak * run.num_gpus * price_per_hour / run.cost_usd,
     }
 
 
@@ -605,7 +605,7 @@ def table(told: dict[str, Any], title: str) -> str:
     for number, stage in enumerate(stages):
         rows += _stage_rows(number if len(stages) > 1 else None, stage, told)
     rows += [("", ""), *_memory_rows(told), ("", "")]
-    rows.append(("utilisation", f"{cluster['utilisation']:.0%} of {_peak(told)} assumed; {UTILISATION_SOURCE}"))
+    rows.append(("utilization", f"{cluster['utilization']:.0%} of {_peak(told)} assumed; {UTILIZATION_SOURCE}"))
     rows.append(
         (
             "time",
@@ -688,18 +688,18 @@ def _published_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "published",
             f"{run['hours']:g} h on {run['num_gpus']} {run['gpu']} and about ${run['cost_usd']:,.0f}: "
-            f"{run['implied_utilisation']:.1%} of the peak for the same {run['flops']:.3g} operations,",
+            f"{run['implied_utilization']:.1%} of the peak for the same {run['flops']:.3g} operations,",
         ),
-        ("", f"{run['implied_utilisation_without_frozen']:.1%} without the frozen networks,"),
+        ("", f"{run['implied_utilization_without_frozen']:.1%} without the frozen networks,"),
         (
             "",
-            f"{run['implied_utilisation_if_each_gpu_repeats_newton_schulz']:.1%} if each GPU repeated all of "
+            f"{run['implied_utilization_if_each_gpu_repeats_newton_schulz']:.1%} if each GPU repeated all of "
             "Newton-Schulz, which is here shared out;",
         ),
         (
             "",
             f"time and cost together: ${run['implied_price_per_gpu_hour']:.2f} per GPU hour; the cost alone, at "
-            f"${told['cluster']['price_per_hour']:.2f}: {run['implied_utilisation_by_cost']:.1%}",
+            f"${told['cluster']['price_per_hour']:.2f}: {run['implied_utilization_by_cost']:.1%}",
         ),
     ]
 

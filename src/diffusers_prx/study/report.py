@@ -24,11 +24,11 @@ from .spec import (
     VALIDATION_LOSS,
     Finding,
     Study,
+    describe_changes,
     plan_text,
     read_record,
+    runs_before_finding,
     scores,
-    stated_after,
-    told_changes,
 )
 from .statistics import (
     MIN_SEEDS,
@@ -44,7 +44,7 @@ from .statistics import (
 
 THROUGHPUT_FILE = "throughput.json"
 TILE, LABEL, HEAD = 64, 180, 18  # pixels, of the sheet of pictures
-ARM_COLOUR, REFERENCE_COLOUR = "#0969da", "#8c959f"
+ARM_COLOR, REFERENCE_COLOR = "#0969da", "#8c959f"
 # what every run sets for itself
 OF_A_RUN = ("seed", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path")
 
@@ -326,14 +326,14 @@ def curves_picture(results: Results, path: Path) -> bool:
         axes.set_title(row.name, fontsize=9, parse_math=False)
         axes.tick_params(labelsize=7, which="both")
         axes.grid(alpha=0.3)
-        for arm, colour in ((row.finding.reference, REFERENCE_COLOUR), (row.finding.arm, ARM_COLOUR)):
+        for arm, color in ((row.finding.reference, REFERENCE_COLOR), (row.finding.arm, ARM_COLOR)):
             curves = [results.curve(record) for record in results.of(arm).values() if record.get("curve")]
             for curve in curves:
-                axes.plot(*zip(*curve), color=colour, lw=0.6, alpha=0.6)
+                axes.plot(*zip(*curve), color=color, lw=0.6, alpha=0.6)
             same = [curve for curve in curves if len(curve) == max(map(len, curves))]
             if same:
                 axes.plot(
-                    [s for s, _ in same[0]], np.mean([[v for _, v in c] for c in same], 0), color=colour, label=arm
+                    [s for s, _ in same[0]], np.mean([[v for _, v in c] for c in same], 0), color=color, label=arm
                 )
         for text in axes.legend(fontsize=7, frameon=False).get_texts():
             text.set_parse_math(False)
@@ -354,18 +354,18 @@ def differences_picture(results: Results, path: Path) -> bool:
     heights = [len(rows) + 1 for rows in panels.values()]
     figure = matplotlib.figure.Figure(figsize=(8, 0.3 * sum(heights) + 0.7 * len(panels)), layout="constrained")
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
-    colours = {"agrees": "#1a7f37", "better": "#1a7f37", "disagrees": "#cf222e", "worse": "#cf222e"}
+    colors = {"agrees": "#1a7f37", "better": "#1a7f37", "disagrees": "#cf222e", "worse": "#cf222e"}
     for place, (label, rows) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[place])
         axes.axvline(0, color="#8c959f", lw=1)
         for y, row in enumerate(reversed(rows)):
             difference = row.difference
             assert difference is not None
-            colour = colours.get(row.verdict, "#57606a")
+            color = colors.get(row.verdict, "#57606a")
             if difference.low is not None and difference.high is not None:
-                axes.plot([difference.low, difference.high], [y, y], color=colour, lw=2)
-            axes.plot(difference.mean, y, "o", color=colour, ms=5)
-            axes.plot(list(difference.per_seed.values()), [y] * difference.n, "|", color=colour, ms=7, alpha=0.6)
+                axes.plot([difference.low, difference.high], [y, y], color=color, lw=2)
+            axes.plot(difference.mean, y, "o", color=color, ms=5)
+            axes.plot(list(difference.per_seed.values()), [y] * difference.n, "|", color=color, ms=7, alpha=0.6)
         axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=8, parse_math=False)
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.tick_params(axis="x", labelsize=8)
@@ -389,7 +389,7 @@ def samples_picture(results: Results, path: Path) -> dict[str, list[str]]:
         return {}
     columns = max(map(len, lines.values()))
     step = TILE + 2  # grey between the tiles, which may be white themselves
-    sheet = PIL.Image.new("RGB", (LABEL + columns * step, HEAD + len(lines) * step), REFERENCE_COLOUR)
+    sheet = PIL.Image.new("RGB", (LABEL + columns * step, HEAD + len(lines) * step), REFERENCE_COLOR)
     draw = PIL.ImageDraw.Draw(sheet)
     draw.rectangle((0, 0, sheet.width, HEAD - 2), fill="white")
     draw.rectangle((0, 0, LABEL - 2, sheet.height), fill="white")
@@ -421,7 +421,7 @@ def introduction(page: Page, results: Results, plan: list[dict[str, Any]]) -> No
         "at the end, with whatever changed since."
     )
     for before, entry in itertools.pairwise(plan):
-        changes = told_changes(before["plan"], entry["plan"])
+        changes = describe_changes(before["plan"], entry["plan"])
         page.text(f"**Changed** on {entry['date']}, after {entry['runs_so_far']} runs: {changes}.")
     facts = []
     for what, of in (
@@ -647,7 +647,7 @@ def write_report(study: Study, report_dir: Path) -> Path:
     pictures = report_dir / "pictures"
     pictures.mkdir(exist_ok=True)
     introduction(page, results, plan)
-    overview(page, results, stated_after(plan))
+    overview(page, results, runs_before_finding(plan))
     if differences_picture(results, pictures / "differences.png"):
         page.text(
             "Dots are means, bars the intervals, ticks the single seeds. Green: agrees, or better; red: disagrees, or "

@@ -386,7 +386,7 @@ def plan_changes(before: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str
     ]
 
 
-def told_changes(before: dict[str, Any], plan: dict[str, Any]) -> str:
+def describe_changes(before: dict[str, Any], plan: dict[str, Any]) -> str:
     """In one sentence, what changed from a plan to the next."""
     changes = [f"{kind} {name}: {change}" for kind, name, change, _ in plan_changes(before, plan)]
     if before["seeds"] != plan["seeds"]:
@@ -426,7 +426,7 @@ def register(study: Study, report_dir: Path, date: str, commit: str | None) -> N
         (report_dir / PLAN_TEXT).write_text(plan_text(study, [*entries, entry]))
 
 
-def stated_after(entries: list[dict[str, Any]]) -> dict[str, int]:
+def runs_before_finding(entries: list[dict[str, Any]]) -> dict[str, int]:
     """How many runs there were when a finding was first stated, for each that the last plan has."""
     return {
         name: next(entry["runs_so_far"] for entry in entries if name in entry["plan"]["findings"])
@@ -449,7 +449,7 @@ def plan_text(study: Study, entries: list[dict[str, Any]]) -> str:
         lines += [
             "",
             f"Changed on {entry['date']} at commit {entry['commit']}, when {entry['runs_so_far']} runs had been made: "
-            f"{told_changes(before['plan'], entry['plan'])}.",
+            f"{describe_changes(before['plan'], entry['plan'])}.",
         ]
     lines += [
         "",

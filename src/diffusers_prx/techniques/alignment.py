@@ -66,7 +66,7 @@ class ConvProjector(nn.Module):
 class AttentionProjector(nn.Module):
     """One self-attention layer with the axial rotary embedding of the transformer, then a linear layer.
 
-    What the convolution is to a whole grid, this is to any subset of it: it sees neighbours and where they are.
+    What the convolution is to a whole grid, this is to any subset of it: it sees neighbors and where they are.
     """
 
     def __init__(
@@ -131,14 +131,14 @@ def build_projector(
 
 
 def spatial_normalize(features: torch.Tensor, gamma: float) -> torch.Tensor:
-    """iREPA's normalisation of the teacher (arXiv 2512.10794): per channel, over the patches of each image.
+    """iREPA's normalization of the teacher (arXiv 2512.10794): per channel, over the patches of each image.
 
     (x - gamma mean(x)) / (std(x) + eps): what all patches share says nothing about where things are. gamma = 1 takes
     all of it away, the authors' default is 0.8. `std` divides by N; the N - 1 of others is one factor for all
     channels, which a cosine does not see.
 
     Args:
-        features: (B, N, E), of the whole grid: normalise first, then pick the tokens of the block.
+        features: (B, N, E), of the whole grid: normalize first, then pick the tokens of the block.
         gamma: a scalar.
 
     Returns:

@@ -27,10 +27,10 @@ WITH_REPEATED_LAYERS = ("transformer", "text_encoder")
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://kellerjordan.github.io/posts/muon, as in PyTorch
 NEWTON_SCHULZ_EPS = 1e-7
-ROUND_ELEMENTS = 64 * 2**20  # what one rank orthogonalises at a time: 128 MiB in bf16, and a few times that at work
+ROUND_ELEMENTS = 64 * 2**20  # what one rank orthogonalizes at a time: 128 MiB in bf16, and a few times that at work
 
 
-def orthogonalise(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+def orthogonalize(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     """The nearest semi-orthogonal matrix of each, roughly: all singular values are brought near 1 (about 0.7 to 1.2).
 
     Five steps of a quintic Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon), in the type of the
@@ -59,7 +59,7 @@ def orthogonalise(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def newton_schulz_flops(rows: int, columns: int) -> int:
-    """Multiplications and additions of `orthogonalise` for one matrix."""
+    """Multiplications and additions of `orthogonalize` for one matrix."""
     short, long = sorted((rows, columns))
     return NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
 
@@ -147,7 +147,7 @@ class Weight:
         self.values.add_(update, alpha=-settings["lr"] * scale)
 
 
-def share_out(weights: Iterable[Weight], ranks: int) -> list[list[list[Weight]]]:
+def balance_across_ranks(weights: Iterable[Weight], ranks: int) -> list[list[list[Weight]]]:
     """Deal weights out to ranks so that all have about the same work: rounds of one list per rank.
 
     The dearest first, each to the rank with the least work so far: a pure function of the shapes, the same on every
@@ -242,11 +242,11 @@ class MuonAdamW(Optimizer):
 
     Traffic of one step, in the type of Newton-Schulz: under DDP every rank receives all matrices once, a quarter of
     what the all-reduce of float32 gradients moves if the type is bfloat16. Under FSDP2 on N ranks, every rank sends
-    and receives twice 1/N of the matrices: the rows to the rank that orthogonalises, and the rows of the result back.
+    and receives twice 1/N of the matrices: the rows to the rank that orthogonalizes, and the rows of the result back.
     Replicas of shards share out the matrices as well and then send each other the results, as under DDP.
 
     Attributes:
-        orthogonalised (`int`): how many matrices this rank orthogonalised in the last step.
+        orthogonalized (`int`): how many matrices this rank orthogonalized in the last step.
 
     Args:
         groups: parameter groups; each has its `params` and its `kind`, `muon` or `adamw`, and may override the values
@@ -254,7 +254,7 @@ class MuonAdamW(Optimizer):
         lr: learning rate of all groups.
         momentum: of Muon, in [0, 1).
         adjust_lr_fn: `match_rms_adamw` or `original`, see `update_scale`; by the shape of a single stacked matrix.
-        newton_schulz_dtype: type in which matrices are orthogonalised and sent; bfloat16 is PyTorch's.
+        newton_schulz_dtype: type in which matrices are orthogonalized and sent; bfloat16 is PyTorch's.
         betas, eps, weight_decay: of AdamW.
 
     Raises:
@@ -275,7 +275,7 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.0,
     ):
         self.newton_schulz_dtype = newton_schulz_dtype
-        self.orthogonalised = 0
+        self.orthogonalized = 0
         self.defaults_of_kind: dict[str, dict[str, Any]] = {
             "muon": {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn, "stacked": 1},
             "adamw": {"betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -306,7 +306,7 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.orthogonalised = 0
+        self.orthogonalized = 0
         weights: dict[Layout, list[Weight]] = defaultdict(list)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -317,7 +317,7 @@ class MuonAdamW(Optimizer):
                 for parameter in parameters:
                     weights[Layout.of(parameter)].append(self._with_momentum(parameter, group))
         for layout, of_layout in weights.items():
-            for by_rank in share_out(of_layout, size_of(layout.replicas) * size_of(layout.shards)):
+            for by_rank in balance_across_ranks(of_layout, size_of(layout.replicas) * size_of(layout.shards)):
                 self._muon(by_rank, layout)
         return loss
 
@@ -362,7 +362,7 @@ class MuonAdamW(Optimizer):
         return weight
 
     def _muon(self, by_rank: list[list[Weight]], layout: Layout) -> None:
-        """Update weights, of which rank n of the layout (counted replica by replica) orthogonalises `by_rank[n]`."""
+        """Update weights, of which rank n of the layout (counted replica by replica) orthogonalizes `by_rank[n]`."""
         shard, shards = rank_in(layout.shards), size_of(layout.shards)
         by_replica = [by_rank[first : first + shards] for first in range(0, len(by_rank), shards)]
         here = by_replica[rank_in(layout.replicas)]
@@ -375,8 +375,8 @@ class MuonAdamW(Optimizer):
             whole = [torch.cat(blocks) for blocks in zip(*exchange(sent, shapes, layout.shards, empty))]
         with record_function("MuonAdamW.newton_schulz"):
             matrices = [matrix for weight, rows in zip(mine, whole) for matrix in rows.chunk(weight.stacked)]
-            orthogonal = iter(orthogonalise(matrices))
-            self.orthogonalised += len(matrices)
+            orthogonal = iter(orthogonalize(matrices))
+            self.orthogonalized += len(matrices)
             whole = [torch.cat([next(orthogonal) for _ in range(weight.stacked)]) for weight in mine]
         with record_function("MuonAdamW.exchange"):  # and go back to the ranks of this replica
             cut = [rows.split(weight.rows_of(shards)) for weight, rows in zip(mine, whole)]

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel
 
 from ..files import hash_tensors
-from ..fingerprints import NOT_COMPUTED, read_normalisation
+from ..fingerprints import NOT_COMPUTED, read_normalization
 
 # Parts of transformers' models that come after the patch features; checkpoints often lack them.
 AFTER_FEATURES = ("pooler.", "head.")
@@ -28,12 +28,12 @@ class VisionTeacher(nn.Module):
     """A frozen vision transformer of transformers, as a function from images to patch features.
 
     Weights are frozen and the module stays in evaluation mode, but gradients flow to the pixels. It runs in whatever
-    precision the caller's autocast says; resizing and normalising are float32 always.
+    precision the caller's autocast says; resizing and normalizing are float32 always.
 
     Args:
         model: DINOv2, DINOv2 with registers, DINOv3 ViT, ViT, SigLIP, or another one whose `last_hidden_state` holds
             a class token or none, then the registers of its configuration, then the patches row by row.
-        mean, std: the teacher's own normalisation, per channel, for pixels in [0, 1].
+        mean, std: the teacher's own normalization, per channel, for pixels in [0, 1].
         name: what it is called in messages.
 
     Attributes:
@@ -74,7 +74,7 @@ class VisionTeacher(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the features depend on: weights, configuration, normalisation. Reads every weight."""
+        """A hash of all that the features depend on: weights, configuration, normalization. Reads every weight."""
         digest = hashlib.blake2b(digest_size=16)
         settings = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in NOT_COMPUTED}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -123,10 +123,10 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Visio
         revision: on the Hub.
 
     Raises:
-        ValueError: if the model is no vision transformer, weights are missing, or its normalisation is not stated.
+        ValueError: if the model is no vision transformer, weights are missing, or its normalization is not stated.
     """
     name = str(name_or_path)
-    mean, std = read_normalisation(name, revision, "teacher")
+    mean, std = read_normalization(name, revision, "teacher")
     model, report = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
     prefix = "vision_model." if hasattr(model, "vision_model") else ""
     keys = [key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)]

@@ -13,7 +13,7 @@ from ..evaluation.image_grids import image_grid
 from ..hub.cards import validation_sheet
 from ..hub.publishing import EXIT_NOT_UPLOADED, OF_AN_EVALUATION, UploadError, kind_of, upload
 from .checkpoints import named_tensors
-from .distributed import whole_module
+from .distributed import gather_full_module
 from .export import export_run, write_record
 from .faults import EXIT_PREEMPTED, PREEMPTED_FILE, SKIPPED_IN_A_ROW, samples_of_step, write_non_finite
 from .run import Run
@@ -81,12 +81,12 @@ def validate(run: Run, stage: Stage) -> None:
     with run.averages.in_place(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
         if stage.held_out is not None:
             batches = stage.held_out_batches(accelerator.device, rank, processes)
-            by_sample = run.exchange.merge(run.trained(losses_by_sample, run.nets, cfg, batches))
+            by_sample = run.communicator.merge(run.trained(losses_by_sample, run.nets, cfg, batches))
             losses = validation_loss(by_sample)
             state.validation_history.append({"step": state.step, **losses})
             run.tracking.log(losses, state.step)
         if cfg.validation_prompts:
-            images = run.exchange.merge(run.trained(validation_images, run.nets, cfg, rank, processes))
+            images = run.communicator.merge(run.trained(validation_images, run.nets, cfg, rank, processes))
             if accelerator.is_main_process:
                 grid = image_grid([image for _, image in sorted(images.items())])
                 sheet = validation_sheet(run.output_dir, state.step)
@@ -101,7 +101,7 @@ def save(run: Run, stage: Stage) -> None:
     state = run.state
     add_counts(run)
     if stage.stream is not None:
-        state.stream = stage.stream.record(run.exchange.gather(stage.places))
+        state.stream = stage.stream.record(run.communicator.gather(stage.places))
     tensors = named_tensors(run.trained, run.optimizer.optimizer, run.averages.tensors())
     plain = {
         "state": state.state_dict(),
@@ -126,7 +126,7 @@ def note_non_finite(
     batches = [(batch, output.loss_per_sample) for batch, output in outputs]
     read = [index for batch, _ in batches for index in batch["sample_index"]]
     places = stage.dataset_indices(read, processes)
-    gathered = run.exchange.gather(samples_of_step(run.accelerator.process_index, batches, places))
+    gathered = run.communicator.gather(samples_of_step(run.accelerator.process_index, batches, places))
     path = run.output_dir / "non_finite" / f"step-{state.step:07d}.json"
     if run.accelerator.is_main_process:
         write_non_finite(path, state.step, grad_norm, [sample for samples in gathered for sample in samples])
@@ -176,7 +176,7 @@ def finish(run: Run) -> None:
             f"{cache.misses} computed, of which {cache.corrupt} because their file could not be read"
         )
     run.averages.put_in_place()
-    parts = {name: whole_module(module) for name, module in run.modules.items() if name != "projector"}
+    parts = {name: gather_full_module(module) for name, module in run.modules.items() if name != "projector"}
     run.nets = replace(run.nets, **parts)
     if accelerator.is_main_process:
         for module in (run.nets.transformer, run.nets.text_encoder):

@@ -32,7 +32,7 @@ from ..config.fields import FIXED, marked
 from ..config.training_config import TrainingConfig
 from ..files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
 from ..techniques.optimizers import trainable_parameters
-from .distributed import Exchange
+from .distributed import ObjectCommunicator
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +127,7 @@ class CheckpointWriter:
     Args:
         output_dir: of the run.
         total_limit: how many checkpoints are kept; None: all.
-        exchange: between the writers of all processes, for nothing else.
+        communicator: between the writers of all processes, for nothing else.
         derived: contents of the files that every checkpoint of the run has, by name; those of the main process count.
     """
 
@@ -135,10 +135,10 @@ class CheckpointWriter:
         self,
         output_dir: Path,
         total_limit: int | None,
-        exchange: Exchange,
+        communicator: ObjectCommunicator,
         derived: Mapping[str, bytes] | None = None,
     ):
-        self.output_dir, self.total_limit, self.exchange = output_dir, total_limit, exchange
+        self.output_dir, self.total_limit, self.communicator = output_dir, total_limit, communicator
         self.derived = dict(derived or {})
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -149,7 +149,7 @@ class CheckpointWriter:
 
         Args:
             step: optimizer steps done.
-            tensors: what `Trained` and its optimizer consist of, by name; see `named_tensors`.
+            tensors: what `TrainableModules` and its optimizer consist of, by name; see `named_tensors`.
             run: plain data, the same on all processes.
 
         Raises:
@@ -158,8 +158,8 @@ class CheckpointWriter:
         self.wait()
         staged = self.stager.stage(tensors)
         # to JSON now: the run goes on changing what it holds
-        files = {f"generators-{self.exchange.rank}.json": json.dumps(generator_states()).encode()}
-        if self.exchange.rank == 0:
+        files = {f"generators-{self.communicator.rank}.json": json.dumps(generator_states()).encode()}
+        if self.communicator.rank == 0:
             files |= self.derived | {RUN_FILE: json.dumps(run, indent=1).encode()}
         self.writing = self.thread.submit(self._write, step, staged, files)
 
@@ -177,17 +177,17 @@ class CheckpointWriter:
         folder = self.output_dir / f"checkpoint-{step}"
         unfinished = folder.with_name(folder.name + UNFINISHED)
         try:
-            self._together(self._begin, unfinished)
+            self._all_or_raise(self._begin, unfinished)
             with warnings.catch_warnings():  # it warns of there being a single process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 writer = HuggingFaceStorageWriter(str(unfinished), file_of_each(tensors), save_distributed=True)
-                dcp.save(tensors, storage_writer=writer, process_group=self.exchange.group)
-            self._together(write_files, unfinished, files)
-            hashed = self._together(self._hash_own_files, unfinished)
+                dcp.save(tensors, storage_writer=writer, process_group=self.communicator.group)
+            self._all_or_raise(write_files, unfinished, files)
+            hashed = self._all_or_raise(self._hash_own_files, unfinished)
             entries = {name: entry for part in hashed for name, entry in sorted(part.items())}
-            self._together(self._complete, unfinished, folder, entries)
+            self._all_or_raise(self._complete, unfinished, folder, entries)
         except (OSError, CheckpointException) as error:
-            if self.exchange.rank == 0:
+            if self.communicator.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)  # a full disk is no place for half a checkpoint
             kept = [path.name for path in list_checkpoints(self.output_dir)]
             raise OSError(
@@ -197,7 +197,7 @@ class CheckpointWriter:
 
     def _begin(self, unfinished: Path) -> None:
         """Remove what a killed run has left, whose files must not be taken for this one's, and make the folder."""
-        if self.exchange.rank:
+        if self.communicator.rank:
             return
         left = list(self.output_dir.glob(f"checkpoint-*{UNFINISHED}"))
         for aside in self.output_dir.glob(f"checkpoint-*{REMOVED}"):
@@ -214,12 +214,12 @@ class CheckpointWriter:
         own = []
         for path in folder.iterdir():
             shard = SHARD.fullmatch(path.name)
-            if (int(shard[1]) - 1 if shard else 0) == self.exchange.rank:
+            if (int(shard[1]) - 1 if shard else 0) == self.communicator.rank:
                 own.append(path)
         return {path.name: {"bytes": path.stat().st_size, "hash": hash_file(path)} for path in own}
 
     def _complete(self, unfinished: Path, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-        if self.exchange.rank:
+        if self.communicator.rank:
             return
         write_hashed_json(unfinished / COMPLETE_FILE, {"algorithm": HASH_NAME, "files": entries}, sync=True)
         sync_folder(unfinished)
@@ -233,7 +233,7 @@ class CheckpointWriter:
             for old in until_now[: -self.total_limit]:
                 remove_checkpoint(old)
 
-    def _together(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def _all_or_raise(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call a function on all processes, and raise on all of them if it fails on one: none goes on alone.
 
         Returns what it returned, by rank.
@@ -243,7 +243,7 @@ class CheckpointWriter:
             result = function(*arguments)
         except OSError as error:
             failure = str(error)
-        outcomes = self.exchange.gather((failure, result))
+        outcomes = self.communicator.gather((failure, result))
         failures = [text for text, _ in outcomes if text is not None]
         if failures:
             raise OSError(failures[0])
@@ -430,18 +430,18 @@ def check_size(file: Path, entry: Mapping[str, Any]) -> None:
         raise ValueError(f"{file.name} has {size} bytes, not {entry['bytes']}")
 
 
-def find_damage(checkpoint: Path, exchange: Exchange | None = None) -> str | None:
+def find_damage(checkpoint: Path, communicator: ObjectCommunicator | None = None) -> str | None:
     """Read all files of a checkpoint and compare them with their hashes.
 
     Args:
         checkpoint: its folder.
-        exchange: between processes that all call this: each reads a share of the files, and all get the same answer.
+        communicator: between processes that all call this; each reads a share of the files, all get the same answer.
             None: this process reads everything.
 
     Returns:
         What is damaged, with the name of the file, or None.
     """
-    rank, processes = (0, 1) if exchange is None else (exchange.rank, exchange.size)
+    rank, processes = (0, 1) if communicator is None else (communicator.rank, communicator.size)
     damage = None
     try:
         for name, entry in list(listed_files(checkpoint).items())[rank::processes]:
@@ -452,7 +452,7 @@ def find_damage(checkpoint: Path, exchange: Exchange | None = None) -> str | Non
         damage = f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
         damage = str(error)
-    found = [damage] if exchange is None else exchange.gather(damage)
+    found = [damage] if communicator is None else communicator.gather(damage)
     return next((text for text in found if text is not None), None)
 
 
@@ -480,7 +480,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in named_checkpoints(output_dir) if is_complete(path)]
 
 
-def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchange | None = None) -> Path | None:
+def find_checkpoint(
+    output_dir: Path, resume_from: str | None, communicator: ObjectCommunicator | None = None
+) -> Path | None:
     """Where a run starts: None for the beginning, else the checkpoint that `--resume_from_checkpoint` names.
 
     Args:
@@ -488,7 +490,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchang
         resume_from: None; `latest`, which is the newest one that is not damaged, and the beginning when there is none
             yet, so that a job that is started again and again can always ask for it; a folder, or a name inside
             `output_dir`.
-        exchange: between processes that all call this, see `find_damage`.
+        communicator: between processes that all call this, see `find_damage`.
 
     Raises:
         ValueError: if there is no such checkpoint, if it or all of them are damaged, if a file has the name of a
@@ -496,21 +498,21 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchang
     """
     found = named_checkpoints(output_dir)
     files = sorted(path.name for path in _called_like_checkpoints(output_dir) if path.is_file())
-    if exchange is not None:  # what the main process sees: a network drive may show others an older list
-        found, files = exchange.gather((found, files))[0]
+    if communicator is not None:  # what the main process sees: a network drive may show others an older list
+        found, files = communicator.gather((found, files))[0]
     if files:
         raise ValueError(
             f"`output_dir` {output_dir} has {files}, which are not folders, but are called like the checkpoints that "
             "this run will write: move them away, or give another `output_dir`."
         )
     if resume_from == "latest":
-        return _newest_intact(reversed(found), output_dir, exchange)
+        return _newest_intact(reversed(found), output_dir, communicator)
     start = None
     if resume_from is not None:
         folders = [folder for folder in (Path(resume_from), output_dir / resume_from) if NAME.fullmatch(folder.name)]
         damages: list[str] = []
         for folder in filter(Path.is_dir, folders):
-            damage = find_damage(folder, exchange)
+            damage = find_damage(folder, communicator)
             if damage is None:
                 start = folder
                 break
@@ -531,13 +533,15 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, exchange: Exchang
     return start
 
 
-def _newest_intact(newest_first: Iterable[Path], output_dir: Path, exchange: Exchange | None) -> Path | None:
+def _newest_intact(
+    newest_first: Iterable[Path], output_dir: Path, communicator: ObjectCommunicator | None
+) -> Path | None:
     """The first checkpoint that is not damaged; a warning names the damage of those before it."""
     damages: list[str] = []
     for folder in newest_first:
-        damage = find_damage(folder, exchange)
+        damage = find_damage(folder, communicator)
         if damage is None:
-            if damages and (exchange is None or exchange.rank == 0):
+            if damages and (communicator is None or communicator.rank == 0):
                 logger.warning(f"Damaged checkpoints in {output_dir}: {'; '.join(damages)}. Starting from {folder}.")
             return folder
         damages.append(f"{folder.name} ({damage})")

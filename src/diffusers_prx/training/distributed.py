@@ -28,7 +28,7 @@ from ..config.training_config import TrainingConfig
 from ..techniques.optimizers import WITH_REPEATED_LAYERS
 
 
-class Trained(nn.Module):
+class TrainableModules(nn.Module):
     """Everything that a run trains as one module, which is what DDP and FSDP2 wrap.
 
     Args:
@@ -138,7 +138,7 @@ def shard_count(cfg: TrainingConfig, processes: int) -> int:
     return size
 
 
-def distribute(trained: Trained, cfg: TrainingConfig, accelerator: Accelerator, idle: bool) -> nn.Module:
+def distribute(trained: TrainableModules, cfg: TrainingConfig, accelerator: Accelerator, idle: bool) -> nn.Module:
     """Make the networks of one process those of all; with `sharding` in place, before there is an optimizer.
 
     Weights stay float32 and are gathered as such; autocast computes, as everywhere. (FSDP2's own mixed precision would
@@ -177,7 +177,7 @@ def distribute(trained: Trained, cfg: TrainingConfig, accelerator: Accelerator, 
     return trained
 
 
-def shard_in_place(trained: Trained, mesh: DeviceMesh) -> None:
+def shard_in_place(trained: TrainableModules, mesh: DeviceMesh) -> None:
     """FSDP2: gather the weights of one repeated layer at a time, those around the layers with their module, and those
     of the projector with the whole."""
     for name, module in trained.named_children():
@@ -197,7 +197,7 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     return [layer for child in module.children() for layer in repeated_layers(child)]
 
 
-def whole_module(module: Any) -> Any:
+def gather_full_module(module: Any) -> Any:
     """A module as it is on a single process, on the CPU; a collective for one that is sharded.
 
     Args:
@@ -226,7 +226,7 @@ def norm_of_clipped(accelerator: Accelerator, parameters: list[nn.Parameter], ma
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def shared_out(items: Sequence[Any], rank: int, processes: int) -> list[tuple[int, Any]]:
+def split_evenly(items: Sequence[Any], rank: int, processes: int) -> list[tuple[int, Any]]:
     """What one of several processes does of some things: as many as every other, each with its place. Where they do
     not come out even, the last thing is done by several."""
     rounds = -(-len(items) // processes)
@@ -234,7 +234,7 @@ def shared_out(items: Sequence[Any], rank: int, processes: int) -> list[tuple[in
     return [(place, items[place]) for place in places]
 
 
-class Exchange:
+class ObjectCommunicator:
     """Small messages between the processes over the CPU, in a group of their own: messages of two threads in one group
     would be taken for each other's. To be made by all processes in the same order."""
 

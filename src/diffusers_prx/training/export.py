@@ -175,7 +175,7 @@ def export_checkpoint(
         tokenizer = restore_tokenizer(text, cfg.max_sequence_length)
     nets = build_nets(cfg, techniques=False, trained_tokenizer=tokenizer)
     _check_unchanged(checkpoint, state, identity(cfg, nets, None))
-    nets.enter(last_stage(cfg, state))
+    nets.apply_stage(last_stage(cfg, state))
     parameters = {
         f"{kind}.{name}.{key}": parameter.data
         for name, module in nets.trainable(cfg).items()

@@ -171,7 +171,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class Watch:
+class Watchdog:
     """Notices what ends a run from outside: signals, and a step that does not end. To be used as a context.
 
     A process whose step takes longer than the limit, be it that it hangs itself or that it waits for another one,
@@ -195,7 +195,7 @@ class Watch:
         self.over = threading.Event()
         self.limit_reached = False
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         self.begin()
         self.over.clear()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config.training_config import TrainingConfig
 from ..data.buckets import Size, assign_bucket, cover
-from ..data.captioned import Rearranged
+from ..data.captioned import IndexedView
 from ..data.images import UnreadableSample
 from ..files import NAMES_SHOWN, printable, shown
 from ..resolution_bins import RESOLUTION_BINS
@@ -17,7 +17,7 @@ IMAGES_CHECKED = 50_000
 CAPTIONS_CHECKED = 10_000
 
 
-class Spread(Rearranged):
+class Spread(IndexedView):
     """At most `count` samples of a source, spread evenly over it."""
 
     def __init__(self, source: Any, count: int):

@@ -112,7 +112,7 @@ TEACHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def autoencoder_outline(name_or_path: str, revision: str | None = None, tables: bool = False) -> Any:
+def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: bool = False) -> Any:
     """An autoencoder with the weights that its class draws.
 
     Args:
@@ -154,7 +154,7 @@ def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) ->
         raise _unreadable("text_encoder_name_or_path", name_or_path, TEXT_ENCODERS) from error
 
 
-def text_encoder_outline(config: Any) -> Any:
+def meta_text_encoder(config: Any) -> Any:
     """The network that `text.load_text_encoder` takes, from the configuration of the whole, its weights not drawn."""
     with no_init_weights():
         if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
@@ -164,7 +164,7 @@ def text_encoder_outline(config: Any) -> Any:
         return AutoModel.from_config(getattr(config, "text_config", config))
 
 
-def teacher_outline(setting: str, name_or_path: str, tables: bool = False) -> Any:
+def meta_teacher(setting: str, name_or_path: str, tables: bool = False) -> Any:
     """A vision transformer of transformers, its weights not drawn; of a model of images and text, its image half.
 
     Args:

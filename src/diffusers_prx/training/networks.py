@@ -113,7 +113,7 @@ class Nets:
             dino=self.dino if cfg.dino_weight else None,
         )
 
-    def enter(self, cfg: TrainingConfig) -> None:
+    def apply_stage(self, cfg: TrainingConfig) -> None:
         """Take a stage's noise levels."""
         self.scheduler = self.scheduler.from_config(
             self.scheduler.config,
@@ -407,7 +407,7 @@ def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
         )
 
 
-def some_rest(nets: Nets, stages: list[TrainingConfig]) -> bool:
+def has_unused_parameters(nets: Nets, stages: list[TrainingConfig]) -> bool:
     """Whether there are steps in which some trained parameters are in no loss: SPRINT's mask token where there is no
     route, the projector where there is no alignment."""
     fuses, aligns = nets.transformer.config["fusion_range"] is not None, nets.projector is not None

@@ -49,7 +49,7 @@ from ..techniques.alignment import teacher_features
 from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .distributed import check_environment
 from .networks import Nets, build_nets
-from .preflight import outline
+from .preflight import meta_networks
 from .stages import Stage, build_stages, quiet_data
 
 SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304
@@ -160,7 +160,7 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
             shared.setdefault(cache_folder(stage.cfg), []).append(stage)
     if not shared:
         raise ValueError("`precomputed_dir` is None: give the folder that the results are to be written to.")
-    pixels_per_token = outline(cfg).pixels_per_token
+    pixels_per_token = meta_networks(cfg).pixels_per_token
     for folder, stages in shared.items():
         _check_shared(folder, stages)
         if accelerator.is_main_process and shard_files(folder):  # an image may have changed since its size was read

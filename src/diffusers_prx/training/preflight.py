@@ -21,7 +21,7 @@ from ..pipelines.pipeline_prx import PRXPipeline
 from ..prompt_cleaning import CLEANERS
 from ..techniques.lora import add_adapter
 from ..techniques.optimizers import muon_weights, trainable_parameters
-from .network_configs import autoencoder_outline, teacher_outline, text_config
+from .network_configs import meta_autoencoder, meta_teacher, text_config
 from .networks import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .stages import Stage
 
@@ -30,7 +30,7 @@ INDENT = 14
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaNetworks:
     """The networks of a run without their weights.
 
     Args:
@@ -43,7 +43,7 @@ class Outline:
     pixels_per_token: int
 
 
-def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> Outline:
+def meta_networks(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> MetaNetworks:
     """Read the configurations of the networks, and no weights.
 
     Args:
@@ -60,9 +60,9 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
     stored = {} if saved is None else dict(PRXTransformer2DModel.load_config(saved, **where))
     with torch.device(device):
         if cfg.vae_name_or_path is not None:
-            vae = autoencoder_outline(cfg.vae_name_or_path, tables=tables)
+            vae = meta_autoencoder(cfg.vae_name_or_path, tables=tables)
         elif saved is not None and pipeline_class_of(cfg) is PRXPipeline:
-            vae = autoencoder_outline(saved, cfg.revision)
+            vae = meta_autoencoder(saved, cfg.revision)
         transformer: Any
         if cfg.transformer_config:
             # a saved pipeline's text encoder is as wide as its transformer says
@@ -73,7 +73,7 @@ def outline(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> 
         if cfg.lora_rank is not None:
             add_adapter(cfg, transformer)
     check_fit(transformer.config, vae, cfg.stage_configs())
-    return Outline(transformer, vae, transformer.config["patch_size"] * vae_scale_factor(vae))
+    return MetaNetworks(transformer, vae, transformer.config["patch_size"] * vae_scale_factor(vae))
 
 
 def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
@@ -89,9 +89,9 @@ def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
     for stage in cfg.stage_configs():
         with torch.device("meta"):
             if stage.repa_weight and aligns:
-                teacher_outline("repa_teacher", str(stage.repa_teacher))
+                meta_teacher("repa_teacher", str(stage.repa_teacher))
             if stage.dino_weight:
-                patch = teacher_outline("dino_teacher", str(stage.dino_teacher)).config.patch_size
+                patch = meta_teacher("dino_teacher", str(stage.dino_teacher)).config.patch_size
                 check_dino_size(stage, patch)
         if stage.lpips_backbone is not None and not Path(stage.lpips_backbone).is_file():
             raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is no file.")

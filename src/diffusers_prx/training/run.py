@@ -16,8 +16,8 @@ from ..techniques.alignment import BurnIn
 from ..techniques.ema import Averages
 from ..techniques.optimizers import trainable_parameters
 from .checkpoints import CheckpointWriter, RunState
-from .distributed import Exchange, Trained
-from .faults import FolderLock, Watch
+from .distributed import ObjectCommunicator, TrainableModules
+from .faults import FolderLock, Watchdog
 from .networks import Nets
 from .precision import check_precision
 from .stages import Stage
@@ -33,7 +33,7 @@ class Run:
         card_template: template of the model card, filled in at the end.
         accelerator: processes, precision and trackers.
         machine: number of processes, sharding and device, as they are recorded.
-        exchange: messages between the processes.
+        communicator: messages between the processes.
         lock: hold on the output folder; None on all but the main process.
         repo_id: repository to upload to at the end, on the main process, or None.
         stages: data and settings, in order.
@@ -45,7 +45,7 @@ class Run:
         burn_in: decides when the alignment ends.
         state: plain data of a checkpoint: counters, histories, settings.
         writer: writes checkpoints.
-        watch: notices signals and steps that do not end.
+        watchdog: notices signals and steps that do not end.
         tracking: trackers.
         counts: counts of this process since they were last added to the state.
 
@@ -59,20 +59,20 @@ class Run:
     card_template: Path
     accelerator: Accelerator
     machine: dict[str, Any]
-    exchange: Exchange
+    communicator: ObjectCommunicator
     lock: FolderLock | None
     repo_id: str | None
     stages: list[Stage]
     nets: Nets
     modules: dict[str, nn.Module]
-    trained: Trained
+    trained: TrainableModules
     model: Any
     optimizer: Any
     averages: Averages
     burn_in: BurnIn
     state: RunState
     writer: CheckpointWriter
-    watch: Watch
+    watchdog: Watchdog
     tracking: Tracking
     counts: Counter[str]
     skipped_in_a_row: int = field(default=0, init=False)

@@ -26,12 +26,12 @@ from .checkpoints import (
     read_run,
     restore_generators,
 )
-from .distributed import Exchange, Trained, distribute, shard_count, start_accelerator
+from .distributed import ObjectCommunicator, TrainableModules, distribute, shard_count, start_accelerator
 from .export import session
-from .faults import FolderLock, Watch
-from .networks import build_nets, identity, restore_tokenizer, some_rest, train_tokenizer
+from .faults import FolderLock, Watchdog
+from .networks import build_nets, has_unused_parameters, identity, restore_tokenizer, train_tokenizer
 from .precompute import open_precomputed
-from .preflight import caption_figures, check_techniques, outline, report
+from .preflight import caption_figures, check_techniques, meta_networks, report
 from .run import Run, alignment_is_over
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages, quiet_data
 from .tracking import Tracking
@@ -71,10 +71,10 @@ def set_up_run(cfg: TrainingConfig, card_template: Path) -> Run:
         "sharded_over": shard_count(cfg, accelerator.num_processes),  # refused before anything is loaded
         "device": str(accelerator.device),
     }
-    exchange = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
-    lock = None if cfg.dry_run else lock_folder(Path(cfg.output_dir), exchange)
+    communicator = ObjectCommunicator(accelerator, 2 * cfg.step_timeout_seconds)
+    lock = None if cfg.dry_run else lock_folder(Path(cfg.output_dir), communicator)
     try:
-        return _build(cfg, card_template, accelerator, machine, exchange, lock)
+        return _build(cfg, card_template, accelerator, machine, communicator, lock)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -86,14 +86,14 @@ def _build(
     card_template: Path,
     accelerator: Accelerator,
     machine: dict[str, Any],
-    exchange: Exchange,
+    communicator: ObjectCommunicator,
     lock: FolderLock | None,
 ) -> Run:
-    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.resume_from_checkpoint, exchange)
+    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.resume_from_checkpoint, communicator)
     resumed = None if checkpoint is None else Resumed(checkpoint, read_run(checkpoint))
 
     # data and a plan, before any weights are loaded
-    networks = outline(cfg)
+    networks = meta_networks(cfg)
     stages = open_data(cfg, accelerator, networks.pixels_per_token, resumed)
     burn_in, teacher_width = alignment_of(stages, resumed)
     check_techniques(cfg, teacher_width is None)
@@ -108,7 +108,7 @@ def _build(
 
     # networks
     set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
-    tokenizer = tokenizer_of(cfg, stages[0], exchange, resumed)
+    tokenizer = tokenizer_of(cfg, stages[0], communicator, resumed)
     nets = build_nets(cfg, teacher_width=teacher_width, trained_tokenizer=tokenizer)
     open_precomputed(stages, nets)
     state = RunState(
@@ -129,20 +129,20 @@ def _build(
     modules = nets.trainable(cfg)
     if cfg.compile:
         nets.transformer.compile_repeated_blocks(fullgraph=True)
-    trained = Trained(modules)
-    model = distribute(trained, cfg, accelerator, some_rest(nets, [stage.cfg for stage in stages]))
+    trained = TrainableModules(modules)
+    model = distribute(trained, cfg, accelerator, has_unused_parameters(nets, [stage.cfg for stage in stages]))
     optimizer: Any = accelerator.prepare(build_optimizer(cfg, modules))
     derived = {file: content for stage in stages for file, content in stage.derived().items()}
     if tokenizer is not None:
         derived[TOKENIZER_FILE] = tokenizer.backend_tokenizer.to_str().encode()
-    writer_exchange = Exchange(accelerator, 2 * cfg.step_timeout_seconds)
+    writer_communicator = ObjectCommunicator(accelerator, 2 * cfg.step_timeout_seconds)
     counts: Counter[str] = Counter()
     run = Run(
         cfg=cfg,
         card_template=card_template,
         accelerator=accelerator,
         machine=machine,
-        exchange=exchange,
+        communicator=communicator,
         lock=lock,
         repo_id=repo_id,
         stages=stages,
@@ -154,8 +154,8 @@ def _build(
         averages=Averages(trained, cfg),
         burn_in=burn_in,
         state=state,
-        writer=CheckpointWriter(Path(cfg.output_dir), cfg.checkpoints_total_limit, writer_exchange, derived),
-        watch=Watch(accelerator.process_index, cfg.step_timeout_seconds),
+        writer=CheckpointWriter(Path(cfg.output_dir), cfg.checkpoints_total_limit, writer_communicator, derived),
+        watchdog=Watchdog(accelerator.process_index, cfg.step_timeout_seconds),
         tracking=Tracking(accelerator, counts),
         counts=counts,
     )
@@ -167,21 +167,21 @@ def _build(
     return run
 
 
-def lock_folder(output_dir: Path, exchange: Exchange) -> FolderLock | None:
+def lock_folder(output_dir: Path, communicator: ObjectCommunicator) -> FolderLock | None:
     """Take the output folder; the main process holds it for all.
 
     Raises:
         ValueError: on all processes, if another run has it.
     """
     lock = failure = None
-    if exchange.rank == 0:
+    if communicator.rank == 0:
         try:
             lock = FolderLock(output_dir)
             for left in output_dir.glob(f"{REPORT_FILE}.*{UNFINISHED}"):  # by a run that was killed
                 left.unlink(missing_ok=True)
         except (ValueError, OSError) as error:
             failure = str(error)
-    failure = exchange.gather(failure)[0]
+    failure = communicator.gather(failure)[0]
     if failure is not None:
         raise ValueError(failure)
     return lock
@@ -227,7 +227,7 @@ def print_plan(cfg: TrainingConfig, stages: list[Stage], transformer: Any, machi
 
 
 def tokenizer_of(
-    cfg: TrainingConfig, stage: Stage, exchange: Exchange, resumed: Resumed | None
+    cfg: TrainingConfig, stage: Stage, communicator: ObjectCommunicator, resumed: Resumed | None
 ) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a new text encoder: the checkpoint's, or one that the main process trains for all."""
     if not cfg.text_encoder_config:
@@ -236,11 +236,11 @@ def tokenizer_of(
         text = (resumed.folder / TOKENIZER_FILE).read_text(encoding="utf-8")
         return restore_tokenizer(text, cfg.max_sequence_length)
     trained: str | None = None
-    if exchange.rank == 0:
+    if communicator.rank == 0:
         captions = stage.captions(CAPTIONS_FOR_TOKENIZER)
         tokenizer = train_tokenizer(captions, cfg.tokenizer_vocab_size, cfg.max_sequence_length)
         trained = tokenizer.backend_tokenizer.to_str()
-    return restore_tokenizer(exchange.gather(trained)[0], cfg.max_sequence_length)
+    return restore_tokenizer(communicator.gather(trained)[0], cfg.max_sequence_length)
 
 
 def restore(run: Run, resumed: Resumed) -> None:

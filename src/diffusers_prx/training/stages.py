@@ -34,7 +34,7 @@ from ..data.sources import (
     load_source,
     load_stream,
 )
-from .distributed import shared_out
+from .distributed import split_evenly
 from .image_checks import IMAGES_CHECKED, Spread, check_images
 from .rng import derive_seed
 
@@ -301,7 +301,7 @@ class Stage:
         assert self.held_out is not None
         assert self.held_out_buckets is not None
         every = every_sample_once(self.held_out_buckets, self.cfg.train_batch_size)
-        batches = [batch for _, batch in shared_out(every, rank, processes)]
+        batches = [batch for _, batch in split_evenly(every, rank, processes)]
         return self._read(self.held_out, self.held_out_buckets, batches, True, False, device)
 
     def _read(

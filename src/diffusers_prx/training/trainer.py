@@ -45,7 +45,7 @@ def train(run: Run) -> None:
             disable=not run.accelerator.is_local_main_process,
             unit="step",
         )
-        with bar as progress, logging_redirect_tqdm(LOGGERS), run.watch:
+        with bar as progress, logging_redirect_tqdm(LOGGERS), run.watchdog:
             run.tracking.start(run.cfg)
             if run.accelerator.is_main_process:
                 (run.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
@@ -68,7 +68,7 @@ def train_stage(run: Run, stage: Stage, progress: tqdm) -> None:
     losses_to_log: list[dict[str, torch.Tensor]] = []
     outputs: list[tuple[dict[str, Any], StepOutput]] = []
     started = time.perf_counter()
-    run.watch.begin()
+    run.watchdog.begin()
     if run.validation_is_due(stage):
         validate(run, stage)
     batches = steady_batches(
@@ -97,12 +97,12 @@ def train_stage(run: Run, stage: Stage, progress: tqdm) -> None:
             save(run, stage)
             leave(run)
         if run.validation_is_due(stage):
-            run.watch.begin()
+            run.watchdog.begin()
             validate(run, stage)
         if state.step % cfg.checkpointing_steps == 0 or last:
             save(run, stage)
         started = time.perf_counter()
-        run.watch.begin()
+        run.watchdog.begin()
 
 
 def enter_stage(run: Run, stage: Stage) -> Any:
@@ -110,7 +110,7 @@ def enter_stage(run: Run, stage: Stage) -> Any:
     cfg = stage.cfg
     run.accelerator.gradient_accumulation_steps = cfg.gradient_accumulation_steps
     run.accelerator.step = 0  # counts micro-batches
-    run.nets.enter(cfg)
+    run.nets.apply_stage(cfg)
     run.release_teacher()
     tokens = (cfg.resolution // run.nets.pixels_per_token) ** 2
     if len(run.stages) > 1:
@@ -191,7 +191,7 @@ def optimizer_step(
     flow = torch.stack([output.losses["flow"] for _, output in outputs]).mean()
     total, shown = torch.stack([loss + grad_norm, flow]).tolist()  # the one wait for the device in a step
     # one question to all processes per step: whether one of them is broken, and whether one was told to stop
-    broken, run.stop_signal = run.exchange.maximum([not math.isfinite(total), run.watch.received])
+    broken, run.stop_signal = run.communicator.maximum([not math.isfinite(total), run.watchdog.received])
     if broken:
         note_non_finite(run, stage, outputs, float(grad_norm))
     else:

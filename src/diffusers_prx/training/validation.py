@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 
 from ..config.training_config import TrainingConfig
-from .distributed import shared_out
+from .distributed import split_evenly
 from .networks import Nets
 from .rng import StepRandom
 from .step import train_step
@@ -57,7 +57,7 @@ def validation_images(nets: Nets, cfg: TrainingConfig, rank: int, processes: int
     """
     pipeline = nets.pipeline(cfg)
     pipeline.set_progress_bar_config(disable=True)
-    places, prompts = zip(*shared_out(cfg.validation_prompts, rank, processes))
+    places, prompts = zip(*split_evenly(cfg.validation_prompts, rank, processes))
     device = nets.transformer.device
     output: Any = pipeline(
         list(prompts),
