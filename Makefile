@@ -23,7 +23,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-lower test-upper test-versions soak quality bench bench-sampling clean
+.PHONY: help install quickstart demo test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -90,6 +90,10 @@ quality: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## build the pages of docs/ into build/docs; a broken link or an undocumented public name is an error
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
 
 bench: $(STAMP) ## time the model against the one in diffusers, the techniques, Muon and the loading of data
 	$(BIN)/python training/benchmarks/bench_model.py

@@ -1,4 +1,4 @@
-"""What READMEs and model cards show a reader can be done: every Python snippet runs, every command has its flags."""
+"""Pages, READMEs and model cards: Python snippets run, commands have their flags, named files exist."""
 
 import ast
 import importlib
@@ -20,9 +20,12 @@ from model_cards import check_card
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+# pages that docs/generate.py writes are checked when they are written
+PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "reference" not in page.parts)
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "training" / "README.md",
+    *PAGES,
     *sorted((ROOT / "spaces").glob("*/README.md")),
     *CARDS,
 ]
@@ -204,7 +207,8 @@ def test_commands_have_their_flags_and_files(file, options, capsys, monkeypatch)
             wanted = {word for word in words[1:] if "=" not in word}
             assert wanted <= targets, f"{where}: make has no {sorted(wanted - targets)}"
         elif module is None:
-            assert words[0] in ("pip", "hf", "source", ".venv/bin/pytest"), f"{where}: {words[0]} is not known here"
+            known = ("pip", "hf", "source", "python3", ".venv/bin/pytest", ".venv/bin/pre-commit")
+            assert words[0] in known, f"{where}: {words[0]} is not known here"
         else:
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file() or module.startswith("diffusers_prx"), where
             given = {word.partition("=")[0] for word in arguments if word.startswith("--")} - {PLACEHOLDER}
@@ -220,11 +224,32 @@ def test_flags_in_the_text_are_those_of_a_script(options, capsys, monkeypatch):
     for script in (ROOT / "training").glob("*.py"):
         known |= options(f"training.{script.stem}", capsys, monkeypatch)
     known |= options("diffusers_prx.convert", capsys, monkeypatch)
-    for file in (ROOT / "README.md", ROOT / "training" / "README.md"):
+    for file in (ROOT / "README.md", ROOT / "training" / "README.md", *PAGES):
         for code in INLINE.findall(FENCED.sub("", file.read_text(encoding="utf-8"))):
             if SCRIPT.search(code) is None and not code.startswith(("accelerate", "torchrun", ".venv", "make", "pip")):
                 unknown = set(re.findall(r"(?<!\S)--\w+", code)) - known
                 assert not unknown, f"{name_of(file)}: no script has {sorted(unknown)}"
+
+
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
+NAMED_FILE = re.compile(r"(?:src|training|tests|docs|spaces|model_cards)/[\w./-]+\.(?:py|yaml|md|json|txt|png)")
+
+
+@pytest.mark.parametrize("file", [ROOT / "CONTRIBUTING.md", *DOCUMENTS], ids=name_of)
+def test_links_and_named_files_exist(file):
+    text = FENCED.sub("", file.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        # the last two are written by docs/generate.py, and pages of the host of the repository
+        if not target.startswith(("https://", "reference/", "../reference/", "../../actions/")):
+            assert (file.parent / target).exists(), f"{name_of(file)}: {target} does not exist"
+    for code in INLINE.findall(text):
+        if NAMED_FILE.fullmatch(code):
+            assert (ROOT / code).exists(), f"{name_of(file)}: {code} does not exist"
+
+
+def test_the_readme_fits_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "training" / "README.md").read_text().splitlines()) <= 40
 
 
 def test_the_check_of_commands_sees_what_is_wrong(tmp_path, options, capsys, monkeypatch):

@@ -42,6 +42,8 @@ USED_WITHOUT_IMPORT = {
     "hatchling": "the build backend",
     "pre-commit": "run by git",
     "pre-commit-hooks": "run by pre-commit",
+    "myst-parser": "an extension that docs/conf.py names",
+    "furo": "the theme that docs/conf.py names",
 }
 
 # What runs without the training extra: everything that draws images.
@@ -74,7 +76,7 @@ def third_party_imports(path: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
     ours = {"diffusers_prx", "training", "tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
-    ours |= {file.stem for folder in ("training", "spaces") for file in (ROOT / folder).rglob("*.py")}
+    ours |= {file.stem for folder in ("training", "spaces", "docs") for file in (ROOT / folder).rglob("*.py")}
     return {normalized(DISTRIBUTIONS.get(name, name)) for name in names - ours - sys.stdlib_module_names}
 
 
@@ -230,6 +232,9 @@ def test_sdist_holds_what_a_user_needs_to_train_and_test(built):
         "Makefile",
         "pyproject.toml",
         "CONTRIBUTING.md",
+        "CITATION.cff",
+        "docs/conf.py",
+        "docs/train/your_pictures.md",
         "src/diffusers_prx/py.typed",
         "tests/conftest.py",
         "tests/test_package.py",
@@ -241,6 +246,7 @@ def test_sdist_holds_what_a_user_needs_to_train_and_test(built):
         assert name in names
     waste = {".git", ".venv", "outputs", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".ci"}
     assert not {name for name in names if waste & set(Path(name).parts)}
+    assert not {name for name in names if name.startswith("docs/reference/")}, "generated pages"
 
 
 def test_metadata(metadata):
@@ -291,6 +297,7 @@ def test_every_import_is_declared(metadata):
     assert third_party_imports(ROOT / "training") <= training | declared(metadata, "emoji", "quantization")
     # gradio is made with fastapi and starlette; ZeroGPU brings spaces, elsewhere there is none
     assert third_party_imports(ROOT / "spaces") - {"fastapi", "starlette", "spaces"} <= declared(metadata, "demo")
+    assert third_party_imports(ROOT / "docs") <= declared(metadata, "training", "docs")
     # packaging is a dependency of both huggingface_hub and pytest; gradio is made with the others
     assert third_party_imports(ROOT / "tests") - {"packaging", "fastapi", "httpx", "starlette"} <= declared(
         metadata, "training", "emoji", "quantization", "dev"
@@ -299,7 +306,7 @@ def test_every_import_is_declared(metadata):
 
 def test_every_dependency_is_used_or_has_a_reason(metadata):
     everything = declared(metadata, *metadata.get_all("Provides-Extra")) - {"diffusers-prx"}
-    imported = {name for folder in ("src", "training", "tests") for name in third_party_imports(ROOT / folder)}
+    imported = {name for folder in ("src", "training", "tests", "docs") for name in third_party_imports(ROOT / folder)}
     unused = everything - imported
     assert unused <= set(USED_WITHOUT_IMPORT), f"declared and not used: {sorted(unused - set(USED_WITHOUT_IMPORT))}"
     assert set(USED_WITHOUT_IMPORT) <= everything, "a reason for what is not declared"

@@ -18,7 +18,7 @@ class PRXPipeline(PRXPipelineBase):
     >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
 
     Three ways to sample. Errors are those of the latents to 200 Euler steps, on the small network of the quickstart;
-    the speed is over diffusers' pipeline at 256 pixels on two CPU cores; training/README.md says how both were
+    the speed is over diffusers' pipeline at 256 pixels on two CPU cores; docs/draw/speed.md says how both were
     measured.
 
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
