@@ -92,7 +92,7 @@ quality: $(STAMP) ## lint, formatting, types
 	$(BIN)/mypy
 
 docs: $(STAMP) ## build the pages of docs/ into build/docs; a broken link or an undocumented public name is an error
-	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs 2 -b html -d build/doctrees docs build/docs
 	@echo "open build/docs/index.html"
 
 bench: $(STAMP) ## time the model against the one in diffusers, the techniques, Muon and the loading of data

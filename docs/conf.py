@@ -24,8 +24,9 @@ version = release = diffusers_prx.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 nitpicky = True
-# Types of other libraries have no page here; a name of this package that is not found fails the build.
-nitpick_ignore_regex = [(r"py:.*", r"(?!diffusers_prx).*"), (r"py:.*", r".*\._\w+")]
+# A name of this package that is not found fails the build. Types of other libraries, private bases and type variables
+# have no page here.
+nitpick_ignore_regex = [(r"py:.*", pattern) for pattern in (r"(?!diffusers_prx).*", r".*\._\w+", r".*\.[A-Z]")]
 smartquotes = False  # it would make a dash of the two in --flag
 
 myst_enable_extensions = ["deflist", "dollarmath"]

@@ -50,6 +50,8 @@ GPUS = {"speedrun": 32, "prx_7b_pixel": 256}
 PLAN_FLAGS = {"prx_7b_pixel": ["--sharding", "full"]}
 # Functions without a docstring, whose signatures say it all.
 SELF_EXPLANATORY = {
+    "data.scenes.random_stream",
+    "data.scenes.pick",
     "convert.parse_args",
     "convert.main",
     "data.precomputed.shard_path",
