@@ -27,7 +27,7 @@ nitpicky = True
 # A name of this package that is not found fails the build. Types of other libraries, private bases and type variables
 # have no page here.
 nitpick_ignore_regex = [(r"py:.*", pattern) for pattern in (r"(?!diffusers_prx).*", r".*\._\w+", r".*\.[A-Z]")]
-smartquotes = False  # it would make a dash of the two in --flag
+smartquotes_action = "D"  # dashes only
 
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -242,7 +242,7 @@ def measured_seconds() -> dict[str, tuple[float, int]]:
 
 
 def comment_of(recipe: Path) -> str:
-    """The comment at the head of a recipe as Markdown, with its addresses as links."""
+    """The comment at the head of a recipe as Markdown, with addresses as links and flags as code."""
     lines = []
     for line in recipe.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -250,7 +250,10 @@ def comment_of(recipe: Path) -> str:
         lines.append(line.removeprefix("#").strip())
     if not lines:
         raise ValueError(f"The recipe {recipe} has no comment at its head that says what it is.")
-    return re.sub(r"https://[^\s),;]*[^\s),;.:]", r"<\g<0>>", " ".join(lines))
+    text = re.sub(r"https://[^\s),;]*[^\s),;.:]", r"<\g<0>>", " ".join(lines))
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"(?<!\w)--\w+", r"`\g<0>`", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def cost_of(recipe: Path, costs: dict[str, Any], seconds: dict[str, tuple[float, int]]) -> str:
@@ -289,9 +292,10 @@ def recipes_page() -> str:
         " `python training/ablate_prx.py --study training/studies/techniques.yaml`.\n",
         "## To start from\n",
     ]
-    for recipe in sorted(RECIPES.glob("*.yaml")):
-        if recipe not in full:
-            parts += section(recipe)
+    for recipe in sorted(
+        set(RECIPES.glob("*.yaml")) - {*full}, key=lambda recipe: (recipe.stem != "quickstart", recipe)
+    ):
+        parts += section(recipe)
     parts.append("## The study\n")
     for recipe in full:
         twin = recipe.parent / "cpu" / recipe.name
@@ -352,9 +356,11 @@ def api_pages() -> dict[str, str]:
         raise ValueError(f"Public names without a docstring: {', '.join(undocumented)}.")
     pages = {}
     for room, contents in rooms.items():
-        title = "Modules at the top" if room == "package" else f"diffusers_prx.{room}"
-        parts = [f"# {title}\n"]
-        for module in contents:
+        parts = [f"# {'Other modules' if room == 'package' else room}\n"]
+        # modules with names of the public API first
+        for module in sorted(
+            contents, key=lambda module: not set(public_members(module)) & set(diffusers_prx.__all__)
+        ):
             parts += [
                 f"## {module.__name__.rpartition('.')[2]}\n",
                 "```{eval-rst}",
