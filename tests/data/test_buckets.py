@@ -1,4 +1,4 @@
-"""Which images are trained at which size."""
+"""Bucket sizes, the assignment of images to them, and image sizes from headers."""
 
 import math
 import pickle
@@ -14,8 +14,8 @@ from diffusers_prx.data.buckets import (
     Buckets,
     assign_bucket,
     compute_buckets,
-    cover,
     image_sizes,
+    resize_scale_and_crop,
     sort_into_buckets,
     study_buckets,
 )
@@ -24,27 +24,25 @@ from diffusers_prx.data.images import UnreadableSample
 from diffusers_prx.data.sources import FolderImages
 from disks import full_disk
 
-# Sizes of buckets
-
 
 @pytest.mark.parametrize("resolution", [256, 512, 1024])
-def test_the_buckets_of_the_study(resolution):
+def test_study_buckets_are_symmetric_and_maximal(resolution):
     sizes = study_buckets(resolution, 32)
     assert (resolution, resolution) in sizes
     assert all(0.85 < height * width / resolution**2 <= 1 for height, width in sizes)
-    assert {(width, height) for height, width in sizes} == set(sizes)  # every tall one is a wide one turned
+    assert {(width, height) for height, width in sizes} == set(sizes)
     assert len(sizes) == {256: 7, 512: 13, 1024: 27}[resolution]
-    for height, width in sizes:  # the longest for one of its sides that is no larger than the square
+    for height, width in sizes:  # a longer side would exceed the area of the square
         larger = {(height + 32) * width, height * (width + 32)}
         assert max(larger) > resolution**2
     ratios = [height / width for height, width in sizes]
     assert ratios == sorted(ratios)
 
 
-def test_buckets_of_the_study_that_there_are_not():
-    with pytest.raises(ValueError, match=r"`resolution` is 768; the study has buckets for \[256, 512, 1024\]"):
+def test_study_buckets_reject_other_resolutions_and_multiples():
+    with pytest.raises(ValueError, match=r"`resolution` is 768.* \[256, 512, 1024\]"):
         study_buckets(768)
-    with pytest.raises(ValueError, match=r"no multiples of 64, which these networks need: \[\(160, 352\), "):
+    with pytest.raises(ValueError, match=r"`resolution` 256 .*64.* \[\(160, 352\), "):
         study_buckets(256, 64)
 
 
@@ -52,7 +50,7 @@ def test_buckets_of_the_study_that_there_are_not():
     ("resolution", "multiple", "max_ratio"),
     [(256, 16, 2.0), (256, 32, 2.5), (512, 32, 2.0), (1024, 64, 4.0), (96, 8, 3.0), (320, 80, 2.0), (33, 33, 2.0)],
 )
-def test_computed_buckets_are_the_largest_of_each_short_side(resolution, multiple, max_ratio):
+def test_computed_buckets_are_the_largest_for_each_short_side(resolution, multiple, max_ratio):
     every = range(multiple, 8 * resolution, multiple)
     fitting = [(h, w) for h in every for w in every if h * w <= resolution**2]
     expected = set()
@@ -67,8 +65,8 @@ def test_computed_buckets_are_the_largest_of_each_short_side(resolution, multipl
     assert all(h * w > (1 - multiple / max(h, w)) * resolution**2 for h, w in found)
 
 
-def test_computed_buckets_are_near_those_of_the_study():
-    """At 512 pixels nearly the same; the study has two more near 5:3, and 2:1 as 704 x 352."""
+def test_computed_buckets_are_close_to_the_study():
+    """At 512 pixels the study has two more near 5:3, and 2:1 as 704 x 352."""
     study, computed = set(study_buckets(512)), set(compute_buckets(512, 32))
     assert computed < study
     assert study - computed == {(384, 640), (640, 384), (352, 704), (704, 352)}
@@ -76,19 +74,16 @@ def test_computed_buckets_are_near_those_of_the_study():
 
 
 @pytest.mark.parametrize("arguments", [(256, 48), (16, 32), (0, 16), (256, 0), (256, 16, 0.5), (256, 16, math.inf)])
-def test_buckets_that_cannot_be_computed(arguments):
+def test_compute_buckets_rejects_invalid_arguments(arguments):
     name = "max_ratio" if len(arguments) == 3 else "resolution"
     with pytest.raises(ValueError, match=f"`{name}`.* got {arguments[-1] if name == 'max_ratio' else arguments[0]}"):
         compute_buckets(*arguments)
 
 
-# From an image to its bucket
-
-
 @pytest.mark.parametrize("sizes", [study_buckets(256), study_buckets(1024), compute_buckets(96, 8, 4.0), [(8, 8)]])
-def test_the_nearest_ratio_is_found(sizes):
+def test_assign_bucket_finds_the_nearest_ratio(sizes):
     rng = np.random.default_rng(0)
-    sizes = [sizes[place] for place in rng.permutation(len(sizes))]
+    sizes = [sizes[number] for number in rng.permutation(len(sizes))]
     width, height = rng.integers(1, 400, (2, 500))
     found = assign_bucket(width, height, sizes)
     for w, h, bucket in zip(width.tolist(), height.tolist(), found):
@@ -99,7 +94,7 @@ def test_the_nearest_ratio_is_found(sizes):
 
 
 def slow_cover(width: int, height: int, size: tuple[int, int]) -> tuple[float, float]:
-    """Enlarge in small steps until the size is covered; the share is counted in areas."""
+    """Enlarge in small steps until the size is covered; measure the cropped share in areas."""
     scale = 1e-3
     while width * scale < size[1] - 1e-9 or height * scale < size[0] - 1e-9:
         scale += 1e-3
@@ -108,15 +103,15 @@ def slow_cover(width: int, height: int, size: tuple[int, int]) -> tuple[float, f
 
 @pytest.mark.parametrize("image", [(40, 30), (30, 40), (64, 64), (200, 100), (10, 20), (3, 90)])
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (40, 24)])
-def test_how_an_image_covers_a_size(image, size):
-    scale, crop = cover(*image, size)
+def test_resize_scale_and_crop_equal_a_slow_search(image, size):
+    scale, crop = resize_scale_and_crop(*image, size)
     slow_scale, slow_crop = slow_cover(*image, size)
     assert -1e-9 < slow_scale - scale < 1.001e-3
     assert crop == pytest.approx(slow_crop, abs=3e-3 / scale)
 
 
 def sort_slowly(image_sizes, sizes, minimum, max_upscale, max_crop):
-    """{size: images} by looking at one image after another."""
+    """Return {size: images} and {reason: count}, one image after another."""
     sizes = list(sizes)
     while True:
         members: dict = {size: [] for size in sizes}
@@ -144,7 +139,7 @@ def sort_slowly(image_sizes, sizes, minimum, max_upscale, max_crop):
 @pytest.mark.parametrize(
     ("max_upscale", "max_crop"), [(1.0, 0.5), (1.5, 0.2), (1.0, 1.0), (100.0, 0.0), (math.inf, 0.3)]
 )
-def test_sorting_agrees_with_one_image_after_another(minimum, max_upscale, max_crop):
+def test_sort_into_buckets_equals_a_slow_loop(minimum, max_upscale, max_crop):
     rng = np.random.default_rng(2)
     found = np.concatenate(
         [rng.integers(20, 200, (300, 2)), np.array([[0, 0], [1, 20000], [20000, 1], [1, 1], [64, 64], [8, 8]])]
@@ -156,13 +151,13 @@ def test_sorting_agrees_with_one_image_after_another(minimum, max_upscale, max_c
     assert {reason.partition(" (")[0]: count for reason, count in buckets.left_out.items()} == +out
     assert sum(buckets.counts().values()) + sum(buckets.left_out.values()) == len(found)
     assert len(buckets.sizes) == 1 or min(buckets.counts().values()) >= minimum
-    everyone = np.concatenate(buckets.members)
-    assert len(set(everyone.tolist())) == len(everyone)  # an image is in one bucket
-    for bucket, images in enumerate(buckets.members):  # what reading a sample checks agrees
-        assert all(buckets.misfit(*map(int, found[index]), bucket) is None for index in images)
+    all_members = np.concatenate(buckets.members)
+    assert len(set(all_members.tolist())) == len(all_members)  # an image is in one bucket
+    for bucket, images in enumerate(buckets.members):  # the check while samples are read agrees
+        assert all(buckets.rejection_reason(*map(int, found[index]), bucket) is None for index in images)
 
 
-def test_extreme_images_are_left_out_and_counted():
+def test_sort_into_buckets_counts_extreme_images():
     found = np.array([[1, 20000], [20000, 1], [100_000, 5000], [1, 1], [31, 64], [64, 64], [0, 0]], dtype=np.int32)
     buckets = sort_into_buckets(found, [(32, 64), (64, 32), (45, 45)], 0)
     assert buckets.left_out == {
@@ -171,12 +166,12 @@ def test_extreme_images_are_left_out_and_counted():
         "unreadable": 1,
     }
     assert buckets.counts() == {(32, 64): 0, (64, 32): 0, (45, 45): 1}
-    assert buckets.misfit(1, 20000, 1) == "1 x 20000 pixels are too elongated: 100.0% would be cropped"
-    assert buckets.misfit(31, 64, 1) == "31 x 64 pixels are too small: they would be enlarged 1.03 times"
-    assert buckets.misfit(32, 64, 1) is None
+    assert buckets.rejection_reason(1, 20000, 1) == "1 x 20000 pixels are too elongated: 100.0% would be cropped"
+    assert buckets.rejection_reason(31, 64, 1) == "31 x 64 pixels are too small: they would be enlarged 1.03 times"
+    assert buckets.rejection_reason(32, 64, 1) is None
 
 
-def test_the_summary_says_everything():
+def test_summary_lists_buckets_and_excluded_images():
     found = np.array([[64, 64]] * 6 + [[40, 80]] * 3 + [[90, 30]] * 1 + [[5, 5]] * 2, dtype=np.int32)
     buckets = sort_into_buckets(found, [(64, 64), (80, 40), (40, 80)], 2, max_crop=0.8)
     assert buckets.summary().splitlines() == [
@@ -187,44 +182,42 @@ def test_the_summary_says_everything():
     ]
     closed = sort_into_buckets(found[5:9], [(64, 64), (64, 32)], 2)
     assert "  64 x 64: closed, its 1 images are too few for a step" in closed.summary().splitlines()
-    assert closed.counts() == {(64, 32): 4}  # the square one is cut in half, and no more
+    assert closed.counts() == {(64, 32): 4}  # the square image is cropped by half, which is allowed
 
 
-def test_a_square_needs_no_sizes():
+def test_square_bucket_needs_no_sizes():
     buckets = Buckets.square(64, 2**40)
     assert buckets.counts() == {(64, 64): 2**40}
-    assert buckets.misfit(64, 20000, 0) is None
-    assert "too small" in buckets.misfit(63, 64, 0)
+    assert buckets.rejection_reason(64, 20000, 0) is None
+    assert "too small" in buckets.rejection_reason(63, 64, 0)
     assert pickle.loads(pickle.dumps(buckets)) == buckets
 
 
-def test_limits_that_make_no_sense_and_images_that_all_do_not_fit():
+def test_sort_into_buckets_rejects_invalid_limits_and_data_without_a_fitting_image():
     found = np.array([[10, 10], [0, 0]], dtype=np.int32)
     for changes in ({"max_upscale": 0.5}, {"max_upscale": math.nan}, {"max_crop": -0.1}, {"max_crop": 1.5}):
         with pytest.raises(ValueError, match=f"`{next(iter(changes))}`.* got {next(iter(changes.values()))}"):
             sort_into_buckets(found, [(8, 8)], 1, **changes)
-    with pytest.raises(ValueError, match=r"None of the 2 images fits any of the buckets \[\(64, 64\)\]: .*small.*: 1"):
+    with pytest.raises(ValueError, match=r"small.*: 1.*`--resolution`"):
         sort_into_buckets(found, [(64, 64)], 1)
-    with pytest.raises(ValueError, match=r"None of the 1 images fits any of the buckets .*'unreadable': 1"):
+    with pytest.raises(ValueError, match=r"'unreadable': 1"):
         sort_into_buckets(found[1:], [(64, 64), (32, 64)], 1)
 
-
-# The sizes of real files
 
 FORMATS = ("jpg", "png", "webp", "tif")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Pictures of all formats and orientations, one broken, one empty, one long."""
+    """Images of all formats and orientations, one broken, one empty, one long."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for place, ending in enumerate(FORMATS):
+    for number, ending in enumerate(FORMATS):
         for orientation in range(1, 9):
             exif = PIL.Image.Exif()
             exif[0x0112] = orientation
             name = f"{ending}-{orientation}"
-            PIL.Image.new("RGB", (30 + place, 50 + orientation)).save(folder / f"{name}.{ending}", exif=exif)
+            PIL.Image.new("RGB", (30 + number, 50 + orientation)).save(folder / f"{name}.{ending}", exif=exif)
             (folder / f"{name}.txt").write_text("a caption")
     PIL.Image.new("L", (1, 20000)).save(folder / "long.png")
     (folder / "broken.png").write_bytes((folder / "png-1.png").read_bytes()[:20])
@@ -248,7 +241,7 @@ def open_folder(folder: Path) -> FolderImages:
     return FolderImages(folder, ["txt"])
 
 
-def test_headers_tell_the_sizes_of_decoded_pictures(folder):
+def test_image_sizes_equal_those_of_decoded_images(folder):
     source = open_folder(folder)
     sizes = image_sizes(source)
     assert sizes.dtype == np.int32
@@ -259,17 +252,16 @@ def test_headers_tell_the_sizes_of_decoded_pictures(folder):
     assert np.array_equal(image_sizes(source, num_workers=2), sizes)
 
 
-def test_headers_are_enough(folder):
-    """Pixels of none of the files are decoded."""
+def test_image_sizes_decode_no_pixels(folder):
     source = open_folder(folder)
     expected = image_sizes(source)
-    for file in folder.glob("*.jpg"):  # all that follows the last header, that of the scan, is cut off
+    for file in folder.glob("*.jpg"):  # everything after the last header, that of the scan, is removed
         if file.stat().st_size:
             file.write_bytes(file.read_bytes()[: file.read_bytes().index(b"\xff\xda") + 14])
     assert np.array_equal(image_sizes(source), expected)
 
 
-def test_sizes_are_kept_in_a_file(folder, tmp_path, monkeypatch, caplog):
+def test_image_sizes_are_cached(folder, tmp_path, monkeypatch, caplog):
     cache = tmp_path / "cache" / "sizes.npz"
     source = open_folder(folder)
     sizes = image_sizes(source, cache_file=cache)
@@ -277,14 +269,14 @@ def test_sizes_are_kept_in_a_file(folder, tmp_path, monkeypatch, caplog):
     assert np.array_equal(np.load(cache)["sizes"], sizes)
     monkeypatch.setattr(module, "IMAGES_COMPARED", 2)
     saved = sizes.copy()
-    saved[7] = (11, 12)  # a mark, at a place that is not compared
+    saved[7] = (11, 12)  # an index that is not compared
     np.savez(cache, sizes=saved)
     assert image_sizes(source, cache_file=cache)[7].tolist() == [11, 12]
     assert not caplog.text
 
 
-@pytest.mark.parametrize("damage", ["other image", "other number", "cut off", "flipped bit", "no array"])
-def test_a_file_of_other_images_is_made_anew(folder, tmp_path, caplog, damage):
+@pytest.mark.parametrize("damage", ["other image", "other number", "truncated", "flipped bit", "no array"])
+def test_a_damaged_or_foreign_size_cache_is_replaced(folder, tmp_path, caplog, damage):
     cache = tmp_path / "sizes.npz"
     source = open_folder(folder)
     sizes = image_sizes(source, cache_file=cache)
@@ -293,7 +285,7 @@ def test_a_file_of_other_images_is_made_anew(folder, tmp_path, caplog, damage):
         sizes[0] = (77, 78)
     elif damage == "other number":
         np.savez(cache, sizes=sizes[1:])
-    elif damage == "cut off":
+    elif damage == "truncated":
         cache.write_bytes(cache.read_bytes()[:150])
     elif damage == "flipped bit":
         content = bytearray(cache.read_bytes())
@@ -303,10 +295,10 @@ def test_a_file_of_other_images_is_made_anew(folder, tmp_path, caplog, damage):
         cache.write_text("sizes")
     found = image_sizes(source, cache_file=cache)
     assert found.tolist() == sizes.tolist() == np.load(cache)["sizes"].tolist()
-    assert f"{cache} does not belong to these images: their sizes are read again." in caplog.text
+    assert str(cache) in caplog.text
 
 
-def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
+def test_a_full_disk_leaves_no_partial_size_cache(folder, tmp_path):
     cache = tmp_path / "sizes.npz"
     with full_disk(100), pytest.raises(OSError, match=r"requested|File too large"):
         image_sizes(open_folder(folder), cache_file=cache)

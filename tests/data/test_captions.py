@@ -1,4 +1,4 @@
-"""What counts as a caption, which one is used, and statistics of captions."""
+"""Decoding, choice and statistics of captions."""
 
 import json
 import statistics
@@ -31,36 +31,35 @@ from diffusers_prx.text import find_cut, tokenize_prompts
         ("word " * 10_000, ("word " * 10_000).strip()),
     ],
 )
-def test_what_is_a_caption(value, text):
+def test_read_caption_decodes_texts_and_bytes(value, text):
     assert read_caption(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "None"),
+        (None, "missing"),
         (5, "5"),
         ([], r"\[\]"),
         ([3], "3"),
-        ("", "an empty text"),
-        (" \n", "an empty text"),
-        (b"", "an empty text"),
-        ("K\xe4uzchen".encode("latin-1"), "no UTF-8 .* at byte 1"),
+        ("", "empty"),
+        (b" \n", "empty"),
+        ("K\xe4uzchen".encode("latin-1"), "UTF-8 .* at byte 1"),
         (json.loads('"half \\ud83d"'), "half of a surrogate pair"),
     ],
 )
-def test_what_is_none(value, reason):
+def test_read_caption_rejects_everything_else(value, reason):
     with pytest.raises(UnreadableSample, match=reason):
         read_caption(value)
 
 
-def test_columns_without_a_caption_are_left_out_and_named_when_none_is_left():
+def test_read_captions_omits_columns_without_a_caption():
     assert read_captions({"long": None, "short": "a cat", "tags": ""}) == {"short": "a cat"}
-    with pytest.raises(UnreadableSample, match="no caption: long is None; tags is an empty text"):
+    with pytest.raises(UnreadableSample, match=r"`long` .*missing.*`tags` .*empty"):
         read_captions({"long": None, "tags": ""})
 
 
-def test_captions_in_files_beside_an_image():
+def test_find_caption_reads_files_and_json_keys():
     files = {"txt": b"plain", "long.txt": b"long one", "json": b'{"short": "s", "text": "of json"}'}
 
     def find(column, endings=tuple(files), broken=None):
@@ -76,42 +75,36 @@ def test_captions_in_files_beside_an_image():
             read_caption(find("short", broken={"json": broken}))
 
 
-# The choice
-
-
-def test_the_choice_follows_the_weights():
+def test_choose_caption_follows_the_weights():
     captions = {"tags": "t", "short": "s", "long": "l"}
     weights = {"long": 7.0, "short": 2.0, "tags": 1.0}
-    places = (np.arange(1000) + 0.5) / 1000
-    counts = Counter(choose_caption(captions, weights, place) for place in places)
+    uniforms = (np.arange(1000) + 0.5) / 1000
+    counts = Counter(choose_caption(captions, weights, uniform) for uniform in uniforms)
     assert counts == {"l": 700, "s": 200, "t": 100}
     assert choose_caption(captions, weights, 0.0) == "l"
     assert choose_caption(captions, weights, 1 - 2**-53) == "t"
     assert choose_caption(captions, weights, 0.5 - 2**-54) == "l"
     assert choose_caption(captions, {"long": 1.0, "short": 1.0}, 0.5) == "s"  # shares are half open
-    turned = dict(reversed(captions.items()))
-    assert all(choose_caption(captions, weights, p) == choose_caption(turned, weights, p) for p in places)
+    reordered = dict(reversed(captions.items()))
+    assert all(choose_caption(captions, weights, u) == choose_caption(reordered, weights, u) for u in uniforms)
 
 
-def test_weights_are_renormalized_over_the_columns_that_are_there():
+def test_choose_caption_renormalizes_the_weights_of_available_columns():
     weights = {"long": 7.0, "short": 2.0, "tags": 1.0}
-    places = (np.arange(300) + 0.5) / 300
+    uniforms = (np.arange(300) + 0.5) / 300
     for captions in ({"short": "s", "tags": "t"}, {"long": "", "short": "s", "tags": "t"}):
-        assert Counter(choose_caption(captions, weights, p) for p in places) == {"s": 200, "t": 100}
+        assert Counter(choose_caption(captions, weights, u) for u in uniforms) == {"s": 200, "t": 100}
     never = {"long": 0.0, "short": 1.0}
     assert {choose_caption({"long": "l", "short": "s"}, never, p) for p in (0.0, 0.5, 0.999)} == {"s"}
 
 
 @pytest.mark.parametrize("captions", [{}, {"other": "x"}, {"long": "  "}, {"never": "x"}])
-def test_without_a_caption_the_sample_is_unreadable(captions):
-    with pytest.raises(UnreadableSample, match=r"no caption in any of the columns \['long', 'never'\]"):
+def test_choose_caption_without_a_caption_is_unreadable(captions):
+    with pytest.raises(UnreadableSample, match=r"\['long', 'never'\]"):
         choose_caption(captions, {"long": 1.0, "never": 0.0}, 0.3)
 
 
-# Statistics
-
-
-def test_statistics_against_a_count_one_by_one():
+def test_caption_statistics_equal_a_slow_count():
     tokenizer = tiny.tokenizer()
     generator = np.random.default_rng(0)
     captions = ["a red cat " * int(n) for n in generator.integers(0, 6, 700)] + ["", "漢字", "A RED CAT"]
@@ -131,13 +124,13 @@ def test_statistics_against_a_count_one_by_one():
 
 
 @pytest.mark.parametrize("count", [1, 19, 20, 21, 100])
-def test_the_95th_percentile_of_small_numbers(count):
+def test_caption_statistics_95th_percentile(count):
     captions = ["cat " * n for n in range(1, count + 1)]
     found = caption_statistics(captions, tiny.tokenizer(bos=False), 8, str.strip)
     assert found.tokens_p95 == np.percentile(range(1, count + 1), 95, method="inverted_cdf")
 
 
-def test_warnings():
+def test_caption_statistics_warn_about_harmful_captions():
     def warnings(captions, max_length=100):
         return caption_statistics(captions, tiny.tokenizer(bos=False), max_length, str.strip).warnings()
 
@@ -146,15 +139,13 @@ def test_warnings():
     (short,) = warnings([f"{'cat ' * 5}{'dog ' * i}" for i in range(20)])
     assert "a median of 14 tokens" in short
     assert "18.20 to 36.84" in short
-    (cut,) = warnings(long, max_length=60)
-    assert cut.startswith("30.0% of the captions are longer than `max_sequence_length` 60")
+    (truncated,) = warnings(long, max_length=60)
+    assert truncated.startswith("30.0%")
+    assert "`max_sequence_length` 60" in truncated
     (empty,) = warnings([*long, ""])
-    assert empty.startswith("3.2% of the captions have no word left")
+    assert empty.startswith("3.2%")
     assert "--caption_cleaning light" in empty
-    (again,) = warnings(long + long[:10])
-    assert again.startswith("25.0% of the captions repeat")
-
-
-def test_no_captions_are_refused():
-    with pytest.raises(ValueError, match="`captions` is empty"):
+    (duplicated,) = warnings(long + long[:10])
+    assert duplicated.startswith("25.0%")
+    with pytest.raises(ValueError, match="`captions`"):
         caption_statistics([], tiny.tokenizer(), 8, str.strip)

@@ -1,4 +1,4 @@
-"""From all kinds of picture files to RGB, and what becomes of the broken ones."""
+"""Decoding of image files of all kinds to RGB, and errors for broken ones."""
 
 import io
 import os
@@ -52,7 +52,7 @@ PALETTE.paste(0, (0, 0, 4, 8))
     ],
     ids=["rgba", "grey_alpha", "palette_transparent", "palette", "grey", "one_bit", "cmyk", "16_bit", "webp"],
 )
-def test_kinds_of_images(data, left, right):
+def test_image_modes_are_converted_to_rgb(data, left, right):
     found = read_image(data)
     assert found.mode == "RGB"
     for x, color in ((2, left), (6, right)):
@@ -60,7 +60,7 @@ def test_kinds_of_images(data, left, right):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
-def test_of_an_animation_the_first_frame_is_used(kind):
+def test_the_first_frame_of_an_animation_is_used(kind):
     frames = [PIL.Image.new("RGB", (8, 8), color) for color in (RED, (0, 0, 255))]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     with PIL.Image.open(io.BytesIO(data)) as opened:
@@ -70,10 +70,10 @@ def test_of_an_animation_the_first_frame_is_used(kind):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_that_a_camera_wrote(orientation, kind):
+def test_exif_orientation_is_applied(orientation, kind):
     upright = PIL.Image.new("RGB", (24, 16), (0, 0, 0))
     upright.paste((255, 255, 255), (0, 0, 8, 8))  # a white corner at the upper left
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL.Image.Transpose that gives what is stored
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL.Image.Transpose from the upright to the stored image
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
@@ -122,7 +122,7 @@ def test_colors_of_an_icc_profile_are_converted(kind):
     assert np.abs(np.subtract(found.getpixel((3, 3)), (250, 31, 14))).max() <= (1 if kind in ("png", "tiff") else 4)
 
 
-def test_colors_of_transparent_and_palette_pictures_are_converted():
+def test_colors_of_transparent_and_palette_images_are_converted():
     palette = PIL.Image.new("P", (8, 8), 1)
     palette.putpalette([0, 255, 0, 230, 60, 40])
     palette.paste(0, (0, 0, 4, 8))
@@ -135,7 +135,7 @@ def test_colors_of_transparent_and_palette_pictures_are_converted():
         assert right == ((252, 143, 134) if image is half else (250, 31, 14))
 
 
-def test_gray_pictures_have_profiles_too():
+def test_gray_profiles_are_converted():
     linear = write_profile(b"GRAY", {b"kTRC": b"curv" + b"\0" * 8})
     shown = (149, 149, 149)  # 255 (1.055 (77 / 255)^(1 / 2.4) - 0.055)
     deep = PIL.Image.fromarray(np.full((8, 8), 77 * 257, dtype=np.uint16))
@@ -155,22 +155,22 @@ def test_srgb_and_broken_profiles_change_no_pixel():
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("kind", ["zip", "text", "itxt"])
-def test_a_png_with_much_text_is_read(kind, behind):
+def test_a_png_with_more_text_than_pillow_allows_is_read(kind, behind):
     texts = PIL.PngImagePlugin.PngInfo()
-    for place in range(1 if kind == "zip" else 70):
+    for number in range(1 if kind == "zip" else 70):
         if kind == "itxt":
-            texts.add_itxt(f"workflow {place}", "x" * 1_000_000, zip=True)
+            texts.add_itxt(f"workflow {number}", "x" * 1_000_000, zip=True)
         else:
-            texts.add_text(f"workflow {place}", "x" * 1_500_000, zip=kind == "zip")
+            texts.add_text(f"workflow {number}", "x" * 1_500_000, zip=kind == "zip")
     image = PIL.Image.fromarray(NOISE).resize((24, 16))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     data = encode(image, "png", pnginfo=texts, exif=exif)
     if behind:
-        chunks, place = [], 8
-        while place < len(data):
-            chunks.append(data[place : place + 12 + int.from_bytes(data[place : place + 4], "big")])
-            place += len(chunks[-1])
+        chunks, offset = [], 8
+        while offset < len(data):
+            chunks.append(data[offset : offset + 12 + int.from_bytes(data[offset : offset + 4], "big")])
+            offset += len(chunks[-1])
         text = [chunk for chunk in chunks if chunk[4:8] in (b"tEXt", b"zTXt", b"iTXt")]
         data = data[:8] + b"".join([chunk for chunk in chunks[:-1] if chunk not in text] + text + chunks[-1:])
     assert read_image(data).tobytes() == image.transpose(PIL.Image.Transpose.ROTATE_270).tobytes()
@@ -178,12 +178,12 @@ def test_a_png_with_much_text_is_read(kind, behind):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
-def test_tiny_and_narrow_pictures_are_read_as_they_are(size):
+def test_tiny_and_narrow_images_keep_their_size(size):
     data = encode(PIL.Image.new("RGB", size, RED), "png")
     assert read_image(data).size == image_size(data) == size
 
 
-def test_bytes_and_paths_and_addresses(tmp_path):
+def test_images_are_read_from_bytes_paths_and_addresses(tmp_path):
     PIL.Image.new("RGB", (5, 4), RED).save(tmp_path / "a b.png")
     path = tmp_path / "a b.png"
     for source in (path.read_bytes(), str(path), f"file://{path}"):
@@ -191,11 +191,8 @@ def test_bytes_and_paths_and_addresses(tmp_path):
         assert image_size(source) == (5, 4)
 
 
-# Broken ones
-
-
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises more pixels than its few bytes hold."""
+    """PNG whose header declares more pixels than its few bytes hold."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -214,7 +211,7 @@ BROKEN = {
     "truncated_png": encode(PIL.Image.fromarray(NOISE), "png")[:2000],
     "truncated_jpeg": encode(PIL.Image.fromarray(NOISE), "jpeg")[:1500],
     "empty": b"",
-    "text": b"this is no picture",
+    "text": b"not an image",
     "float": encode(PIL.Image.fromarray(np.zeros((8, 8), dtype=np.float32)), "tiff"),
     "bomb": bomb(20000, 20000),
     "missing": None,
@@ -222,23 +219,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_picture_is_unreadable(kind, tmp_path):
-    with pytest.raises(UnreadableSample, match="no image" if kind == "missing" else "no readable image: "):
+def test_a_broken_image_is_unreadable(kind, tmp_path):
+    with pytest.raises(UnreadableSample, match="400000000 pixels" if kind == "bomb" else "image"):
         read_image(BROKEN[kind])
     if kind != "missing":
         (tmp_path / "a").write_bytes(BROKEN[kind])
-        with pytest.raises(UnreadableSample, match="no readable image: "):
+        with pytest.raises(UnreadableSample, match="image"):
             read_image(str(tmp_path / "a"))
 
 
-def test_a_decompression_bomb_is_refused_by_its_header_with_its_size():
-    with pytest.raises(UnreadableSample, match="400000000 pixels"):
-        read_image(BROKEN["bomb"])
+def test_image_size_needs_the_header_only():
     with pytest.raises(UnreadableSample, match="400000000 pixels"):
         image_size(BROKEN["bomb"])
-
-
-def test_a_size_needs_the_header_only():
     assert image_size(BROKEN["truncated_png"]) == image_size(BROKEN["truncated_jpeg"]) == (64, 64)
     for kind in ("empty", "text", "missing"):
         with pytest.raises(UnreadableSample):
@@ -249,14 +241,16 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
 
 
 def test_formats_that_start_other_programs_are_refused():
-    with PIL.Image.open(io.BytesIO(EPS)) as opened:  # Pillow by itself takes it
+    with PIL.Image.open(io.BytesIO(EPS)) as opened:  # Pillow alone accepts it
         assert opened.format == "EPS"
     for read in (read_image, image_size):
-        with pytest.raises(UnreadableSample, match="none of the formats that are read"):
+        with pytest.raises(UnreadableSample, match="formats PNG"):
             read(EPS)
 
 
-def test_fifos_and_devices_are_refused(tmp_path):
+def test_files_that_are_not_regular_or_missing_are_refused(tmp_path):
+    with pytest.raises(UnreadableSample, match="FileNotFoundError"):
+        read_image(str(Path("nowhere.png")))
     os.mkfifo(tmp_path / "a.png")
     for path in (str(tmp_path / "a.png"), f"file://{tmp_path}/a.png", "/dev/zero", str(tmp_path)):
         for read in (read_image, image_size):
@@ -266,18 +260,13 @@ def test_fifos_and_devices_are_refused(tmp_path):
             image_hash(path)
 
 
-def test_a_file_that_is_gone_is_unreadable():
-    with pytest.raises(UnreadableSample, match="FileNotFoundError"):
-        read_image(str(Path("nowhere.png")))
-
-
-def test_cells_of_an_image_column():
+def test_image_value_reads_cells_of_an_image_column():
     assert image_value({"bytes": b"", "path": "a.png"}) == b""  # an empty file, not a path
     assert image_value({"bytes": None, "path": "a.png"}) == image_value("a.png") == "a.png"
     assert image_value(b"12") == image_value({"bytes": b"12"}) == b"12"
     assert image_value(None) is image_value(3) is image_value({"path": None}) is None
 
 
-def test_endings_are_those_of_pictures():
+def test_image_endings_are_those_of_readable_formats():
     assert {"jpg", "jpeg", "png", "webp", "gif", "tiff"} <= image_endings()
     assert not image_endings() & {"txt", "json", "pdf", "npy", "eps", "ps", "psd"}

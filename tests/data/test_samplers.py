@@ -1,4 +1,4 @@
-"""The stream of samples: the same for any split of the work, without gaps, from any step on."""
+"""Samplers: the same samples for any division of the work, without gaps, from any step on."""
 
 from collections import Counter
 
@@ -9,18 +9,19 @@ from diffusers_prx.data.buckets import Buckets
 from diffusers_prx.data.samplers import BucketStreamSampler, StreamSampler, every_sample_once
 
 
-def steps(size, world_size, accumulation, batch_size, stop_step, start_step=0, **options):
-    """{step: the positions of all processes and micro-batches, in the order of the stream}."""
+def steps(source, world_size, accumulation, batch_size, stop_step, start_step=0, seed=3, **options):
+    """Return {step: positions of all processes and micro-batches}; `source` is a size or buckets."""
     found: dict[int, list] = {}
+    sampler_class = BucketStreamSampler if isinstance(source, Buckets) else StreamSampler
     for rank in range(world_size):
-        sampler = StreamSampler(
-            size, batch_size, start_step, stop_step, accumulation, rank, world_size, seed=3, **options
+        sampler = sampler_class(
+            source, batch_size, start_step, stop_step, accumulation, rank, world_size, seed=seed, **options
         )
         batches = list(sampler)
         assert len(batches) == len(sampler) == (stop_step - start_step) * accumulation
-        for place, batch in enumerate(batches):
+        for number, batch in enumerate(batches):
             assert len(batch) == batch_size
-            assert {position.step for position in batch} == {start_step + place // accumulation}
+            assert {position.step for position in batch} == {start_step + number // accumulation}
             found.setdefault(batch[0].step, []).extend(batch)
     return {step: sorted(positions, key=lambda p: p.sample_index) for step, positions in found.items()}
 
@@ -29,33 +30,33 @@ def steps(size, world_size, accumulation, batch_size, stop_step, start_step=0, *
 @pytest.mark.parametrize(
     "split", [(1, 1, 12), (1, 12, 1), (12, 1, 1), (2, 2, 3), (3, 4, 1), (4, 1, 3), (2, 3, 2)], ids=str
 )
-def test_every_split_of_a_step_reads_the_same_samples(split, shuffle):
+def test_every_division_of_a_step_reads_the_same_samples(split, shuffle):
     assert steps(17, *split, stop_step=9, shuffle=shuffle) == steps(17, 1, 1, 12, stop_step=9, shuffle=shuffle)
 
 
 @pytest.mark.parametrize("size", [1, 3, 12, 17, 40])  # smaller than, as large as, and larger than a step
 def test_epochs_follow_each_other_without_gap_or_repetition(size):
     stop = 10 * size // 12 + 1
-    stream = [position for positions in steps(size, 2, 2, 3, stop_step=stop).values() for position in positions]
-    assert [position.sample_index for position in stream] == list(range(12 * stop))
-    orders = [[p.dataset_index for p in stream[e * size : (e + 1) * size]] for e in range(len(stream) // size)]
+    samples = [position for positions in steps(size, 2, 2, 3, stop_step=stop).values() for position in positions]
+    assert [position.sample_index for position in samples] == list(range(12 * stop))
+    orders = [[p.dataset_index for p in samples[e * size : (e + 1) * size]] for e in range(len(samples) // size)]
     assert all(sorted(order) == list(range(size)) for order in orders)
     if size >= 12:
-        assert len({tuple(order) for order in orders}) == len(orders)  # each epoch in an order of its own
+        assert len({tuple(order) for order in orders}) == len(orders)
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 8, 9])
-def test_starting_later_gives_the_tail(start):
+def test_a_later_start_gives_the_tail(start):
     whole = steps(17, 2, 2, 3, stop_step=9)
     assert steps(17, 2, 2, 3, stop_step=9, start_step=start) == {s: p for s, p in whole.items() if s >= start}
 
 
 def test_without_shuffling_the_order_is_that_of_the_data():
-    stream = [p.dataset_index for positions in steps(5, 1, 1, 4, 5, shuffle=False).values() for p in positions]
-    assert stream == [0, 1, 2, 3, 4] * 4
+    indices = [p.dataset_index for positions in steps(5, 1, 1, 4, 5, shuffle=False).values() for p in positions]
+    assert indices == [0, 1, 2, 3, 4] * 4
 
 
-def test_another_seed_is_another_order_and_all_places_are_equally_likely():
+def test_orders_depend_on_the_seed_and_are_uniform():
     one, other = ([p.dataset_index for p in next(iter(StreamSampler(50, 50, 0, 1, seed=s)))] for s in (0, 1))
     assert one != other
     firsts = Counter(next(iter(StreamSampler(5, 1, 0, 1, seed=s)))[0].dataset_index for s in range(500))
@@ -63,49 +64,30 @@ def test_another_seed_is_another_order_and_all_places_are_equally_likely():
     assert len(firsts) == 5
 
 
-def test_no_data_is_an_error():
-    with pytest.raises(ValueError, match="`dataset_size` must be at least 1, got 0"):
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match="`dataset_size`"):
         StreamSampler(0, 1, 0, 1)
-
-
-# Buckets
 
 
 SIZES = [(16, 32), (24, 24), (32, 16), (8, 40)]
 
 
 def make_buckets(*counts: int) -> Buckets:
-    """Buckets of so many images, which stand mixed in the source."""
+    """Buckets with these numbers of images, which are interleaved in the source."""
     owner = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
     return Buckets(SIZES[: len(counts)], [np.flatnonzero(owner == bucket) for bucket in range(len(counts))])
 
 
-def bucket_steps(buckets, world_size, accumulation, batch_size, stop_step, start_step=0, seed=3):
-    """{step: the positions of all processes and micro-batches, in the order of the stream}."""
-    found: dict[int, list] = {}
-    for rank in range(world_size):
-        sampler = BucketStreamSampler(
-            buckets, batch_size, start_step, stop_step, accumulation, rank, world_size, seed=seed
-        )
-        batches = list(sampler)
-        assert len(batches) == len(sampler) == (stop_step - start_step) * accumulation
-        for place, batch in enumerate(batches):
-            assert len(batch) == batch_size
-            assert {position.step for position in batch} == {start_step + place // accumulation}
-            found.setdefault(batch[0].step, []).extend(batch)
-    return {step: sorted(positions, key=lambda p: p.sample_index) for step, positions in found.items()}
-
-
-# one bucket; buckets larger than, as large as, just below and far below a step of 12; shares that do not divide
+# one bucket; buckets larger than, equal to, slightly and far smaller than a step of 12; shares that do not divide
 COUNTS = [(40,), (40, 31, 12), (11, 60), (1, 5, 12, 100), (7, 7, 7), (13, 25, 37, 49)]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("split", [(1, 12, 1), (12, 1, 1), (2, 2, 3), (3, 4, 1), (2, 3, 2)], ids=str)
-def test_every_split_of_a_step_reads_the_same_samples_of_one_bucket(counts, split):
+def test_every_division_of_a_step_reads_the_same_samples_of_one_bucket(counts, split):
     buckets = make_buckets(*counts)
-    whole = bucket_steps(buckets, 1, 1, 12, 30)
-    assert bucket_steps(buckets, *split, 30) == whole
+    whole = steps(buckets, 1, 1, 12, 30)
+    assert steps(buckets, *split, 30) == whole
     for step, positions in whole.items():
         assert len({position.bucket for position in positions}) == 1
         assert [position.sample_index for position in positions] == list(range(12 * step, 12 * step + 12))
@@ -113,7 +95,7 @@ def test_every_split_of_a_step_reads_the_same_samples_of_one_bucket(counts, spli
 
 
 def expected_steps(counts, step_size, epochs):
-    """How many steps each bucket has in each epoch, by filling a box per bucket with one image after another."""
+    """Yield the steps of each bucket in each epoch, by filling a box per bucket with one image after another."""
     boxes = [0] * len(counts)
     for _ in range(epochs):
         full = [0] * len(counts)
@@ -126,11 +108,11 @@ def expected_steps(counts, step_size, epochs):
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_no_sample_is_lost_or_doubled(counts):
+def test_no_sample_is_lost_or_repeated(counts):
     buckets = make_buckets(*counts)
     sampler = BucketStreamSampler(buckets, 3, 0, 0, accumulation=2, world_size=2)
     epochs = 15
-    whole = bucket_steps(buckets, 2, 2, 3, sampler.steps_before(epochs))
+    whole = steps(buckets, 2, 2, 3, sampler.steps_before(epochs))
     seen: Counter[int] = Counter()
     carried: dict[int, set] = {bucket: set() for bucket in range(len(counts))}
     first = 0
@@ -149,7 +131,7 @@ def test_no_sample_is_lost_or_doubled(counts):
             assert sum(new[bucket].values()) == 12 * full[bucket]
             total = sum(seen[int(index)] for index in buckets.members[bucket])
             assert total == (epoch + 1) * count - rest[bucket]
-            if count >= 12:  # every image once, but for what is carried in from the last epoch and out to the next
+            if count >= 12:  # every image once, except those carried over from the last epoch or to the next
                 behind = {int(i) for i in buckets.members[bucket] if seen[int(i)] == epoch}
                 assert len(behind) == rest[bucket] < 12
                 assert all(seen[int(i)] == epoch + 1 for i in buckets.members[bucket] if int(i) not in behind)
@@ -158,31 +140,31 @@ def test_no_sample_is_lost_or_doubled(counts):
                 carried[bucket] = behind
 
 
-def test_a_step_repeats_no_image_inside_one_pass_through_a_bucket():
+def test_a_step_repeats_no_image_within_one_order_of_a_bucket():
     buckets = make_buckets(48, 36)  # both fill their steps exactly
     sampler = BucketStreamSampler(buckets, 12, 0, 0)
-    for positions in bucket_steps(buckets, 2, 2, 3, sampler.steps_before(5)).values():
+    for positions in steps(buckets, 2, 2, 3, sampler.steps_before(5)).values():
         assert len({position.dataset_index for position in positions}) == 12
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_starting_later_in_an_epoch_or_between_two_gives_the_tail_for_any_number_of_processes(counts):
+def test_a_later_start_gives_the_tail_of_buckets_for_any_number_of_processes(counts):
     buckets = make_buckets(*counts)
     sampler = BucketStreamSampler(buckets, 12, 0, 0, seed=3)
     stop = sampler.steps_before(4)
-    whole = bucket_steps(buckets, 2, 2, 3, stop)
+    whole = steps(buckets, 2, 2, 3, stop)
     for start in {1, sampler.steps_before(1), sampler.steps_before(2) + 1, sampler.steps_before(3), stop - 1, stop}:
         tail = {step: positions for step, positions in whole.items() if step >= start}
-        assert bucket_steps(buckets, 2, 2, 3, stop, start) == tail
-        assert bucket_steps(buckets, 3, 1, 4, stop, start) == tail
+        assert steps(buckets, 2, 2, 3, stop, start) == tail
+        assert steps(buckets, 3, 1, 4, stop, start) == tail
     assert [sampler.position(s, 12 * s) for s in range(stop - 1, -1, -1)] == [
         whole[step][0] for step in range(stop - 1, -1, -1)
-    ]  # in any order of asking
+    ]  # backwards
 
 
-def test_each_epoch_has_an_order_of_its_own_and_the_seed_decides():
+def test_bucket_orders_depend_on_epoch_and_seed():
     buckets = make_buckets(24, 24, 24)
-    one, again, other = (bucket_steps(buckets, 1, 1, 12, 120, seed=seed) for seed in (3, 3, 4))
+    one, again, other = (steps(buckets, 1, 1, 12, 120, seed=seed) for seed in (3, 3, 4))
     assert one == again
     assert one != other
     order = [one[step][0].bucket for step in range(120)]
@@ -192,8 +174,8 @@ def test_each_epoch_has_an_order_of_its_own_and_the_seed_decides():
         bucket: [p.dataset_index for positions in one.values() for p in positions if p.bucket == bucket]
         for bucket in range(3)
     }
-    for stream in passes.values():
-        orders = [tuple(stream[first : first + 24]) for first in range(0, len(stream), 24)]
+    for indices in passes.values():
+        orders = [tuple(indices[first : first + 24]) for first in range(0, len(indices), 24)]
         assert all(len(set(order)) == 24 for order in orders)
         assert len(set(orders)) == len(orders)
     # buckets of one size are not read in the same order
@@ -201,7 +183,7 @@ def test_each_epoch_has_an_order_of_its_own_and_the_seed_decides():
     assert relative[0] != relative[1] != relative[2]
 
 
-def test_all_orders_of_a_bucket_and_of_buckets_are_equally_likely():
+def test_orders_of_buckets_and_of_their_images_are_uniform():
     buckets = make_buckets(5, 5)
     images: Counter[int] = Counter()
     firsts: Counter[int] = Counter()
@@ -213,7 +195,7 @@ def test_all_orders_of_a_bucket_and_of_buckets_are_equally_likely():
     assert sum((images[i] - 50) ** 2 / 50 for i in range(10)) < 27.9  # chi-squared, 9 degrees, 0.1%
 
 
-def test_far_steps_of_large_data_are_found_at_once():
+def test_distant_steps_of_large_data_are_computed_directly():
     counts = (3_000_001, 1_000_003, 70_001)
     stops = np.cumsum(counts)
     buckets = Buckets(SIZES[:3], [range(stop - count, stop) for stop, count in zip(stops, counts)])
@@ -225,9 +207,9 @@ def test_far_steps_of_large_data_are_found_at_once():
     assert sampler.buckets.members[first.bucket][0] <= first.dataset_index < stops[first.bucket]
 
 
-def test_an_epoch_without_a_full_step_is_passed_over():
-    buckets = make_buckets(5, 4)  # fewer images than a step of 12 takes
-    whole = bucket_steps(buckets, 1, 1, 12, 9)
+def test_an_epoch_without_a_full_step_is_skipped():
+    buckets = make_buckets(5, 4)  # fewer images than a step of 12 needs
+    whole = steps(buckets, 1, 1, 12, 9)
     sampler = BucketStreamSampler(buckets, 12, 0, 0)
     assert [sampler.steps_before(epoch) for epoch in range(4)] == [0, 0, 0, 2]
     assert [sampler.epoch_of_step(step) for step in range(3)] == [2, 2, 4]
@@ -235,13 +217,12 @@ def test_an_epoch_without_a_full_step_is_passed_over():
 
 
 def test_one_bucket_reads_every_image_once_per_epoch():
-    stream = [p for ps in bucket_steps(Buckets.square(16, 30), 1, 1, 12, 10).values() for p in ps]
-    assert all(sorted(p.dataset_index for p in stream[e * 30 :][:30]) == list(range(30)) for e in range(4))
+    samples = [p for ps in steps(Buckets.square(16, 30), 1, 1, 12, 10).values() for p in ps]
+    assert all(sorted(p.dataset_index for p in samples[e * 30 :][:30]) == list(range(30)) for e in range(4))
 
 
 @pytest.mark.parametrize("first_step", [0, 7, 1000])
-def test_a_stream_that_begins_at_a_later_step_begins_with_its_first_sample(first_step):
-    """A second stage of a run has data of its own and is through with them as often as if it stood alone."""
+def test_a_later_stage_begins_with_its_first_sample(first_step):
     buckets = make_buckets(40, 31, 12)
 
     def read(sampler):
@@ -258,7 +239,7 @@ def test_a_stream_that_begins_at_a_later_step_begins_with_its_first_sample(first
             assert read(later) == expected
 
 
-def test_validation_reads_every_sample_once():
+def test_every_sample_once_covers_the_data_set():
     buckets = make_buckets(7, 4, 1)
     batches = every_sample_once(buckets, 3)
     assert [len(batch) for batch in batches] == [3, 3, 1, 3, 1, 1]

@@ -25,7 +25,7 @@ import runs
 import tiny
 from diffusers_prx import PRXPipeline, PRXPixelPipeline
 from diffusers_prx.fingerprints import tokenizer_fingerprint
-from diffusers_prx.techniques.ema import Averages
+from diffusers_prx.techniques.ema import EMAWeights
 from diffusers_prx.training import run as run_module
 from diffusers_prx.training import trainer
 from diffusers_prx.training.bookkeeping import validate
@@ -212,7 +212,7 @@ def test_two_processes_are_one_with_a_doubled_batch(smooth, tmp_path):
         torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-5)
 
 
-# Averages and validation
+# EMAWeights and validation
 
 
 def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
@@ -234,13 +234,13 @@ def test_without_the_ramp_the_decay_is_constant(decay):
     trained = TrainableModules({"transformer": torch.nn.Linear(3, 2)})
     weight = trained.transformer.weight
     cfg = runs.config(use_ema=True, ema_decay=decay, ema_warmup=False, ema_update_every=1)
-    averages, wanted = Averages(trained, cfg), weight.detach().double()
+    averages, wanted = EMAWeights(trained, cfg), weight.detach().double()
     for update in range(6):
         with torch.no_grad():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(update)))
         if update == 3:
             kept, state = averages.tensors(), averages.state_dict()
-            averages = Averages(trained, cfg)
+            averages = EMAWeights(trained, cfg)
             averages.load_state_dict(state)
             for name, value in averages.tensors().items():
                 value.copy_(kept[name])

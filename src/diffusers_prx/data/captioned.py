@@ -1,4 +1,4 @@
-"""What every source of captioned images answers, and sources made of sources."""
+"""Interfaces of sources of captioned images, and views that reorder or join sources."""
 
 import bisect
 import itertools
@@ -12,8 +12,11 @@ from .images import UnreadableSample, image_hash, image_size, read_image
 
 
 class CaptionedImages(Protocol):
-    """A map-style source: `source[i]` is {"image": PIL image in RGB, "captions": {column: text}, "caption": the first
-    of them, ...}, or raises `UnreadableSample`."""
+    """Map-style source of captioned images.
+
+    `source[index]` is {"image": PIL image in RGB, "captions": {column: text}, "caption": the first of the captions} or
+    raises `UnreadableSample`.
+    """
 
     def __len__(self) -> int: ...
 
@@ -21,23 +24,33 @@ class CaptionedImages(Protocol):
 
 
 class ListedImages(CaptionedImages, Protocol):
-    """A source that also gives captions, sizes, hashes (16 bytes) and places (paths or the like, for messages) of its
-    samples without decoding an image."""
+    """Source that also gives captions, sizes and hashes of its samples without decoding an image."""
 
-    def captions(self, index: int) -> dict[str, str]: ...
+    def captions(self, index: int) -> dict[str, str]:
+        """Captions by column."""
 
-    def size(self, index: int) -> tuple[int, int]: ...
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels."""
 
-    def image_hash(self, index: int) -> bytes: ...
+    def image_hash(self, index: int) -> bytes:
+        """Hash (16 bytes) of the image."""
 
-    def place(self, index: int) -> str: ...
+    def location(self, index: int) -> str:
+        """Path or other description of where the sample is stored, for messages."""
 
 
-def read_sample(image: bytes | str | UnreadableSample | None, captions: dict[str, Any]) -> dict[str, Any]:
-    """A sample of what a source stores: its image (bytes, path, or why there is none) and its captions by column.
+def decode_sample(image: bytes | str | UnreadableSample | None, captions: dict[str, Any]) -> dict[str, Any]:
+    """Decode a stored sample.
+
+    Args:
+        image: bytes or path of the image, or the reason why there is none.
+        captions: stored captions by column.
+
+    Returns:
+        The sample, see `CaptionedImages`.
 
     Raises:
-        UnreadableSample: if the image or every caption cannot be read.
+        UnreadableSample: if the image or every caption is unreadable.
     """
     texts = read_captions(captions)
     if isinstance(image, UnreadableSample):
@@ -46,58 +59,58 @@ def read_sample(image: bytes | str | UnreadableSample | None, captions: dict[str
 
 
 class StoredImages(ABC):
-    """A source whose samples are stored: a subclass says where the image and the captions of a sample are."""
+    """Source of stored samples. Subclasses locate the image and the captions of a sample."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def stored_image(self, index: int) -> bytes | str | None:
-        """The image's bytes, or its path."""
+        """Bytes of the image, or its path."""
 
     @abstractmethod
     def stored_captions(self, index: int) -> dict[str, Any]:
-        """The captions by column, as they are stored."""
+        """Captions by column, undecoded."""
 
     @abstractmethod
-    def place(self, index: int) -> str:
-        """Where the sample is, for messages."""
+    def location(self, index: int) -> str:
+        """Path or other description of where the sample is stored, for messages."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with self._reading(index):
-            return read_sample(self.stored_image(index), self.stored_captions(index))
+        with self._locating_errors(index):
+            return decode_sample(self.stored_image(index), self.stored_captions(index))
 
     def captions(self, index: int) -> dict[str, str]:
-        """The captions by column; the image is not read."""
-        with self._reading(index):
+        """Captions by column; the image is not read."""
+        with self._locating_errors(index):
             return read_captions(self.stored_captions(index))
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels, from the image's header."""
-        with self._reading(index):
+        """(width, height) in pixels, from the header of the image."""
+        with self._locating_errors(index):
             return image_size(self.stored_image(index))
 
     def image_hash(self, index: int) -> bytes:
-        """A hash (16 bytes) of the image as it is stored; nothing is decoded."""
-        with self._reading(index):
+        """Hash (16 bytes) of the image as it is stored; nothing is decoded."""
+        with self._locating_errors(index):
             return image_hash(self.stored_image(index))
 
     @contextmanager
-    def _reading(self, index: int) -> Iterator[None]:
-        """Errors of a sample that cannot be read say which it is."""
+    def _locating_errors(self, index: int) -> Iterator[None]:
+        """Add the index and the location of a sample to its errors."""
         try:
             yield
         except (UnreadableSample, OSError, UnicodeDecodeError) as error:
-            reason = error if isinstance(error, UnreadableSample) else f"no readable data: {error!r}"
-            raise UnreadableSample(f"sample {index} has {reason} ({self.place(index)})") from error
+            reason = error if isinstance(error, UnreadableSample) else f"it cannot be read: {error!r}"
+            raise UnreadableSample(f"sample {index} ({self.location(index)}): {reason}") from error
 
 
-class OneCaption(StoredImages):
-    """Images of another source that all have the same caption; its own are not read.
+class SingleCaptionImages(StoredImages):
+    """Images of another source that all get the same caption.
 
     Args:
-        images: the source.
-        caption: the caption.
+        images: source of the images; its captions are not read.
+        caption: caption of every image.
     """
 
     def __init__(self, images: StoredImages, caption: str):
@@ -113,15 +126,15 @@ class OneCaption(StoredImages):
     def stored_captions(self, index: int) -> dict[str, Any]:
         return {"instance_prompt": self.caption}
 
-    def place(self, index: int) -> str:
-        return self.images.place(index)
+    def location(self, index: int) -> str:
+        return self.images.location(index)
 
 
 class IndexedView(ABC):
-    """Samples of other sources, in another order: a subclass says which stands where.
+    """Samples of other sources in another order. Subclasses define the order by `locate`.
 
     Args:
-        sources: that they are of.
+        sources: sources of the samples.
     """
 
     def __init__(self, sources: Sequence[ListedImages]):
@@ -132,27 +145,27 @@ class IndexedView(ABC):
 
     @abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, index in it) of a sample."""
+        """Return (source, index in that source) of a sample."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        source, inside = self.locate(index)
-        return self.sources[source][inside]
+        source, source_index = self.locate(index)
+        return self.sources[source][source_index]
 
     def captions(self, index: int) -> dict[str, str]:
-        source, inside = self.locate(index)
-        return self.sources[source].captions(inside)
+        source, source_index = self.locate(index)
+        return self.sources[source].captions(source_index)
 
     def size(self, index: int) -> tuple[int, int]:
-        source, inside = self.locate(index)
-        return self.sources[source].size(inside)
+        source, source_index = self.locate(index)
+        return self.sources[source].size(source_index)
 
     def image_hash(self, index: int) -> bytes:
-        source, inside = self.locate(index)
-        return self.sources[source].image_hash(inside)
+        source, source_index = self.locate(index)
+        return self.sources[source].image_hash(source_index)
 
-    def place(self, index: int) -> str:
-        source, inside = self.locate(index)
-        return self.sources[source].place(inside)
+    def location(self, index: int) -> str:
+        source, source_index = self.locate(index)
+        return self.sources[source].location(source_index)
 
 
 class Slice(IndexedView):
@@ -171,7 +184,7 @@ class Slice(IndexedView):
 
 
 class JoinedSource(IndexedView):
-    """Several sources one after another: every sample of each, once."""
+    """Concatenation of several sources: every sample of each, once."""
 
     def __init__(self, sources: Sequence[ListedImages]):
         super().__init__(sources)
@@ -181,5 +194,5 @@ class JoinedSource(IndexedView):
         return self.stops[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        place = bisect.bisect_right(self.stops, index)
-        return place, index - (self.stops[place - 1] if place else 0)
+        source = bisect.bisect_right(self.stops, index)
+        return source, index - (self.stops[source - 1] if source else 0)

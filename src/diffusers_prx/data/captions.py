@@ -1,4 +1,4 @@
-"""Captions: what counts as one, which of several is used, and what the captions of a data set look like."""
+"""Captions: decode stored captions, choose one of several, and compute statistics of a data set's captions."""
 
 import difflib
 import json
@@ -8,52 +8,56 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from .images import UnreadableSample
 
-# From which values on `CaptionStatistics.warnings` speaks; choices of ours, not of the study.
+# Thresholds of `CaptionStatistics.warnings`; choices of ours, not of the study.
 SHORT_TOKENS = 30  # median; one plain sentence
 TRUNCATED_SHARE = 0.05
 EMPTY_SHARE = 0.01
 DUPLICATED_SHARE = 0.2
 
-# Names that columns often have, to propose one where another was asked for.
-USUAL_COLUMNS = {
+# Common column names, suggested when the requested one does not exist.
+COMMON_COLUMNS = {
     "image_column": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
     "caption_column": ("text", "caption", "captions", "prompt", "description", "txt", "title"),
 }
 
 
 def require_column(
-    option: str, column: str, there: Collection[str], where: str = "the data set", remedy: str | None = None
+    option: str, column: str, available: Collection[str], source: str = "the data set", remedy: str | None = None
 ) -> None:
-    """Refuse a column that is not there.
+    """Raise an error if a data set lacks a column.
 
     Args:
-        option: the setting that names it, `image_column` or `caption_column`.
-        column: its name.
-        there: the columns of the data set.
-        where: which data set, for the message.
-        remedy: what to do if no column looks like the one that is wanted; by default, to pass one of those there.
+        option: setting that names the column, `image_column` or `caption_column`.
+        column: name of the column.
+        available: columns of the data set.
+        source: name of the data set, for the message.
+        remedy: advice if no available column has a likely name. Default: pass one of the available columns.
 
     Raises:
-        ValueError: with the columns that are there, and the flag to pass.
+        ValueError: if `column` is not in `available`; the message lists these and the flag to pass.
     """
-    if column in there:
+    if column in available:
         return
-    likely = [*difflib.get_close_matches(column, there, 1, 0.75), *(n for n in USUAL_COLUMNS[option] if n in there)]
+    similar = difflib.get_close_matches(column, available, 1, 0.75)
+    likely = [*similar, *(name for name in COMMON_COLUMNS[option] if name in available)]
     if likely:
         remedy = f"pass `--{option} {likely[0]}`"
     elif remedy is None:
         remedy = f"pass one of them as `--{option}`"
-    raise ValueError(f"`{option}` is {column!r}; {where} has {', '.join(map(repr, there)) or 'no column'}: {remedy}.")
+    columns = ", ".join(map(repr, available)) or "no column"
+    raise ValueError(f"`{option}` is {column!r}, but {source} has {columns}: {remedy}.")
 
 
 def read_caption(value: Any) -> str:
-    """The text of one cell or file, without space around it. Of several captions (a list) the first is taken.
+    """Decode one cell or file to a caption, stripped of surrounding space. The first item of a list is used.
 
     Raises:
-        UnreadableSample: for what is no text, an empty text, and text that is no valid UTF-8 (also half of a surrogate
-            pair, as broken JSON gives): a sign put in its place would be learned.
+        UnreadableSample: if the value is not a text, is empty, or is not valid UTF-8. Half of a surrogate pair, which
+            broken JSON yields, is invalid too: a replacement character would be learned.
     """
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
@@ -61,37 +65,47 @@ def read_caption(value: Any) -> str:
         try:
             value = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UnreadableSample(f"text that is no UTF-8 ({error.reason} at byte {error.start})") from error
+            raise UnreadableSample(f"is not valid UTF-8 ({error.reason} at byte {error.start})") from error
     if not isinstance(value, str):
-        raise UnreadableSample(repr(value)[:80])
-    if any("\ud800" <= sign <= "\udfff" for sign in value):
-        raise UnreadableSample("text with half of a surrogate pair")
+        raise UnreadableSample(f"is not a text: {value!r:.80}" if value is not None else "is missing")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UnreadableSample("has half of a surrogate pair")
     if not value.strip():
-        raise UnreadableSample("an empty text")
+        raise UnreadableSample("is empty")
     return value.strip()
 
 
 def read_captions(values: Mapping[str, Any]) -> dict[str, str]:
-    """The captions of a sample by column; columns that hold none are left out.
+    """Decode the captions of a sample by column, without the columns that hold none.
 
     Raises:
-        UnreadableSample: if no column holds one, with the reason for each.
+        UnreadableSample: if no column holds a caption; the message gives the reason for each.
     """
     captions, reasons = {}, []
     for column, value in values.items():
         try:
             captions[column] = read_caption(value)
         except UnreadableSample as error:
-            reasons.append(f"{column} is {error}")
+            reasons.append(f"caption `{column}` {error}")
     if not captions:
-        raise UnreadableSample(f"no caption: {'; '.join(reasons)}")
+        raise UnreadableSample("; ".join(reasons))
     return captions
 
 
 def find_caption(column: str, endings: Collection[str], read: Callable[[str], bytes | None]) -> Any:
-    """The value of a caption column for an image with files beside it: the file with that ending (`txt`, `long.txt`;
-    the column `text` is also .txt), else the key of that name in the .json file; `None` where there is neither, and
-    the error where the .json is broken: both are no text to `read_caption`."""
+    """Return the undecoded caption of an image from the files that share its name.
+
+    The caption is the file with the ending `column` (`txt`, `long.txt`; `text` also means .txt), or else the key
+    `column` of the .json file.
+
+    Args:
+        column: caption column.
+        endings: endings of the files that share the image's name.
+        read: function that returns the contents of the file with an ending.
+
+    Returns:
+        The value, None if there is none, or the error of a broken .json; `read_caption` rejects the last two.
+    """
     if column in endings:
         return read(column)
     if column == "text" and "txt" in endings:
@@ -105,38 +119,38 @@ def find_caption(column: str, endings: Collection[str], read: Callable[[str], by
     return values.get(column) if isinstance(values, dict) else None
 
 
-def choose_caption(captions: dict[str, str], weights: dict[str, float], uniform: float) -> str:
-    """One caption of a sample, by weights.
+def choose_caption(captions: Mapping[str, str], weights: Mapping[str, float], uniform: float) -> str:
+    """Choose one caption of a sample with the given probabilities.
 
     Args:
-        captions: by column.
-        weights: by column, not negative; renormalized over the columns that hold a text here.
-        uniform: a draw from [0, 1); the choice is a function of it, whatever the order of `captions`.
+        captions: captions by column.
+        weights: non-negative weights by column, renormalized over the columns that hold a text.
+        uniform: random number in [0, 1). The choice depends on it and not on the order of `captions`.
 
     Raises:
         UnreadableSample: if no column with a positive weight holds a text.
     """
     present = [column for column in weights if weights[column] > 0 and captions.get(column, "").strip()]
     if not present:
-        raise UnreadableSample(f"no caption in any of the columns {sorted(weights)}")
-    left = uniform * sum(weights[column] for column in present)
+        raise UnreadableSample(f"there is no caption in the columns {sorted(weights)}")
+    remaining = uniform * sum(weights[column] for column in present)
     for column in present[:-1]:
-        left -= weights[column]
-        if left < 0:
+        remaining -= weights[column]
+        if remaining < 0:
             return captions[column]
     return captions[present[-1]]
 
 
 @dataclass(frozen=True)
 class CaptionStatistics:
-    """What captions look like to the text encoder.
+    """Statistics of captions as the text encoder sees them.
 
     Args:
-        count: captions looked at.
-        tokens_mean, tokens_median, tokens_p95: length in tokens after cleaning, with the tokenizer's own signs.
-        truncated: share longer than `max_length`.
-        empty: share without a word after cleaning.
-        duplicated: share whose cleaned text has stood in an earlier caption.
+        count: number of captions.
+        tokens_mean, tokens_median, tokens_p95: length in tokens after cleaning, with special tokens.
+        truncated: share of captions longer than `max_length`.
+        empty: share of captions without a word after cleaning.
+        duplicated: share of captions whose cleaned text repeats an earlier caption.
         max_length: tokens that the text encoder sees.
     """
 
@@ -150,7 +164,7 @@ class CaptionStatistics:
     max_length: int
 
     def summary(self) -> str:
-        """The figures in one line."""
+        """All statistics in one line."""
         return (
             f"{self.count} captions: {self.tokens_mean:.0f} tokens on average, median {self.tokens_median:.0f}, 95% "
             f"up to {self.tokens_p95:.0f}; {self.truncated:.1%} longer than {self.max_length}, {self.empty:.1%} "
@@ -158,23 +172,25 @@ class CaptionStatistics:
         )
 
     def warnings(self) -> list[str]:
-        """What may harm the training, with what to do about it. For data whose captions leave things unsaid: a
-        caption of `scenes` is short and complete."""
+        """Properties that may harm the training, each with a remedy.
+
+        They do not apply to `scenes`, whose captions are short and complete.
+        """
         found = []
         if self.tokens_median < SHORT_TOKENS:
             found.append(
                 f"Captions are short: a median of {self.tokens_median:.0f} tokens. In PRX's study short captions in "
-                "place of long ones raised FID from 18.20 to 36.84. Describe the images anew with a captioning model."
+                "place of long ones raised FID from 18.20 to 36.84. Write longer ones with training/recaption_prx.py."
             )
         if self.truncated > TRUNCATED_SHARE:
             found.append(
                 f"{self.truncated:.1%} of the captions are longer than `max_sequence_length` {self.max_length} and "
-                "are cut."
+                "are truncated."
             )
         if self.empty > EMPTY_SHARE:
             found.append(
-                f"{self.empty:.1%} of the captions have no word left after cleaning: `--caption_cleaning light` keeps "
-                "what is text, in any writing."
+                f"{self.empty:.1%} of the captions have no word left after cleaning. Pass `--caption_cleaning light`, "
+                "which keeps text in any script."
             )
         if self.duplicated > DUPLICATED_SHARE:
             found.append(f"{self.duplicated:.1%} of the captions repeat an earlier one.")
@@ -182,30 +198,33 @@ class CaptionStatistics:
 
 
 def caption_statistics(
-    captions: Iterable[str], tokenizer: Any, max_length: int, clean: Callable[[str], str]
+    captions: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, clean: Callable[[str], str]
 ) -> CaptionStatistics:
-    """Statistics of captions as `text.tokenize_prompts` reads them; a few thousand captions say enough.
+    """Compute statistics of captions as `text.tokenize_prompts` reads them. A few thousand captions are enough.
 
     Args:
-        captions: at least one.
-        tokenizer: a transformers tokenizer.
+        captions: at least one caption.
+        tokenizer: tokenizer of the text encoder.
         max_length: tokens that the text encoder sees.
-        clean: how captions are cleaned, see `text.tokenize_prompts`.
+        clean: cleaning function, see `text.tokenize_prompts`.
 
     Raises:
-        ValueError: if there is no caption.
+        ValueError: if `captions` is empty.
+
+    Example:
+        >>> print(caption_statistics(captions, pipe.tokenizer, 256, clean_caption).summary())
     """
     lengths: list[int] = []
     empty = 0
     seen: set[str] = set()
-    stream = iter(captions)
-    while chunk := [clean(caption) for caption in islice(stream, 256)]:
+    remaining = iter(captions)
+    while chunk := [clean(caption) for caption in islice(remaining, 256)]:
         rows = tokenizer(chunk, padding=False, truncation=False, verbose=False)["input_ids"]
         lengths += [len(row) for row in rows]
         empty += sum(not text for text in chunk)
         seen.update(chunk)
     if not lengths:
-        raise ValueError("`captions` is empty: there is nothing to tell about.")
+        raise ValueError("`captions` is empty; at least one caption is needed.")
     ordered, count = sorted(lengths), len(lengths)
     return CaptionStatistics(
         count=count,

@@ -1,32 +1,33 @@
-"""What frozen networks make of a data set, computed once: shards on disk, and training samples read from them.
+"""Precomputed data: outputs of frozen networks for a whole data set, stored in shards, and training samples from them.
 
 A folder holds one data set at one resolution:
 
-| file | what |
+| file | content |
 |---|---|
-| settings.json | what was computed, and with which networks; written first |
-| empty_text.safetensors | the empty caption, for dropped captions and guidance |
-| shard-<rank>-<number>.safetensors | samples; each process writes its own, under another name until it is whole |
-| index.json | the shards; written last, when every sample of the data set is in one |
+| settings.json | settings and networks of the computation; written first |
+| empty_text.safetensors | embedding of the empty caption, for dropped captions and guidance |
+| shard-<rank>-<number>.safetensors | samples; each process writes its own shards, atomically |
+| index.json | hashes of the shards; written last, when every sample of the data set is in a shard |
 
-A shard has three tensors per column: `name`, the values of all its samples, flattened, one sample after the other;
-`name.shape` (n, dimensions), their shapes; and `name.hash` (n, 16), their hashes. So nothing is padded, and one sample
-is read, and verified, without the others. The metadata of a shard hold a hash of its tables (the shapes, the hashes,
-what was skipped), and index.json holds those of all shards: damage is found wherever it is, when it is read.
-The columns of a sample (k captions, T tokens of all of them together):
+A shard has three tensors per column: `name`, the flattened values of all samples, one after the other;
+`name.shape` (n, dimensions), their shapes; and `name.hash` (n, 16), their hashes. Nothing is padded, and one sample
+can be read and verified without the others. The metadata of a shard contain a hash of its tables (shapes, hashes,
+skipped samples), and index.json contains those of all shards, so that any damage is found when the data are read.
 
-| column | shape | type |
+Columns of a sample with k captions of T tokens in total:
+
+| column | shape | content |
 |---|---|---|
-| index | () | int64, its place in the data set |
+| index | () | int64, index in the data set |
 | size | (2,) | int64, height and width in pixels |
-| image_hash | (16,) | uint8, of the image's bytes as they are stored |
-| upscaled | () | bool, whether the image was enlarged |
-| latent_mean, latent_std | (C, h, w) | float32: the distribution, from which training draws |
-| pixels_uint8 | (3, H, W) | uint8, where there is no VAE or a loss looks at pixels |
-| teacher_features | (N, E) | float16: a cosine is compared, for which it is 8 times as exact as bfloat16 |
-| text | (T, E) | bfloat16, only real tokens |
-| text_lengths, cut | (k,) | int64, bool: tokens of each caption, and whether the limit has cut it |
-| caption_hash | (k, 16) | uint8, of each caption |
+| image_hash | (16,) | uint8, hash of the image's bytes as they are stored |
+| upscaled | () | bool, True if the image was enlarged |
+| latent_mean, latent_std | (C, h, w) | float32, distribution from which training draws latents |
+| pixels_uint8 | (3, H, W) | uint8, without a VAE or for losses on pixels |
+| teacher_features | (N, E) | float16: for the cosine of the alignment it is 8 times as exact as bfloat16 |
+| text | (T, E) | bfloat16, embeddings of all captions without padding |
+| text_lengths, cut | (k,) | int64, bool: tokens of each caption, and True if it was truncated |
+| caption_hash | (k, 16) | uint8, hash of each caption |
 """
 
 import contextlib
@@ -58,82 +59,75 @@ from ..files import (
     write_hashed_tensors,
 )
 from ..latents import EncodedImages
-from .buckets import Buckets, cover
+from .buckets import Buckets, resize_scale_and_crop
 from .captioned import ListedImages
 from .images import UnfitSample, UnreadableSample
 from .samplers import Position
-from .samples import TrainingSamples, collate_record, fit_image
+from .samples import TrainingSamples, collate_metadata, fit_image, image_to_tensor
 
 SETTINGS_FILE, EMPTY_TEXT_FILE, INDEX_FILE = "settings.json", "empty_text.safetensors", "index.json"
-# A cache may have these although a run does not need them.
-OPTIONAL_SETTINGS = ("teacher_features", "pixels")
-# So many images of the data set are compared with the cache when a run starts.
-IMAGES_COMPARED = 16
-# Shards that a process keeps mapped into memory; another one is opened in about a millisecond.
-OPEN_SHARDS = 256
+OPTIONAL_SETTINGS = ("teacher_features", "pixels")  # a cache may contain these although a run does not need them
+IMAGES_COMPARED = 16  # images of the data set that are compared with the cache when a run starts
+OPEN_SHARDS = 256  # shards that a process keeps mapped into memory; opening another one takes about a millisecond
 RECOMPUTE = (
-    "Start training/precompute_prx.py with the settings of this run: it computes what is damaged, changed or missing."
+    "Run training/precompute_prx.py with the settings of this run: it replaces damaged, changed and missing data."
 )
 
 
-def as_tensor(digest: bytes) -> torch.Tensor:
-    """A hash as uint8 (16,)."""
+def hash_to_tensor(digest: bytes) -> torch.Tensor:
+    """Convert a hash to uint8 (16,)."""
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 
 def caption_hash(caption: str) -> torch.Tensor:
-    """A hash (16,) of a caption, before it is cleaned: uint8."""
-    return as_tensor(hashlib.blake2b(caption.encode(), digest_size=16).digest())
+    """Hash of a caption before cleaning: uint8 (16,)."""
+    return hash_to_tensor(hashlib.blake2b(caption.encode(), digest_size=16).digest())
 
 
 def caption_hashes(captions: Mapping[str, str]) -> torch.Tensor:
-    """The hashes (k, 16) of the different captions of a sample, by column: uint8."""
+    """Hashes of the unique captions of a sample, given by column: uint8 (k, 16)."""
     return torch.stack([caption_hash(caption) for caption in unique_captions(captions)])
 
 
 def unique_captions(captions: Mapping[str, str]) -> list[str]:
-    """The captions of a sample, each once."""
+    """Captions of a sample without repetitions."""
     return list(dict.fromkeys(captions.values()))
 
 
 def value_hash(value: torch.Tensor) -> torch.Tensor:
-    """A hash (16,) of the type, the shape and the bytes of a value: uint8."""
+    """Hash of the type, shape and bytes of a tensor: uint8 (16,)."""
     digest = xxhash.xxh3_128()
     hash_tensors(digest, {"": value})
-    return as_tensor(digest.digest())
-
-
-# --- writing
+    return hash_to_tensor(digest.digest())
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """An error of what is written says how to go on."""
+def _explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise OSError(
-            f"{path} cannot be written ({error}). What was written before is whole and kept: when there is room, "
-            "start the same command again, which computes what is missing."
+            f"{path} cannot be written ({error}). Files written before are complete and kept. Free some space and run "
+            "the same command again: it computes what is missing."
         ) from error
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep what is computed, and with what; raises OSError."""
+    """Write the settings of a cache; raises OSError."""
     path = folder / SETTINGS_FILE
-    with _writing(path):
+    with _explain_write_errors(path):
         write_hashed_json(path, settings, sync=True)
 
 
 def write_empty_text(folder: Path, text: torch.Tensor) -> None:
-    """Keep the embedding (T, E) of the empty caption; raises OSError."""
+    """Write the embedding (T, E) of the empty caption; raises OSError."""
     path = folder / EMPTY_TEXT_FILE
-    with _writing(path):
+    with _explain_write_errors(path):
         write_hashed_tensors(path, {"text": text}, sync=True)
 
 
 def read_empty_text(folder: Path) -> torch.Tensor:
-    """The embedding (T, E) of the empty caption.
+    """Read the embedding (T, E) of the empty caption.
 
     Raises:
         ValueError: if the file is missing or damaged.
@@ -149,15 +143,16 @@ def read_empty_text(folder: Path) -> torch.Tensor:
 def write_shard(
     path: Path, samples: Sequence[Mapping[str, torch.Tensor]], skipped: Mapping[int, tuple[str, str, str]]
 ) -> None:
-    """Write a shard whole or not at all.
+    """Write a shard atomically.
 
     Args:
-        path: where.
-        samples: by column, all with the same columns; on the CPU.
-        skipped: samples of the data set that cannot be used: "unreadable" or "unfit", why, and `stored_identity`.
+        path: file to write.
+        samples: values by column, all samples with the same columns; on the CPU.
+        skipped: unusable samples by index in the data set: "unreadable" or "unfit", the reason, and the
+            `sample_fingerprint`.
 
     Raises:
-        OSError: if there is no room.
+        OSError: if the file cannot be written, for example on a full disk.
     """
     tensors = {}
     for name in samples[0] if samples else ():
@@ -168,12 +163,12 @@ def write_shard(
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     metadata = {"skipped": json.dumps(skipped), "bytes": json.dumps(sizes)}
     metadata[HASH_KEY] = _tables_hash(metadata, {name: tensors[name] for name in tensors if _is_table(name)})
-    with _writing(path), atomic_write(path, sync=True) as file:
+    with _explain_write_errors(path), atomic_write(path, sync=True) as file:
         save_file(tensors, file, metadata)
 
 
 def _is_table(name: str) -> bool:
-    """True if a tensor of a shard is read whole: it says where the samples are, and what their values must be."""
+    """True if a tensor of a shard is always read whole: it locates or verifies the values of the samples."""
     return name in ("index", "size") or name.endswith((".shape", ".hash"))
 
 
@@ -184,13 +179,13 @@ def _tables_hash(metadata: Mapping[str, str], tables: Mapping[str, torch.Tensor]
 
 
 class ShardWriter:
-    """Collects the samples of a process and writes a shard whenever it has enough.
+    """Writer that collects the samples of a process and writes a shard whenever it is full.
 
     Args:
-        folder: where the shards go.
-        rank: of the process.
-        number: of its first shard.
-        shard_samples: samples of a shard; what a kill loses is less than one shard per process.
+        folder: folder of the cache.
+        rank: rank of the process.
+        number: number of its first shard.
+        shard_samples: samples per shard. An interruption loses less than one shard per process.
     """
 
     def __init__(self, folder: Path, rank: int, number: int, shard_samples: int):
@@ -199,63 +194,64 @@ class ShardWriter:
         self.skipped: dict[int, tuple[str, str, str]] = {}
 
     def add(self, sample: dict[str, torch.Tensor]) -> None:
-        """Add a sample; raises OSError if a shard is full and there is no room for it."""
+        """Add a sample, and write the shard if it is full; raises OSError if it cannot be written."""
         self.samples.append(sample)
         if len(self.samples) == self.shard_samples:
             self.write()
 
-    def skip(self, index: int, kind: str, reason: str, identity: str) -> None:
-        """Note a sample that cannot be used; `identity`: see `stored_identity`."""
-        self.skipped[index] = (kind, reason, identity)
+    def skip(self, index: int, kind: str, reason: str, fingerprint: str) -> None:
+        """Record an unusable sample, see `write_shard`."""
+        self.skipped[index] = (kind, reason, fingerprint)
 
     def write(self) -> None:
-        """Write what there is; raises OSError if there is no room for it."""
+        """Write the collected samples; raises OSError if they cannot be written."""
         if self.samples or self.skipped:
             write_shard(shard_path(self.folder, self.rank, self.number), self.samples, self.skipped)
             self.number, self.samples, self.skipped = self.number + 1, [], {}
 
 
 def shard_path(folder: Path, rank: int, number: int) -> Path:
+    """Path of a shard."""
     return folder / f"shard-{rank:05d}-{number:06d}.safetensors"
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The whole shards of a folder."""
+    """Completed shards of a folder."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-def next_number(folder: Path) -> int:
-    """A number that no shard of any process has."""
+def next_shard_number(folder: Path) -> int:
+    """Smallest number above those of all shards of all processes."""
     return max((int(path.stem.rpartition("-")[2]) + 1 for path in shard_files(folder)), default=0)
 
 
-def done_samples(folder: Path, count: int) -> np.ndarray:
-    """Which of the `count` samples of the data set are in a shard, or noted there as not usable: bool (count,)."""
-    done = np.zeros(count, dtype=bool)
+def processed_samples(folder: Path, count: int) -> np.ndarray:
+    """True for each of the `count` samples of the data set that is in a shard or known as unusable: bool (count,)."""
+    processed = np.zeros(count, dtype=bool)
     for path in shard_files(folder):
         shard = Shard(path)
-        done[[*shard.indices(), *shard.skipped]] = True
-    return done
+        processed[[*shard.indices, *shard.skipped]] = True
+    return processed
 
 
 def skipped_samples(folder: Path) -> dict[int, tuple[str, str]]:
-    """The samples noted as not usable, by place in the data set: "unreadable" or "unfit", and why."""
-    found: dict[int, tuple[str, str]] = {}
+    """Unusable samples by index in the data set: "unreadable" or "unfit", and the reason."""
+    skipped: dict[int, tuple[str, str]] = {}
     for path in shard_files(folder):
-        found |= {index: (kind, reason) for index, (kind, reason, _) in Shard(path).skipped.items()}
-    return found
+        skipped |= {index: (kind, reason) for index, (kind, reason, _) in Shard(path).skipped.items()}
+    return skipped
 
 
 def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
-    """Say that the cache is complete: index.json, from the headers of all shards.
+    """Complete a cache: write index.json from the headers of all shards.
 
     Args:
-        folder: of the cache.
-        settings: what a run must agree with.
-        made_from: the names of the networks, for people and messages.
+        folder: folder of the cache.
+        settings: settings that a run must share.
+        made_from: names of the networks and the data, for messages.
 
     Returns:
-        What was written: also "shards", "samples", "skipped" (how many of each kind) and "bytes" by column.
+        The index, with "shards", "samples", "skipped" (number of each kind) and "bytes" by column.
     """
     hashes: dict[str, str] = {}
     sizes: dict[str, int] = {}
@@ -264,7 +260,7 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
     for path in shard_files(folder):
         shard = Shard(path)
         hashes[path.name] = shard.hash
-        samples += len(shard.indices())
+        samples += len(shard.indices)
         for kind, *_ in shard.skipped.values():
             skipped[kind] += 1
         for name, size in shard.bytes.items():
@@ -278,16 +274,18 @@ def write_index(folder: Path, settings: dict[str, Any], made_from: dict[str, Any
         "shards": hashes,
     }
     path = folder / INDEX_FILE
-    with _writing(path):
+    with _explain_write_errors(path):
         write_hashed_json(path, index, sync=True)
     return index
 
 
-def read_begun(folder: Path) -> dict[str, Any]:
-    """The "settings" and "made_from" of a cache that was begun, from settings.json or, if that is damaged, index.json.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read "settings" and "made_from" of an unfinished cache.
+
+    A damaged settings.json is restored from index.json.
 
     Raises:
-        ValueError: if both are damaged.
+        ValueError: if both files are damaged or missing.
     """
     try:
         return read_hashed_json(folder / SETTINGS_FILE)
@@ -296,19 +294,16 @@ def read_begun(folder: Path) -> dict[str, Any]:
             index = read_hashed_json(folder / INDEX_FILE)
         except (ValueError, OSError):
             raise ValueError(
-                f"{error} Without it nothing tells what the shards of {folder} were computed with: remove that folder "
-                "and start the same command again, which computes everything anew."
+                f"{error} Without it the settings of the shards in {folder} are unknown. Remove that folder and run "
+                "the same command again, which computes everything anew."
             ) from error
-        begun = {name: index[name] for name in ("settings", "made_from")}
-        write_settings(folder, begun)
-        return begun
+        settings = {name: index[name] for name in ("settings", "made_from")}
+        write_settings(folder, settings)
+        return settings
 
 
-# --- what is not to be kept
-
-
-def stored_identity(source: ListedImages, index: int) -> str:
-    """A hash of a sample's image and captions as they are stored; of those of them that can be read."""
+def sample_fingerprint(source: ListedImages, index: int) -> str:
+    """Hash of a sample's image and captions as they are stored, without the unreadable ones."""
     parts = []
     with contextlib.suppress(UnreadableSample):
         parts.append(source.image_hash(index).hex())
@@ -322,11 +317,11 @@ class ShardCheck:
     """Result of comparing a shard with its hashes and with the data set.
 
     Args:
-        path: the shard.
-        rows: rows that are neither damaged nor changed in the data set since.
-        skipped: samples noted as not usable that have not changed since.
-        damaged: a message for everything that is damaged.
-        changed: a message for everything that has changed in the data set.
+        path: file of the shard.
+        rows: rows that are undamaged and unchanged in the data set.
+        skipped: unusable samples that are unchanged in the data set.
+        damaged: message for each damage.
+        changed: message for each change in the data set.
     """
 
     path: Path
@@ -335,67 +330,65 @@ class ShardCheck:
     damaged: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
-    def drop_rest(self) -> None:
-        """Remove what cannot be kept from the shard, and the shard if nothing can; raises OSError."""
+    def remove_invalid(self) -> None:
+        """Remove damaged and changed samples from the shard, or the shard if none remains; raises OSError."""
         if not self.rows and not self.skipped:
             self.path.unlink()
             return
         shard = Shard(self.path)
-        names = [name for name in shard.bytes if not name.endswith((".shape", ".hash"))]
-        samples = [{name: shard.value(name, row) for name in names} for row in self.rows]
+        samples = [shard.sample(row) for row in self.rows]
         write_shard(self.path, samples, {index: shard.skipped[index] for index in self.skipped})
 
 
-class ShardChecks(Dataset):
-    """Compares every value of some shards with its hash, and every sample with the data set; nothing is decoded.
+class ShardCheckDataset(Dataset):
+    """Data set of `ShardCheck`s. Every value is compared with its hash and every sample with the data set, undecoded.
 
     Args:
-        paths: shards to compare.
-        source: the data set.
-        buckets: its images, sorted.
+        paths: shards to check.
+        source: data set of the cache.
+        buckets: buckets of its images.
     """
 
     def __init__(self, paths: Sequence[Path], source: ListedImages, buckets: Buckets):
         self.paths, self.source = list(paths), source
-        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # (N, 2), of the bucket; 0 for those in none
+        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # (N, 2), size of the bucket; 0 for those in none
         for size, members in zip(buckets.sizes, buckets.members):
             self.sizes[np.asarray(members)] = size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, place: int) -> ShardCheck:
-        check = ShardCheck(self.paths[place])
+    def __getitem__(self, number: int) -> ShardCheck:
+        check = ShardCheck(self.paths[number])
         try:
             shard = Shard(check.path)
         except ValueError as error:
             check.damaged.append(str(error))
             return check
-        names = [name for name in shard.bytes if not name.endswith((".shape", ".hash"))]
-        for row, index in enumerate(shard.indices()):
+        for row, index in enumerate(shard.indices):
             try:
-                values = {name: shard.value(name, row) for name in names}
+                values = shard.sample(row)
             except ValueError as error:
                 check.damaged.append(str(error))
                 continue
-            if change := self._change(index, values):
+            if change := self._describe_change(index, values):
                 check.changed.append(f"sample {index}: {change}")
             else:
                 check.rows.append(row)
-        for index, (_, _, identity) in shard.skipped.items():
-            if stored_identity(self.source, index) != identity:
-                check.changed.append(f"sample {index}, which could not be used: its image or caption")
+        for index, (_, _, fingerprint) in shard.skipped.items():
+            if sample_fingerprint(self.source, index) != fingerprint:
+                check.changed.append(f"sample {index}, which was unusable: its image or caption")
             else:
                 check.skipped.append(index)
         return check
 
-    def _change(self, index: int, values: Mapping[str, torch.Tensor]) -> str:
-        """Say in words whether the image, the captions or the bucket of a sample has changed; empty if none has."""
+    def _describe_change(self, index: int, values: Mapping[str, torch.Tensor]) -> str:
+        """Describe the change of a sample's image, captions or bucket; an empty text if there is none."""
         try:
             digest, captions = self.source.image_hash(index), self.source.captions(index)
         except UnreadableSample as error:
             return str(error)
-        if not torch.equal(as_tensor(digest), values["image_hash"]):
+        if not torch.equal(hash_to_tensor(digest), values["image_hash"]):
             return "its image"
         if not torch.equal(caption_hashes(captions), values["caption_hash"]):
             return "its captions"
@@ -404,57 +397,54 @@ class ShardChecks(Dataset):
         return ""
 
 
-# --- what is to be computed
-
-
 class ImagesToEncode(Dataset):
-    """Reads the samples that the networks are to see: always the center of the image, never flipped.
+    """Data set of inputs to the networks: the center of each image, never flipped.
 
-    An item is asked for as (index in the source, bucket). It has "index", "size", "image_hash", "upscaled" and
-    "caption_hash" as in the table above, "pixels_uint8" (3, H, W) and "captions", the different ones of the sample; or
-    "index" and "skipped", ("unreadable" or "unfit", the reason, `stored_identity`).
+    The index of an item is (index in the source, bucket). An item has "index", "size", "image_hash", "upscaled" and
+    "caption_hash" as in the table above, "pixels_uint8" (3, H, W) and "captions", the unique captions. The item of an
+    unusable sample has "index" and "skipped": "unreadable" or "unfit", the reason, and the `sample_fingerprint`.
+
+    Args:
+        source: data set to encode.
+        buckets: buckets of its images.
     """
 
     def __init__(self, source: ListedImages, buckets: Buckets):
         self.source, self.buckets = source, buckets
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        index, bucket = place
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index, bucket = key
         try:
             sample = self.source[index]
         except UnreadableSample as error:
-            return {"index": index, "skipped": ("unreadable", str(error), stored_identity(self.source, index))}
+            return {"index": index, "skipped": ("unreadable", str(error), sample_fingerprint(self.source, index))}
         image, size = sample["image"], self.buckets.sizes[bucket]
-        misfit = self.buckets.misfit(image.width, image.height, bucket)
-        if misfit is not None:
-            return {"index": index, "skipped": ("unfit", misfit, stored_identity(self.source, index))}
-        pixels_uint8 = center(image, size)  # (3, H, W)
+        rejection = self.buckets.rejection_reason(image.width, image.height, bucket)
+        if rejection is not None:
+            return {"index": index, "skipped": ("unfit", rejection, sample_fingerprint(self.source, index))}
+        fitted = fit_image(image, size, center_crop=True, random_flip=False, rng=random.Random(0))
         return {
             "index": torch.tensor(index),
             "size": torch.tensor(size),
-            "image_hash": as_tensor(self.source.image_hash(index)),
-            "upscaled": torch.tensor(bool(cover(image.width, image.height, size)[0] > 1)),
+            "image_hash": hash_to_tensor(self.source.image_hash(index)),
+            "upscaled": torch.tensor(bool(resize_scale_and_crop(image.width, image.height, size)[0] > 1)),
             "caption_hash": caption_hashes(sample["captions"]),
-            "pixels_uint8": pixels_uint8,
+            "pixels_uint8": image_to_tensor(fitted),  # (3, H, W)
             "captions": unique_captions(sample["captions"]),
         }
 
 
-def center(image: Any, size: tuple[int, int]) -> torch.Tensor:
-    """The center of an image as `fit_image` gives it: uint8 (3, H, W)."""
-    fitted = fit_image(image, size, center_crop=True, random_flip=False, rng=random.Random(0))
-    return torch.from_numpy(np.array(fitted, dtype=np.uint8)).permute(2, 0, 1)
-
-
-# --- reading
-
-
 class Shard:
-    """A shard, mapped into memory; its tables are verified when it is opened, its values when they are read.
+    """Memory-mapped shard. Its tables are verified when it is opened, its values when they are read.
+
+    Args:
+        path: file of the shard.
 
     Attributes:
-        skipped: by place in the data set, ("unreadable" or "unfit", the reason, `stored_identity`).
-        bytes: stored, by tensor.
+        indices: indices of its samples in the data set.
+        skipped: unusable samples by index in the data set: "unreadable" or "unfit", the reason, and the
+            `sample_fingerprint`.
+        bytes: stored bytes by tensor.
         hash: hash of its tables.
 
     Raises:
@@ -481,118 +471,118 @@ class Shard:
         self.skipped: dict[int, tuple[str, str, str]] = {
             int(index): tuple(why) for index, why in json.loads(metadata["skipped"]).items()
         }
-        self._indices: list[int] = tables["index"].tolist() if "index" in tables else []
+        self.indices: list[int] = tables["index"].tolist() if "index" in tables else []
         self._tables: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}  # see `_table`
 
-    def has(self, name: str) -> bool:
-        """True if there is such a column."""
-        return name in self.bytes
-
-    def indices(self) -> list[int]:
-        """The places in the data set of its samples."""
-        return self._indices
-
     def _table(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The shapes (n, dimensions) of a column's values, where each begins (n + 1,), and their hashes (n, 16)."""
+        """Return shapes (n, dimensions), offsets (n + 1,) and hashes (n, 16) of a column's values."""
         if name not in self._tables:
             shapes, hashes = self.file.get_tensor(f"{name}.shape"), self.file.get_tensor(f"{name}.hash")
-            starts = torch.cat([torch.zeros(1, dtype=torch.int64), shapes.prod(1).cumsum(0)])
-            self._tables[name] = shapes, starts, hashes
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), shapes.prod(1).cumsum(0)])
+            self._tables[name] = shapes, offsets, hashes
         return self._tables[name]
 
     def value(self, name: str, row: int) -> torch.Tensor:
-        """The value of one sample, copied.
+        """Return a copy of the value of one sample.
 
         Raises:
-            ValueError: if it is not what was written.
+            ValueError: if it does not match its hash.
         """
-        shapes, starts, hashes = self._table(name)
-        flat = self.file.get_slice(name)[int(starts[row]) : int(starts[row + 1])]
+        shapes, offsets, hashes = self._table(name)
+        flat = self.file.get_slice(name)[int(offsets[row]) : int(offsets[row + 1])]
         value = flat.reshape(shapes[row].tolist()).clone()
         if not torch.equal(value_hash(value), hashes[row]):
             raise ValueError(
-                f"The shard {self.path} of the precomputed data is damaged: `{name}` of sample {self._indices[row]} "
+                f"The shard {self.path} of the precomputed data is damaged: `{name}` of sample {self.indices[row]} "
                 f"does not match its hash. {RECOMPUTE}"
             )
         return value
 
+    def sample(self, row: int) -> dict[str, torch.Tensor]:
+        """Return copies of all values of one sample; raises ValueError if one does not match its hash."""
+        return {name: self.value(name, row) for name in self.bytes if not name.endswith((".shape", ".hash"))}
 
-# outside of the data set, so that this can be sent to the workers of a loader
+
+# a module-level cache, so that `PrecomputedImages` can be pickled for the workers of a loader
 @functools.lru_cache(maxsize=OPEN_SHARDS)
-def _open_shard(path: Path, stated: str) -> Shard:
-    """A shard whose hash is the stated one; raises ValueError."""
+def _open_shard(path: Path, expected_hash: str) -> Shard:
     shard = Shard(path)
-    if shard.hash != stated:
+    if shard.hash != expected_hash:
         raise ValueError(f"The shard {path} is not the one that {INDEX_FILE} lists. {RECOMPUTE}")
     return shard
 
 
 def check_settings(
-    there: dict[str, Any],
-    wanted: dict[str, Any],
+    cached: dict[str, Any],
+    expected: dict[str, Any],
     folder: Path,
     made_from: dict[str, Any],
     optional: Sequence[str] = (),
 ) -> None:
-    """Refuse a cache that was made with other settings.
+    """Raise an error if a cache was made with other settings.
 
     Args:
-        there: the settings of the cache.
-        wanted: those of this run.
-        folder: of the cache.
-        made_from: the names of what the cache was made from, for the message.
-        optional: where `wanted` has None, the cache may have anything.
+        cached: settings of the cache.
+        expected: settings of this run.
+        folder: folder of the cache.
+        made_from: names of the networks and data of the cache, for the message.
+        optional: settings that are not compared where `expected` has None.
 
     Raises:
-        ValueError: with every difference.
+        ValueError: if a setting differs; the message lists all differences.
     """
-    needed = {name: value for name, value in wanted.items() if value is not None or name not in optional}
+    compared = {name: value for name, value in expected.items() if value is not None or name not in optional}
     differences = [
-        f"`{name}` is {there.get(name)!r} there and {value!r} here"
-        for name, value in needed.items()
-        if there.get(name) != value
+        f"`{name}` is {cached.get(name)!r} there and {value!r} here"
+        for name, value in compared.items()
+        if cached.get(name) != value
     ]
     if differences:
-        remedy = "Use the same settings, or precompute into another `precomputed_dir`."
-        if there.get("samples") != wanted.get("samples"):
+        remedy = "Use the same settings, or precompute into another `--precomputed_dir`."
+        if cached.get("samples") != expected.get("samples"):
             remedy += " `samples` changes if images were added or removed, and with `num_validation_samples`."
         raise ValueError(
-            f"The precomputed data in {folder} are not those of this run: {'; '.join(differences)}. They were made "
+            f"The precomputed data in {folder} do not belong to this run: {'; '.join(differences)}. They were made "
             f"from {made_from}. {remedy}"
         )
 
 
 def require_complete(folder: Path) -> None:
-    """Refuse a folder that holds no cache, or one that is not finished.
+    """Raise an error if a folder has no cache or an unfinished one.
 
     Raises:
-        ValueError: with what is there.
+        ValueError: if index.json is missing.
     """
     if not (folder / INDEX_FILE).is_file():
-        begun = len(shard_files(folder))
+        count = len(shard_files(folder))
         raise ValueError(
             f"`precomputed_dir`: {folder} has no {INDEX_FILE}"
-            + (f", only the {begun} shards of a cache that is not finished" if begun else "")
-            + ". Start training/precompute_prx.py with the settings of this run."
+            + (f", only the {count} shards of an unfinished cache" if count else "")
+            + ". Run training/precompute_prx.py with the settings of this run."
         )
 
 
 class PrecomputedImages:
-    """A complete cache of a data set, for reading at random.
+    """Complete cache of a data set, with random access.
 
     Args:
-        folder: of the cache.
-        settings: of this run.
-        columns: those beside the text that the run needs; a VAE without randomness has no "latent_std".
+        folder: folder of the cache.
+        settings: settings of this run.
+        columns: columns that the run needs besides the text.
 
     Attributes:
-        columns: those of them that the cache has.
-        skipped: samples that cannot be used, by place in the data set: "unreadable" or "unfit", and why.
-        sizes: (N, 2) height and width in pixels of each sample, 0 for those skipped.
-        empty_text: (T, E) bfloat16, the empty caption.
+        columns: those of the columns that the cache has; a VAE without randomness has no "latent_std".
+        skipped: unusable samples by index in the data set: "unreadable" or "unfit", and the reason.
+        sizes: (N, 2) height and width in pixels of each sample, 0 for skipped samples.
+        empty_text: (T, E) bfloat16, embedding of the empty caption.
 
     Raises:
-        ValueError: if the cache is not complete, damaged, or made with other settings.
+        ValueError: if the cache is unfinished, damaged, or made with other settings.
+
+    Example:
+        >>> cache = PrecomputedImages("cache/256", settings, ["latent_mean", "latent_std"])
+        >>> cache.value(0, "latent_mean").shape
+        torch.Size([16, 32, 32])
     """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any], columns: Sequence[str]):
@@ -606,97 +596,100 @@ class PrecomputedImages:
         self.columns = tuple(name for name in columns if name in index["bytes"])
         self.empty_text = read_empty_text(self.folder)
         count = settings["samples"]
-        self.shards = [(self.folder / name, stated) for name, stated in index["shards"].items()]
+        self.shards = [(self.folder / name, digest) for name, digest in index["shards"].items()]
         self.skipped: dict[int, tuple[str, str]] = {}
         self.sizes = np.zeros((count, 2), dtype=np.int32)
         self._shard, self._row = np.full(count, -1, dtype=np.int32), np.zeros(count, dtype=np.int32)
-        for number, listed in enumerate(self.shards):
-            shard = _open_shard(*listed)
-            indices = shard.indices()
-            self._shard[indices], self._row[indices] = number, np.arange(len(indices))
-            if indices:
-                self.sizes[indices] = shard.file.get_tensor("size").view(-1, 2).numpy()
+        for number, (path, digest) in enumerate(self.shards):
+            shard = _open_shard(path, digest)
+            self._shard[shard.indices], self._row[shard.indices] = number, np.arange(len(shard.indices))
+            if shard.indices:
+                self.sizes[shard.indices] = shard.file.get_tensor("size").view(-1, 2).numpy()
             self.skipped |= {index: (kind, reason) for index, (kind, reason, _) in shard.skipped.items()}
 
     def value(self, index: int, name: str) -> torch.Tensor:
-        """What is stored of one sample, by its place in the data set."""
+        """Return a stored value of sample `index` of the data set."""
         return _open_shard(*self.shards[self._shard[index]]).value(name, int(self._row[index]))
 
-    def caption(self, index: int, caption: str) -> tuple[torch.Tensor, bool]:
-        """The embedding (T, E) of a caption of a sample, and whether the limit of tokens has cut it.
+    def text_embedding(self, index: int, caption: str) -> tuple[torch.Tensor, bool]:
+        """Return the embedding (T, E) of a caption of a sample, and True if the caption was truncated.
 
         Raises:
-            ValueError: if the caption is none of those that were embedded with this sample.
+            ValueError: if the caption is not among those that were embedded with this sample.
         """
-        known = (self.value(index, "caption_hash") == caption_hash(caption)).all(1).nonzero().flatten()  # of (k, 16)
-        if not len(known):
+        hashes = self.value(index, "caption_hash")  # (k, 16)
+        matches = (hashes == caption_hash(caption)).all(1).nonzero().flatten()
+        if not len(matches):
             raise ValueError(
-                f"The caption of sample {index} is not the one that was embedded in {self.folder}: it was changed, or "
-                f"the data are in another order or have other `caption_column`s. It is now {caption[:80]!r}. "
-                f"{RECOMPUTE}"
+                f"The caption of sample {index} is not the one that was embedded in {self.folder}: it has changed, or "
+                f"the data have another order or other `caption_column`s. It is now {caption[:80]!r}. {RECOMPUTE}"
             )
-        place, lengths = int(known[0]), self.value(index, "text_lengths").tolist()
-        start = sum(lengths[:place])
-        text = self.value(index, "text")[start : start + lengths[place]]  # (T, E)
-        return text, bool(self.value(index, "cut")[place])
+        number, lengths = int(matches[0]), self.value(index, "text_lengths").tolist()
+        start = sum(lengths[:number])
+        text = self.value(index, "text")[start : start + lengths[number]]  # (T, E)
+        return text, bool(self.value(index, "cut")[number])
 
-    def check_sample(self, source: ListedImages, index: int) -> dict[str, str]:
-        """The captions of a sample, after comparing its image, as it is stored, with the one that was encoded.
+    def verify_sample(self, source: ListedImages, index: int) -> dict[str, str]:
+        """Compare the stored image of a sample with the encoded one, and return the captions of the sample.
 
         Raises:
-            ValueError: if it is another one, or cannot be read any more.
+            ValueError: if the image differs or has become unreadable.
         """
         try:
             digest, captions = source.image_hash(index), source.captions(index)
         except UnreadableSample as error:
-            raise ValueError(f"{error}; when {self.folder} was made, it could be read.") from error
-        if not torch.equal(as_tensor(digest), self.value(index, "image_hash")):
+            raise ValueError(f"{error}. It was readable when {self.folder} was made.") from error
+        if not torch.equal(hash_to_tensor(digest), self.value(index, "image_hash")):
             raise ValueError(
                 f"The image of sample {index} is not the one that {self.folder} was made from: the data have "
-                f"changed, or are in another order. {RECOMPUTE}"
+                f"changed, or have another order. {RECOMPUTE}"
             )
         return captions
 
-    def check(self, source: ListedImages, buckets: Buckets) -> None:
-        """Compare the cache with the data set: that every sample is there in its size, and images and captions of
-        some, spread over it; those of the others are compared when they are read.
+    def verify(self, source: ListedImages, buckets: Buckets) -> None:
+        """Compare the cache with the data set.
+
+        Every sample must be in the cache in its size. Images and captions are compared for some samples here, and for
+        the others when they are read.
 
         Raises:
-            ValueError: with what is different.
+            ValueError: if they differ.
         """
-        used = self._shard >= 0
-        for size, places in zip(buckets.sizes, buckets.members):
-            members = np.asarray(places)
-            missing = [index for index in members[~used[members]].tolist() if index not in self.skipped]
+        cached = self._shard >= 0
+        for size, bucket_members in zip(buckets.sizes, buckets.members):
+            members = np.asarray(bucket_members)
+            missing = [index for index in members[~cached[members]].tolist() if index not in self.skipped]
             if missing:
                 raise ValueError(
-                    f"{len(missing)} of {len(used)} samples are not in {self.folder} (the first: sample {missing[0]}"
-                    "): start training/precompute_prx.py again, which computes what is missing."
+                    f"{len(missing)} of {len(cached)} samples are not in {self.folder} (the first is sample "
+                    f"{missing[0]}). Run training/precompute_prx.py again: it computes what is missing."
                 )
-            wrong = members[used[members] & (self.sizes[members] != size).any(1)]
-            if len(wrong):
-                height, width = self.sizes[wrong[0]]
+            moved = members[cached[members] & (self.sizes[members] != size).any(1)]
+            if len(moved):
+                height, width = self.sizes[moved[0]]
                 raise ValueError(
-                    f"{len(wrong)} samples are in another bucket than in {self.folder} (sample {wrong[0]}: {height} x "
-                    f"{width} pixels there, {size[0]} x {size[1]} here). Which buckets are closed depends on the "
-                    "images of an optimizer step over all processes: precompute with as many."
+                    f"{len(moved)} samples are in another bucket than in {self.folder} (sample {moved[0]}: {height} x "
+                    f"{width} pixels there, {size[0]} x {size[1]} here). Buckets close depending on the images of an "
+                    "optimizer step over all processes: precompute with as many."
                 )
-        readable = np.flatnonzero(used)
-        for place in np.linspace(0, len(readable) - 1, min(IMAGES_COMPARED, len(readable))).astype(int):
-            index = int(readable[place])
-            for caption in self.check_sample(source, index).values():
-                self.caption(index, caption)
+        indices = np.flatnonzero(cached)
+        for number in np.linspace(0, len(indices) - 1, min(IMAGES_COMPARED, len(indices))).astype(int):
+            index = int(indices[number])
+            for caption in self.verify_sample(source, index).values():
+                self.text_embedding(index, caption)
             for name in self.columns:
                 self.value(index, name)
 
 
 class PrecomputedSamples(TrainingSamples):
-    """As `TrainingSamples`, from a cache: images and captions are compared with those encoded, and not decoded.
+    """`TrainingSamples` from a cache. Images and captions are compared with the encoded ones and not decoded.
 
     Args:
-        images: the cache.
-        source: the data set that it was made from.
-        buckets, derive_seed, caption_weights: see `TrainingSamples`.
+        images: cache of the data set.
+        source: data set of the cache.
+        buckets: see `TrainingSamples`.
+        derive_seed: see `TrainingSamples`.
+        caption_weights: see `TrainingSamples`.
     """
 
     def __init__(
@@ -709,15 +702,15 @@ class PrecomputedSamples(TrainingSamples):
     ):
         super().__init__(source, buckets, True, False, derive_seed, caption_weights)
         self.images = images
-        self.stored = source
+        self.listed_source = source
 
     def _read(self, index: int, position: Position) -> dict[str, Any]:
         if index in self.images.skipped:
             kind, reason = self.images.skipped[index]
             raise {"unreadable": UnreadableSample, "unfit": UnfitSample}[kind](reason)
-        texts = self.images.check_sample(self.stored, index)
-        caption = self._caption({"captions": texts, "caption": next(iter(texts.values()))}, position)
-        text, cut = self.images.caption(index, caption)
+        captions = self.images.verify_sample(self.listed_source, index)
+        caption = self._caption({"captions": captions, "caption": next(iter(captions.values()))}, position)
+        text, cut = self.images.text_embedding(index, caption)
         return {
             "columns": {name: self.images.value(index, name) for name in self.images.columns},
             "text": text,
@@ -730,12 +723,11 @@ class PrecomputedSamples(TrainingSamples):
 
 
 def collate_precomputed(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put samples of one size together.
+    """Collate samples of one size.
 
     Returns:
-        The columns of the cache, (B, ...) each; "text" (B, L, E), padded to the longest, "text_lengths" and "cut", B
-        of each, "empty_text" (T, E); and "captions", "sample_index", "unreadable", "unfit" and "upscaled" as
-        `samples.collate` gives them.
+        The columns of the cache, (B, ...) each; "text" (B, L, E), padded to the longest caption; "text_lengths" and
+        "cut", lists of length B; "empty_text" (T, E); and the metadata of `samples.collate`.
     """
     texts = [sample["text"] for sample in samples]
     columns = samples[0]["columns"]
@@ -745,30 +737,30 @@ def collate_precomputed(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "text_lengths": [len(text) for text in texts],
         "cut": [sample["cut"] for sample in samples],
         "empty_text": samples[0]["empty_text"],
-        **collate_record(samples),
+        **collate_metadata(samples),
     }
 
 
 def cached_latents(batch: dict[str, Any]) -> EncodedImages:
-    """The distribution of the latents of a batch from the cache."""
+    """Return the latent distribution of a batch from the cache."""
     return EncodedImages(batch["latent_mean"], batch.get("latent_std"))
 
 
 def cached_text(batch: dict[str, Any], dropped: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """The text of a batch from the cache.
+    """Return the text of a batch from the cache.
 
     Args:
-        batch: from `collate_precomputed`, on its device.
-        dropped: B, whose captions are replaced by the empty one.
+        batch: result of `collate_precomputed`, on its device.
+        dropped: B flags; True replaces a caption by the empty one.
 
     Returns:
-        (B, L, E) float32, L the longest caption's; its bool mask (B, L), or None when nothing is padding; and how many
-        of the captions that are left the limit of tokens has cut.
+        (B, L, E) float32 with the length L of the longest caption; its bool mask (B, L), or None without padding; and
+        the number of truncated captions among those that were not dropped.
     """
-    kept = zip(dropped, batch["text"], batch["text_lengths"])
-    rows = [batch["empty_text"] if drop else text[:length] for drop, text, length in kept]  # (T, E) each
+    captions = zip(dropped, batch["text"], batch["text_lengths"])
+    rows = [batch["empty_text"] if drop else text[:length] for drop, text, length in captions]  # (T, E) each
     text = pad_sequence(rows, batch_first=True).float()  # (B, L, E)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(text.shape[1]) < lengths[:, None]  # (B, L)
-    cut = sum(cut and not drop for drop, cut in zip(dropped, batch["cut"]))
-    return text, None if mask.all() else mask.to(text.device), cut
+    truncated = sum(cut and not drop for drop, cut in zip(dropped, batch["cut"]))
+    return text, None if mask.all() else mask.to(text.device), truncated

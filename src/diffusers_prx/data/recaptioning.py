@@ -1,9 +1,9 @@
-"""New captions for the images of a data set, by any image-text model of transformers.
+"""Recaptioning: new captions for the images of a data set, written by any image-text model of transformers.
 
-In PRX's study short captions in place of long ones raised FID from 18.20 to 36.84. The result is a data set of parquet
-shards: the images as they were stored, the caption columns that were asked for, and two new columns: the new caption,
-and whether `max_new_tokens` cut it. Until all shards are there they are in a hidden folder, which nothing takes for a
-data set; a shard that is there is never computed again.
+In PRX's study short captions instead of long ones raised FID from 18.20 to 36.84. The result is a data set of parquet
+shards with the stored images, the selected caption columns, and two new columns: the new caption, and True if
+`max_new_tokens` truncated it. Unfinished shards are in a hidden folder, which no reader takes for a data set. Existing
+shards are never computed again.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 from diffusers.utils import logging
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..files import UNFINISHED, atomic_write, write_json
 from .captioned import StoredImages
@@ -32,9 +32,9 @@ from .sources import load_source
 
 logger = logging.get_logger(__name__)
 
-DATA, SETTINGS_FILE = "data", "recaption.json"
+DATA_FOLDER, SETTINGS_FILE = "data", "recaption.json"
 DTYPES = ("float32", "bfloat16", "float16")
-ROW_GROUP = 100  # rows that a reader has to hold at once
+ROW_GROUP = 100  # rows that a reader must hold in memory at once
 
 PROMPT = (
     "Describe this picture in one paragraph of plain sentences: what it shows, how it looks, where things are, "
@@ -44,23 +44,30 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class RecaptionSettings:
-    """All that the new captions depend on.
+    """Settings that determine the new captions.
 
     Args:
-        model_name_or_path, revision: what `AutoModelForImageTextToText` loads.
-        dataset_name, dataset_config_name, dataset_split, image_column: see `data.sources.load_source`.
-        caption_columns: captions that are kept, and that the prompt may name; at least one.
-        output_column: the new column; whether its text was cut is in `<output_column>_cut`.
-        prompt: what the model is asked; `{text}` is the caption of that column, empty where there is none. None:
-            `PROMPT` for a model with a chat template; a model without one gets the image alone.
-        max_new_tokens: the longest caption.
-        temperature: 0 takes the most likely token every time.
-        seed: of the draws, for a temperature above 0.
-        dtype: of the model: float32, bfloat16 or float16.
-        shard_samples: images of a shard; a kill loses less than one shard per process.
+        model_name_or_path: model that `AutoModelForImageTextToText` loads.
+        dataset_name: see `data.sources.load_source`.
+        revision: revision of the model on the Hub.
+        dataset_config_name: configuration of the data set.
+        dataset_split: split of the data set.
+        image_column: column of the images.
+        caption_columns: captions to keep, which the prompt may name; at least one.
+        output_column: new caption column; `<output_column>_cut` is True where the caption was truncated.
+        prompt: request to the model; `{column}` is replaced by the caption of that column, or by an empty text.
+            Default: `PROMPT` for models with a chat template; others get the image alone.
+        max_new_tokens: maximum length of a caption in tokens.
+        temperature: sampling temperature; 0 takes the most likely token every time.
+        seed: seed of the sampling, for a temperature above 0.
+        dtype: type of the model: float32, bfloat16 or float16.
+        shard_samples: images per shard. An interruption loses less than one shard per process.
 
     Raises:
-        ValueError: for a value out of range, or a prompt with a column that is not among `caption_columns`.
+        ValueError: for a value out of range, or a prompt with a column that is not in `caption_columns`.
+
+    Example:
+        >>> settings = RecaptionSettings("HuggingFaceTB/SmolVLM-500M-Instruct", "photos", max_new_tokens=200)
     """
 
     model_name_or_path: str
@@ -89,11 +96,13 @@ class RecaptionSettings:
         if not self.caption_columns:
             raise ValueError("`caption_columns` is empty: give at least one column of captions to keep.")
         if taken := {self.output_column, self.cut_column} & {"image", *self.caption_columns}:
-            raise ValueError(f"`output_column` is {self.output_column!r}, but there is a column {sorted(taken)[0]!r}.")
+            raise ValueError(
+                f"`output_column` is {self.output_column!r}, but the column {sorted(taken)[0]!r} exists already."
+            )
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt or "") if field is not None}
         except ValueError as error:
-            raise ValueError(f"`prompt` has a brace too many ({error}): write {{{{ and }}}} for braces.") from error
+            raise ValueError(f"`prompt` has an unmatched brace ({error}): write {{{{ and }}}} for braces.") from error
         if unknown := fields - {*self.caption_columns}:
             raise ValueError(
                 f"`prompt` names {sorted(unknown)}; accepted are the `caption_columns` {list(self.caption_columns)}."
@@ -105,15 +114,15 @@ class RecaptionSettings:
 
 
 class Captioner:
-    """An image-text model that answers a prompt about each image.
+    """Image-text model that answers a prompt about each image.
 
     Args:
-        settings: which model, and how it is asked.
-        device: where it runs.
+        settings: model and decoding.
+        device: device of the model.
 
     Raises:
-        OSError: if there is no such model.
-        ValueError: if it is of another kind.
+        OSError: if the model does not exist.
+        ValueError: if it is not an image-text model.
     """
 
     def __init__(self, settings: RecaptionSettings, device: torch.device | str):
@@ -122,8 +131,7 @@ class Captioner:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, dtype=getattr(torch, settings.dtype), device_map={"": torch.device(device)}
         )
-        # what is generated goes on at the right end of a prompt
-        self.processor.tokenizer.padding_side = "left"
+        self.processor.tokenizer.padding_side = "left"  # generation continues at the right end of a prompt
         self.control_tokens = re.compile("|".join(map(re.escape, self.processor.tokenizer.get_added_vocab())) or "$^")
         self.is_chat = self.processor.chat_template is not None
         self.prompt = settings.prompt if settings.prompt is not None else (PROMPT if self.is_chat else "")
@@ -131,12 +139,15 @@ class Captioner:
         if settings.temperature:
             self.decoding.update(do_sample=True, temperature=settings.temperature)
         stops = self.model.generation_config.eos_token_id
-        self.ends = {*self.processor.tokenizer.all_special_ids, *(stops if isinstance(stops, list) else [stops])}
+        self.stop_tokens = {
+            *self.processor.tokenizer.all_special_ids,
+            *(stops if isinstance(stops, list) else [stops]),
+        }
 
-    def _inputs(self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> Any:
+    def _prepare_inputs(self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> BatchFeature:
         if not self.is_chat:
-            asked = {"text": list(prompts), "padding": True} if any(prompts) else {}
-            return self.processor(images=list(images), return_tensors="pt", **asked)
+            text = {"text": list(prompts), "padding": True} if any(prompts) else {}
+            return self.processor(images=list(images), return_tensors="pt", **text)
         texts = [
             self.processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
@@ -156,27 +167,29 @@ class Captioner:
     def __call__(
         self, images: Sequence[PIL.Image.Image], captions: Sequence[dict[str, str]]
     ) -> list[tuple[str, bool]]:
-        """Of each image the model's answer, and whether the limit of tokens has cut it.
+        """Return (caption, truncated) for each image.
 
         Args:
-            images: B of them, RGB.
-            captions: the texts for the prompt, by column.
+            images: B RGB images.
+            captions: B mappings of columns to texts, for the prompt.
         """
-        # "<image>" in a caption would ask for a second image
+        # "<image>" in a caption would request a second image
         plain = [{name: self.control_tokens.sub(" ", text) for name, text in texts.items()} for texts in captions]
-        inputs = self._inputs(images, [self.prompt.format_map(texts) for texts in plain])
+        inputs = self._prepare_inputs(images, [self.prompt.format_map(texts) for texts in plain])
         inputs = inputs.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, **self.decoding)  # (B, L + T) or, without the prompt, (B, T)
-        asked = inputs.get("input_ids")
-        if asked is not None and torch.equal(tokens[:, : asked.shape[1]], asked):
-            tokens = tokens[:, asked.shape[1] :]  # (B, T)
+        prompt_tokens = inputs.get("input_ids")
+        if prompt_tokens is not None and torch.equal(tokens[:, : prompt_tokens.shape[1]], prompt_tokens):
+            tokens = tokens[:, prompt_tokens.shape[1] :]  # (B, T)
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        # an answer ends with a stop token, behind which shorter rows are padded
-        return [(text.strip(), bool(row) and row[-1] not in self.ends) for text, row in zip(texts, tokens.tolist())]
+        # a complete caption ends with a stop token; shorter rows are padded after it
+        return [
+            (text.strip(), bool(row) and row[-1] not in self.stop_tokens) for text, row in zip(texts, tokens.tolist())
+        ]
 
 
 def stored_bytes(source: StoredImages, index: int) -> bytes:
-    """The file of an image.
+    """Return the contents of an image file.
 
     Raises:
         UnreadableSample: if there is none.
@@ -187,14 +200,14 @@ def stored_bytes(source: StoredImages, index: int) -> bytes:
             with open_stored(stored) as file:
                 return file.read()
     except OSError as error:
-        raise UnreadableSample(f"no image ({error})") from error
+        raise UnreadableSample(f"the image cannot be read ({error})") from error
     if stored is None:
-        raise UnreadableSample("no image")
+        raise UnreadableSample("there is no image")
     return stored
 
 
 def read_row(source: StoredImages, index: int, columns: Sequence[str]) -> tuple[dict[str, Any], PIL.Image.Image]:
-    """What is kept of a sample, with None for a caption that it does not have, and its picture.
+    """Return the columns to keep of a sample, with None for missing captions, and its decoded image.
 
     Raises:
         UnreadableSample: if the image cannot be read.
@@ -203,7 +216,7 @@ def read_row(source: StoredImages, index: int, columns: Sequence[str]) -> tuple[
     image = read_image(content)
     try:
         captions = source.captions(index)
-    except UnreadableSample:  # no caption at all
+    except UnreadableSample:  # the sample has no caption
         captions = {}
     return {"image": {"bytes": content, "path": None}, **{name: captions.get(name) for name in columns}}, image
 
@@ -211,7 +224,7 @@ def read_row(source: StoredImages, index: int, columns: Sequence[str]) -> tuple[
 def caption_rows(
     source: StoredImages, indices: Sequence[int], captioner: Captioner, settings: RecaptionSettings, batch_size: int
 ) -> list[dict[str, Any]]:
-    """The rows of a shard; images that cannot be read are named in the log and left out."""
+    """Caption the rows of a shard. Unreadable images are logged and omitted."""
     rows: list[dict[str, Any]] = []
     for start in range(0, len(indices), batch_size):
         batch, images = [], []
@@ -219,89 +232,90 @@ def caption_rows(
             try:
                 row, image = read_row(source, index, settings.caption_columns)
             except UnreadableSample as error:
-                logger.warning(f"Sample {index} is left out: {error} ({source.place(index)}).")
+                logger.warning(f"Sample {index} ({source.location(index)}) is omitted: {error}.")
                 continue
             batch.append(row)
             images.append(image)
         if batch:
-            known = [{name: row[name] or "" for name in settings.caption_columns} for row in batch]
-            for row, (text, cut) in zip(batch, captioner(images, known)):
-                rows.append({**row, settings.output_column: text, settings.cut_column: cut})
+            captions = [{name: row[name] or "" for name in settings.caption_columns} for row in batch]
+            for row, (text, truncated) in zip(batch, captioner(images, captions)):
+                rows.append({**row, settings.output_column: text, settings.cut_column: truncated})
     return rows
 
 
 def write_shard(rows: list[dict[str, Any]], settings: RecaptionSettings, path: Path) -> None:
-    """Write a shard whole or not at all.
+    """Write a shard atomically.
 
     Raises:
-        OSError: if there is no room.
+        OSError: if it cannot be written, for example on a full disk.
     """
     texts = [*settings.caption_columns, settings.output_column]
     features = datasets.Features(
         {"image": datasets.Image(), **{name: datasets.Value("string") for name in texts}}
         | {settings.cut_column: datasets.Value("bool")}
     )
-    columns = {name: [row[name] for row in rows] for name in features}  # also of no row
+    columns = {name: [row[name] for row in rows] for name in features}  # valid without rows too
     table = datasets.Dataset.from_dict(columns, features=features).data.table
     try:
         with atomic_write(path) as unfinished, pq.ParquetWriter(unfinished, table.schema) as file:
-            if rows:  # `datasets` reads a file without groups of rows, but no group without rows
+            if rows:  # `datasets` reads a file without row groups, but not an empty row group
                 file.write_table(table, row_group_size=ROW_GROUP)
     except OSError as error:
         raise OSError(
-            f"{path} cannot be written ({error}). What was written before is whole and kept: when there is room, "
-            "start the same command again, which goes on."
+            f"{path} cannot be written ({error}). Shards written before are complete and kept. Free some space and "
+            "run the same command again: it resumes."
         ) from error
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Note the settings of a folder when it is new, and compare with them when it is not.
+    """Write the settings of a new folder, or compare them with those of an existing one.
 
     Raises:
-        ValueError: if it was begun with other settings, with the first that differs.
+        ValueError: if a setting of an existing folder differs.
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
-    noted = json.loads(path.read_text())
+    previous = json.loads(path.read_text())
     for name, value in settings.items():
-        if noted.get(name) != value:
+        if previous.get(name) != value:
             raise ValueError(
-                f"`{name}` is {value!r}, but {folder} was begun with {noted.get(name)!r}: take another `output_dir`."
+                f"`{name}` is {value!r}, but {folder} was begun with {previous.get(name)!r}. Pass the same value, or "
+                "another `--output_dir`."
             )
 
 
-def repeats_itself(text: str) -> bool:
-    """Whether a text goes round in circles: of its runs of three words, at least half stood earlier in it."""
+def is_repetitive(text: str) -> bool:
+    """True if at least half of a text's runs of three words repeat earlier ones."""
     words = text.lower().split()
-    runs = [tuple(words[place : place + 3]) for place in range(len(words) - 2)]
+    runs = [tuple(words[start : start + 3]) for start in range(len(words) - 2)]
     return len(runs) > 3 and len(set(runs)) <= len(runs) / 2
 
 
-def summary(shards: Iterable[Path], settings: RecaptionSettings, images: int) -> str:
-    """What is wrong with how many of the new captions, in one line.
+def summarize(shards: Iterable[Path], settings: RecaptionSettings, images: int) -> str:
+    """Count the defects of the new captions, in one line.
 
     Args:
-        shards: all of them.
-        settings: of the run.
-        images: of the data set.
+        shards: all shards of the data set.
+        settings: settings of the captions.
+        images: number of images of the data set.
     """
-    count = empty = duplicated = circling = cut = 0
+    count = empty = duplicated = repetitive = truncated = 0
     seen: set[bytes] = set()
     for path in shards:
         table = pq.read_table(path, columns=[settings.output_column, settings.cut_column])
         texts = table[settings.output_column].to_pylist()
         count += len(texts)
-        cut += sum(table[settings.cut_column].to_pylist())
+        truncated += sum(table[settings.cut_column].to_pylist())
         for text in texts:
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             empty += not text
             duplicated += bool(text) and digest in seen
-            circling += repeats_itself(text)
+            repetitive += is_repetitive(text)
             seen.add(digest)
     return (
         f"{count} captions; {images - count} images could not be read; {empty} captions are empty, {duplicated} "
-        f"repeat an earlier one, {circling} repeat themselves, {cut} were cut by `max_new_tokens` "
+        f"repeat an earlier one, {repetitive} repeat themselves, {truncated} were truncated by `max_new_tokens` "
         f"{settings.max_new_tokens}"
     )
 
@@ -309,23 +323,26 @@ def summary(shards: Iterable[Path], settings: RecaptionSettings, images: int) ->
 def recaption(
     settings: RecaptionSettings, output_dir: Path, batch_size: int = 8, device: torch.device | str | None = None
 ) -> str:
-    """Caption what is not yet captioned, on one or several processes; then show the result as `output_dir/data`.
+    """Caption the remaining images of a data set, on one or several processes, into `output_dir/data`.
 
-    May be killed and started again, also with another number of processes, batch size or device. Processes take
-    shards in turn.
+    If it is interrupted, call it again: it resumes, also with another number of processes, batch size or device.
 
     Args:
-        settings: what the captions depend on.
-        output_dir: for this data set alone; `load_source` and `datasets.load_dataset` open it when it is complete.
-        batch_size: images at once; it may change the last digits of a model's output, and with them a word.
-        device: None: the one of this process.
+        settings: settings that determine the captions.
+        output_dir: folder for this data set alone; `load_source` and `datasets.load_dataset` open it once complete.
+        batch_size: images per forward pass. It may change the last digits of a model's output, and with them a word.
+        device: device of the model. Default: the device of this process.
 
     Returns:
         The summary of all shards.
 
     Raises:
-        ValueError: for settings that do not fit the data, the model or what the folder was begun with.
-        OSError: if there is no such model, or the disk is full.
+        ValueError: for settings that do not fit the data, the model, or an existing `output_dir`.
+        OSError: if the model does not exist or the disk is full.
+
+    Example:
+        >>> settings = RecaptionSettings("HuggingFaceTB/SmolVLM-500M-Instruct", "photos")
+        >>> print(recaption(settings, Path("photos_long")))
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -337,27 +354,26 @@ def recaption(
         caption_columns=settings.caption_columns,
     )
     if not isinstance(source, StoredImages):
-        raise ValueError(f"`dataset_name` is {settings.dataset_name!r}, whose captions say all there is to see.")
+        raise ValueError(
+            f"`dataset_name` is {settings.dataset_name!r}, whose captions are complete already. Pass stored images."
+        )
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():
         check_settings(output_dir, {**json.loads(json.dumps(asdict(settings))), "images": len(source)})
     count = -(-len(source) // settings.shard_samples)
     names = [f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-    finished, folder = output_dir / DATA, output_dir / UNFINISHED
+    finished, folder = output_dir / DATA_FOLDER, output_dir / UNFINISHED
     if not finished.exists():
         folder.mkdir(exist_ok=True)
-        mine = range(state.process_index, count, state.num_processes)
-        _caption_shards(
-            [(number, folder / names[number]) for number in mine],
-            source, settings, batch_size, device or state.device,
-        )  # fmt: skip
+        own = [(number, folder / names[number]) for number in range(state.process_index, count, state.num_processes)]
+        _caption_shards(own, source, settings, batch_size, device or state.device)
         state.wait_for_everyone()
         if state.is_main_process:
-            for left in folder.glob(f"*{UNFINISHED}"):  # by a process that was killed
-                left.unlink()
+            for leftover in folder.glob(f"*{UNFINISHED}"):  # of an interrupted process
+                leftover.unlink()
             os.replace(folder, finished)
         state.wait_for_everyone()
-    return summary([finished / name for name in names], settings, len(source))
+    return summarize([finished / name for name in names], settings, len(source))
 
 
 def _caption_shards(
@@ -371,8 +387,8 @@ def _caption_shards(
     if not missing:
         return
     captioner = Captioner(settings, device)
-    for number, path in tqdm(missing, desc=f"Captioning shards, {len(shards) - len(missing)} done before"):
-        torch.manual_seed(settings.seed + number)  # a shard does not depend on what ran before it
+    for number, path in tqdm(missing, desc=f"captioning shards ({len(shards) - len(missing)} already done)"):
+        torch.manual_seed(settings.seed + number)  # so that a shard does not depend on the shards before it
         start = number * settings.shard_samples
         indices = range(start, min(start + settings.shard_samples, len(source)))
         write_shard(caption_rows(source, indices, captioner, settings, batch_size), settings, path)

@@ -1,4 +1,4 @@
-"""The stream of samples of a run: which sample every process reads at every step, as pure arithmetic."""
+"""Batch samplers: the samples that each process reads at each step, as pure arithmetic on seed and step."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from .buckets import Buckets
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the stream: what is to be read there.
+    """Position of a sample in a run.
 
     Args:
-        step: the optimizer step that uses the sample.
-        sample_index: the place in the stream, from 0.
-        dataset_index: the sample of the data set that stands there.
-        bucket: which of the run's `Buckets` it belongs to, and so its size; the same for all samples of a step.
+        step: optimizer step that uses the sample.
+        sample_index: index in the run's sequence of samples, from 0.
+        dataset_index: index in the data set.
+        bucket: index of its bucket in the run's `Buckets`, the same for all samples of a step.
     """
 
     step: int
@@ -29,21 +29,29 @@ class Position:
 
 
 class StreamSampler(Sampler[list[Position]]):
-    """A batch sampler that starts at any step and splits each step's samples over processes and micro-batches.
+    """Batch sampler that starts at any step and divides each step's samples among processes and micro-batches.
 
-    Step s of the stream uses its places [s * G, (s + 1) * G), G = batch_size * accumulation * world_size, whatever
-    the three factors are. Epochs follow each other without a gap, each in an order of its own: no sample is lost or
-    doubled. Nothing is remembered, so resuming is starting at a later step.
+    Step s uses the samples [s * G, (s + 1) * G) of the run, G = batch_size * accumulation * world_size, whatever the
+    three factors are. Epochs follow each other without a gap, each in an order of its own: no sample is lost or
+    repeated. The sampler has no state; to resume, start it at a later step.
 
     Args:
         dataset_size: number of samples, at least 1.
         batch_size: samples per process and micro-batch.
         start_step, stop_step: half-open range of optimizer steps.
         accumulation: micro-batches per step.
-        rank, world_size: this process among all.
-        seed: of the orders of the epochs.
-        shuffle: False reads in the order of the data set: for data that are drawn at random anyway.
-        first_step: the optimizer step with which the stream begins.
+        rank: rank of this process.
+        world_size: number of processes.
+        seed: seed of the orders of the epochs.
+        shuffle: False keeps the order of the data set, for data that are random already.
+        first_step: optimizer step at which the sequence of samples begins.
+
+    Raises:
+        ValueError: if `dataset_size` is below 1.
+
+    Example:
+        >>> sampler = StreamSampler(dataset_size=1000, batch_size=8, start_step=0, stop_step=100)
+        >>> [position.dataset_index for position in next(iter(sampler))]
     """
 
     def __init__(
@@ -77,17 +85,17 @@ class StreamSampler(Sampler[list[Position]]):
         return max(self.stop_step - self.start_step, 0) * self.accumulation
 
     def position(self, step: int, sample_index: int) -> Position:
-        """What stands at a place of the stream, given the step that the place belongs to."""
+        """Return the position with index `sample_index`, given the step that it belongs to."""
         return Position(step, sample_index, self._dataset_index(sample_index))
 
     def _dataset_index(self, sample_index: int) -> int:
-        epoch, place = divmod(sample_index, self.dataset_size)
+        epoch, offset = divmod(sample_index, self.dataset_size)
         if not self.shuffle:
-            return place
+            return offset
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch_order = (epoch, torch.randperm(self.dataset_size, generator=generator))
-        return int(self._epoch_order[1][place])
+        return int(self._epoch_order[1][offset])
 
     def __iter__(self) -> Iterator[list[Position]]:
         micro_batch = self.batch_size * self.world_size
@@ -99,28 +107,28 @@ class StreamSampler(Sampler[list[Position]]):
 
 
 class BucketStreamSampler(StreamSampler):
-    """A `StreamSampler` whose steps each take all their samples, of all processes and micro-batches, from one bucket.
+    """`StreamSampler` that takes all samples of a step, of all processes and micro-batches, from one bucket.
 
-    Every bucket is an endless stream of its own: its n images once in an order of their own, then once in another,
-    without a gap; its k-th step takes the places [k * G, (k + 1) * G) of it, G = samples of a step. In the first e
-    epochs of the stream it has floor(e * n / G) steps, as many as its e * n images fill. Epoch e consists of the
-    floor((e + 1) * n / G) - floor(e * n / G) steps of each bucket that come new, in a seeded order. So
+    Every bucket has an endless sequence of its own: its n images in one order, then in another, without a gap. Its
+    k-th step takes the samples [k * G, (k + 1) * G) of that sequence, G = samples per step. The first e epochs have
+    floor(e * n / G) steps of the bucket, as many as e * n images fill. Epoch e consists of the
+    floor((e + 1) * n / G) - floor(e * n / G) new steps of each bucket, in a seeded order. Therefore
 
-    - no image comes for the (k + 1)-th time before every other one of its bucket has come k times;
-    - at the end of epoch e every image has come e + 1 times, but for the last ((e + 1) * n) mod G places of its
-      bucket's stream, fewer than a step: they are carried over, and come first in the bucket's next step.
+    - no image is used for the (k + 1)-th time before every image of its bucket was used k times;
+    - at the end of epoch e every image was used e + 1 times, except the last ((e + 1) * n) mod G samples of its
+      bucket's sequence, fewer than a step. The next step of the bucket begins with these.
 
-    Where one pass through a bucket ends inside a step, an image can come twice in that step.
-    All of it follows from (seed, step): nothing is remembered, and resuming is starting at a later step.
+    An image can appear twice in a step in which its bucket begins a new order.
 
     Args:
-        buckets: the images of each bucket.
+        buckets: images of each bucket.
         batch_size: samples per process and micro-batch.
         start_step, stop_step: half-open range of optimizer steps.
         accumulation: micro-batches per step.
-        rank, world_size: this process among all.
-        seed: of the orders of images and buckets.
-        first_step: the optimizer step with which the stream begins; steps and epochs are counted from there.
+        rank: rank of this process.
+        world_size: number of processes.
+        seed: seed of the orders of images and buckets.
+        first_step: optimizer step at which the sequence of samples begins; epochs count from there.
     """
 
     def __init__(
@@ -142,33 +150,34 @@ class BucketStreamSampler(StreamSampler):
         )
         self.buckets = buckets
         self.step_size = batch_size * accumulation * world_size
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # first step; bucket and its step, of each step
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket: (pass through it, the images in order)
+        # first step of an epoch; for each of its steps the bucket and the number of the bucket's step
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket: (number of the order, the images in order)
 
     def position(self, step: int, sample_index: int) -> Position:
         bucket, bucket_step = self._bucket_of_step(sample_index // self.step_size)
-        place = bucket_step * self.step_size + sample_index % self.step_size
-        passes, offset = divmod(place, self.bucket_sizes[bucket])
-        return Position(step, sample_index, int(self._order(bucket, passes)[offset]), bucket)
+        bucket_index = bucket_step * self.step_size + sample_index % self.step_size
+        number, offset = divmod(bucket_index, self.bucket_sizes[bucket])
+        return Position(step, sample_index, int(self._order(bucket, number)[offset]), bucket)
 
     def steps_before(self, epoch: int) -> int:
-        """How many steps of the stream the epochs before this one have."""
+        """Number of steps in all epochs before this one."""
         return sum(epoch * size // self.step_size for size in self.bucket_sizes)
 
     def epoch_of_step(self, step: int) -> int:
-        """The epoch that a step of the stream belongs to."""
-        # each bucket is less than a step short of its share, so that this many epochs have more than `step` steps
-        enough = (step + len(self.bucket_sizes) + 1) * self.step_size // self.dataset_size + 1
-        return bisect_right(range(enough + 1), step, key=self.steps_before) - 1
+        """Epoch of a step, counted from `first_step`."""
+        # each bucket is less than one step short of its share, so this many epochs have more than `step` steps
+        upper_bound = (step + len(self.bucket_sizes) + 1) * self.step_size // self.dataset_size + 1
+        return bisect_right(range(upper_bound + 1), step, key=self.steps_before) - 1
 
     def _bucket_of_step(self, step: int) -> tuple[int, int]:
-        """The bucket that a step of the stream reads, and how many steps have read it before."""
+        """Return the bucket of a step, and the number of earlier steps of that bucket."""
         if self._epoch is None or not 0 <= step - self._epoch[0] < len(self._epoch[1]):
-            self._epoch = self._plan(self.epoch_of_step(step))
+            self._epoch = self._plan_epoch(self.epoch_of_step(step))
         first, buckets, bucket_steps = self._epoch
         return int(buckets[step - first]), int(bucket_steps[step - first])
 
-    def _plan(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def _plan_epoch(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
         bounds = [(epoch * n // self.step_size, (epoch + 1) * n // self.step_size) for n in self.bucket_sizes]
         buckets = np.repeat(np.arange(len(bounds)), [stop - start for start, stop in bounds])
         buckets = _generator(self.seed, epoch, 0).permutation(buckets)
@@ -177,10 +186,10 @@ class BucketStreamSampler(StreamSampler):
             bucket_steps[buckets == bucket] = np.arange(start, stop)
         return self.steps_before(epoch), buckets, bucket_steps
 
-    def _order(self, bucket: int, passes: int) -> np.ndarray:
-        if self._orders.get(bucket, (-1,))[0] != passes:
-            order = _generator(self.seed, passes, 1 + bucket).permutation(self.buckets.members[bucket])
-            self._orders[bucket] = (passes, order)
+    def _order(self, bucket: int, number: int) -> np.ndarray:
+        if self._orders.get(bucket, (-1,))[0] != number:
+            order = _generator(self.seed, number, 1 + bucket).permutation(self.buckets.members[bucket])
+            self._orders[bucket] = (number, order)
         return self._orders[bucket][1]
 
 
@@ -190,10 +199,10 @@ def _generator(seed: int, epoch: int, purpose: int) -> np.random.Generator:
 
 
 def every_sample_once(buckets: Buckets, batch_size: int) -> list[list[Position]]:
-    """Batches for validation: bucket after bucket in the order of the data; a bucket's last batch may be smaller.
+    """Return validation batches: bucket after bucket in the order of the data. A bucket's last batch may be smaller.
 
-    They belong to no step (-1), and a sample's place in the data set is its place in the stream, so that its crop and
-    noise are always the same.
+    The positions have step -1 and the index in the data set as `sample_index`, so that the crop and the noise of a
+    sample are always the same.
     """
     batches = []
     for bucket, members in enumerate(buckets.members):

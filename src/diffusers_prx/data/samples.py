@@ -1,5 +1,7 @@
-"""How an image of a source becomes a training sample, and samples a batch."""
+"""Training samples: crop and flip images, choose captions, replace unusable samples, and collate batches."""
 
+import functools
+import itertools
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,34 +12,38 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .buckets import Buckets, Size, cover
+from .buckets import Buckets, Size, resize_scale_and_crop
 from .captioned import CaptionedImages
 from .captions import choose_caption
 from .images import UnfitSample, UnreadableSample
 from .samplers import Position
 
-# after so many samples in a row that cannot be used, something is wrong with all of them
+# After this many unusable samples in a row the data as a whole are taken to be unusable.
 MAX_REPLACEMENTS = 1000
 
 
 def fit_image(
     image: PIL.Image.Image, size: Size, center_crop: bool, random_flip: bool, rng: random.Random
 ) -> PIL.Image.Image:
-    """Resize an image so that it covers `size` (antialiased, never distorted), crop the rest, and perhaps flip it.
+    """Resize an image so that it covers `size` (antialiased, undistorted), crop the rest, and optionally flip it.
 
     Args:
-        image: RGB.
+        image: RGB image.
         size: (height, width) of the result in pixels.
-        center_crop: crop the center, not a random place.
-        random_flip: mirror half of the images from left to right.
-        rng: of the place of the crop and of the flip.
+        center_crop: True crops the center, False a random position.
+        random_flip: True mirrors half of the images horizontally.
+        rng: generator of the crop's position and of the flip.
+
+    Example:
+        >>> fit_image(image, (512, 512), center_crop=True, random_flip=False, rng=random.Random(0)).size
+        (512, 512)
     """
     height, width = size
     scale = max(height / image.height, width / image.width)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left, top = covering[0] - width, covering[1] - height
     left, top = (left // 2, top // 2) if center_crop else (rng.randint(0, left), rng.randint(0, top))
-    # only what is kept is resized: the whole of a very long image, enlarged, would fill the memory
+    # only the kept part is resized: the whole of a very long image, enlarged, would fill the memory
     box = (
         left * image.width / covering[0],
         top * image.height / covering[1],
@@ -50,18 +56,55 @@ def fit_image(
     return image
 
 
-class TrainingSamples(Dataset):
-    """What the data loader reads: positions of the stream in, samples of a batch out.
+def image_to_tensor(image: PIL.Image.Image) -> torch.Tensor:
+    """Convert an RGB image to uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
-    A sample that cannot be read, or that does not fit its bucket, is replaced by the next one of the bucket, and
-    counted.
+
+def first_usable(attempts: Iterable[Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Return the first sample that can be used.
+
+    Args:
+        attempts: functions that return a sample, or raise `UnreadableSample` or `UnfitSample`.
+
+    Returns:
+        The sample, with the messages of the unreadable samples before it as "unreadable" and the number of those that
+        did not fit their bucket as "unfit".
+
+    Raises:
+        ValueError: if no attempt succeeds, or `MAX_REPLACEMENTS` fail in a row.
+    """
+    unreadable: list[str] = []
+    unfit: list[str] = []
+    for attempt in itertools.islice(attempts, MAX_REPLACEMENTS):
+        try:
+            return {**attempt(), "unreadable": unreadable, "unfit": len(unfit)}
+        except UnreadableSample as error:
+            unreadable.append(str(error))
+        except UnfitSample as error:
+            unfit.append(str(error))
+    raise ValueError(
+        f"None of {len(unreadable) + len(unfit)} samples in a row is usable: {len(unreadable)} are unreadable and "
+        f"{len(unfit)} do not fit their bucket. The first: {(unreadable + unfit)[0]}."
+    )
+
+
+class TrainingSamples(Dataset):
+    """Data set for a data loader: maps a `Position` to the training sample at that position.
+
+    A sample that is unreadable or does not fit its bucket is replaced by the next sample of the bucket, and counted.
 
     Args:
         source: captioned images.
-        buckets: the sizes of the samples, and which images may replace each other.
+        buckets: sizes of the samples, and the images that may replace each other.
         center_crop, random_flip: see `fit_image`.
-        derive_seed: (step, sample_index, purpose) -> seed of the sample's crop, flip and choice of the caption.
-        caption_weights: of the captions, by column, where samples have several: {"captions": {column: text}}.
+        derive_seed: function (step, sample_index, purpose) -> seed of the sample's crop, flip and caption choice.
+        caption_weights: probability of each caption column; None uses the sample's "caption".
+
+    Example:
+        >>> samples = TrainingSamples(source, Buckets.square(256, len(source)), True, False, derive_seed)
+        >>> samples[Position(step=0, sample_index=0, dataset_index=3)]["pixels_uint8"].shape
+        torch.Size([3, 256, 256])
     """
 
     def __init__(
@@ -86,77 +129,64 @@ class TrainingSamples(Dataset):
     def _rng(self, position: Position, purpose: str) -> random.Random:
         return random.Random(self.derive_seed(position.step, position.sample_index, purpose))
 
-    def _caption(self, sample: dict[str, Any], position: Position) -> str:
+    def _caption(self, sample: Mapping[str, Any], position: Position) -> str:
         if self.caption_weights is None:
             return sample["caption"]
-        return choose_caption(
-            sample["captions"], dict(self.caption_weights), self._rng(position, "caption_choice").random()
-        )
+        uniform = self._rng(position, "caption_choice").random()
+        return choose_caption(sample["captions"], self.caption_weights, uniform)
 
     def __getitem__(self, position: Position) -> dict[str, Any]:
-        size = self.buckets.sizes[position.bucket]
         members = self.buckets.members[position.bucket]
-        place = bisect_left(members, position.dataset_index)
-        unreadable: list[str] = []
-        unfit: list[str] = []
-        for offset in range(min(len(members), MAX_REPLACEMENTS)):
-            index = int(members[(place + offset) % len(members)])
+        first = bisect_left(members, position.dataset_index)
+
+        def attempt(offset: int) -> dict[str, Any]:
+            index = int(members[(first + offset) % len(members)])
             try:
-                return {
-                    **self._read(index, position),
-                    "unreadable": unreadable,
-                    "unfit": len(unfit),
-                }
-            except UnreadableSample as error:
-                unreadable.append(str(error))
+                return self._read(index, position)
             except UnfitSample as error:
-                unfit.append(f"sample {index}: {error}")
-        raise ValueError(
-            f"None of {len(unreadable) + len(unfit)} samples in a row can be used: {len(unreadable)} cannot be "
-            f"read and {len(unfit)} do not fit {size[0]} x {size[1]} pixels (height x width); the first: "
-            f"{(unreadable + unfit)[0]}."
-        )
+                raise UnfitSample(f"sample {index}: {error}") from error
+
+        return first_usable(functools.partial(attempt, offset) for offset in range(len(members)))
 
     def _read(self, index: int, position: Position) -> dict[str, Any]:
-        """The sample of a batch that stands at a place of the source; raises as `make` does."""
         return self.make(self.source[index], position)
 
-    def make(self, sample: dict[str, Any], position: Position) -> dict[str, Any]:
-        """The sample of a batch that a sample of the source makes at a position of the stream.
+    def make(self, sample: Mapping[str, Any], position: Position) -> dict[str, Any]:
+        """Make the training sample of a source's sample at a position.
 
         Raises:
-            UnreadableSample: if it has no caption of those that are drawn from.
+            UnreadableSample: if the sample has none of the weighted captions.
             UnfitSample: if its image would be enlarged or cropped too much.
         """
         caption, image = self._caption(sample, position), sample["image"]
-        misfit = self.buckets.misfit(image.width, image.height, position.bucket)
-        if misfit is not None:
-            raise UnfitSample(misfit)
+        rejection = self.buckets.rejection_reason(image.width, image.height, position.bucket)
+        if rejection is not None:
+            raise UnfitSample(rejection)
         size = self.buckets.sizes[position.bucket]
         fitted = fit_image(image, size, self.center_crop, self.random_flip, self._rng(position, "crop"))
         return {
-            "pixels_uint8": torch.from_numpy(np.array(fitted, dtype=np.uint8)).permute(2, 0, 1),  # (3, H, W)
+            "pixels_uint8": image_to_tensor(fitted),  # (3, H, W)
             "caption": caption,
             "sample_index": position.sample_index,
-            "upscaled": int(cover(image.width, image.height, size)[0] > 1),
+            "upscaled": int(resize_scale_and_crop(image.width, image.height, size)[0] > 1),
         }
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put samples of one size together.
+    """Collate samples of one size.
 
     Returns:
-        "pixels_uint8" (B, 3, H, W); "captions" and "sample_index", B of each; "unreadable": a message for every sample
-        that could not be read; "unfit" and "upscaled": how many did not fit their bucket, and how many were enlarged.
+        "pixels_uint8" (B, 3, H, W); "captions" and "sample_index", lists of length B; "unreadable", the messages of
+        all unreadable samples; "unfit" and "upscaled", the numbers of samples that did not fit and that were enlarged.
     """
     return {
         "pixels_uint8": torch.stack([sample["pixels_uint8"] for sample in samples]),
-        **collate_record(samples),
+        **collate_metadata(samples),
     }
 
 
-def collate_record(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a batch says beside its tensors, wherever these come from; see `collate`."""
+def collate_metadata(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collate everything but the tensors, see `collate`."""
     return {
         "captions": [sample["caption"] for sample in samples],
         "sample_index": [sample["sample_index"] for sample in samples],
@@ -172,7 +202,7 @@ def build_loader(
     num_workers: int,
     collate_fn: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] = collate,
 ) -> DataLoader:
-    """A loader over batches of positions; what it gives does not depend on the number of workers."""
+    """Build a loader over batches of positions. The batches do not depend on the number of workers."""
     return DataLoader(
         samples,
         batch_sampler=batches,

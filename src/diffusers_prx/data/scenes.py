@@ -1,8 +1,8 @@
-"""Captioned scenes, drawn on the fly: the built-in data set, and the ground truth by which prompts are graded.
+"""Built-in data set of captioned scenes, drawn on the fly; also the ground truth for grading generated images.
 
-A scene is a plain background with one to four objects, each alone in one place of a grid. Everything the picture
-shows follows from the description (`Scene`), and everything in the description is said by the long caption. Scenes,
-wordings and pixels are pure functions of (seed, index, level, split): the same on any machine and in any process.
+A scene is a plain background with one to four objects, each in its own place of a grid. The description (`Scene`)
+determines the whole image, and the long caption states the whole description. Scenes, wordings and pixels are pure
+functions of (seed, index, level, split): the same on any machine and in any process.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ SHAPES: dict[str, Points] = {
     "moon": lambda u, v: (u**2 + v**2 <= 1) & ((u - 0.5) ** 2 + v**2 >= 0.7**2),
     "hourglass": lambda u, v: (abs(u) <= 0.1 + 0.85 * abs(v)) & (abs(v) <= 0.95),
 }
-# Which part of an object carries its color, besides its rim; the rest of it shows the background.
+# Part of an object that has its color, in addition to its rim; the rest shows the background.
 TEXTURES: dict[str, Points] = {
     "plain": lambda u, v: np.ones_like(u, dtype=bool),
     "striped": lambda u, v: (v / 0.66 + 0.3) % 1 <= 0.6,
@@ -82,10 +82,16 @@ _HELD_OUT_SHARE = 20
 
 @dataclass(frozen=True)
 class SceneLevel:
-    """What the scenes of a level are made of.
+    """Vocabulary of the scenes of a level.
 
-    `grid` is (rows, columns). `min_resolution` (pixels) is the smallest resolution from which
-    `diffusers_prx.evaluation.scene_checker` reads at least 99.5% of rendered scenes right.
+    Args:
+        name: name of the level.
+        shapes, colors, sizes, textures, backgrounds: accepted attributes.
+        grid: (rows, columns) of the places.
+        max_objects: largest number of objects.
+        relations: True if long captions state the relation of the first two objects.
+        min_resolution: smallest resolution in pixels at which `evaluation.scene_checker` reads at least 99.5% of the
+            rendered scenes correctly.
     """
 
     name: str
@@ -145,7 +151,7 @@ LEVELS: dict[str, SceneLevel] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `place` is its (row, column) in the grid, from the top left."""
+    """Object of a scene; `place` is its (row, column) in the grid, from the top left."""
 
     shape: str
     color: str
@@ -156,7 +162,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """The full description of a picture. The first object is the main one; the others follow in no set order."""
+    """Full description of an image. The first object is the main one; the others have no particular order."""
 
     level: str
     background: str
@@ -164,27 +170,27 @@ class Scene:
 
     @property
     def relation(self) -> str | None:
-        """How the first object lies to the second ("to the left of", "above and to the right of", ...), at levels
-        with relations and from two objects on; else `None`."""
+        """Relation of the first object to the second ("to the left of", "above and to the right of", ...), or None at
+        levels without relations and for a single object."""
         if not get_level(self.level).relations or len(self.objects) < 2:
             return None
         return relation_between(self.objects[0].place, self.objects[1].place)
 
 
 def one_of(name: str, value: str, accepted: Sequence[str]) -> str:
-    """`value`, or a `ValueError` that says what `name` accepts."""
+    """Return `value`, or raise a `ValueError` that lists the accepted values of the argument `name`."""
     if value not in accepted:
         raise ValueError(f"`{name}` is {value!r}; accepted: {', '.join(map(repr, accepted))}.")
     return value
 
 
 def get_level(level: str) -> SceneLevel:
-    """The level of that name, or a `ValueError` that lists the names."""
+    """Return the level of a name, or raise a `ValueError` that lists the names."""
     return LEVELS[one_of("level", level, tuple(LEVELS))]
 
 
 def grid_places(level: SceneLevel) -> list[tuple[int, int]]:
-    """(row, column) of every place of the level's grid, row by row from the top left."""
+    """List the places (row, column) of a level's grid, row by row from the top left."""
     return [(row, column) for row in range(level.grid[0]) for column in range(level.grid[1])]
 
 
@@ -194,14 +200,14 @@ def _check_resolution(resolution: int) -> None:
 
 
 def relation_between(first: tuple[int, int], second: tuple[int, int]) -> str:
-    """How the place `first` lies to the place `second`, in words."""
+    """Describe the position of the place `first` relative to the place `second` in words."""
     vertical = "above" if first[0] < second[0] else "below" if first[0] > second[0] else ""
     side = "left" if first[1] < second[1] else "right" if first[1] > second[1] else ""
     return " and ".join(filter(None, (vertical, f"to the {side} of" if side else "")))
 
 
 def random_stream(*key: str | int) -> random.Random:
-    # Python promises the same random() for the same string on every version; so every draw below is a random().
+    # Python guarantees the same random() for the same string on every version, so all choices use random() alone.
     return random.Random("/".join(map(str, key)))
 
 
@@ -210,7 +216,7 @@ def pick(rng: random.Random, options: Sequence[T]) -> T:
 
 
 def _is_held_out(scene: Scene) -> bool:
-    """By a hash of the description in which the order of the objects does not count."""
+    """True for descriptions of the heldout split, by a hash that ignores the order of the objects."""
     objects = sorted(f"{o.shape} {o.color} {o.size} {o.texture} {o.place[0]} {o.place[1]}" for o in scene.objects)
     digest = hashlib.sha256("|".join((scene.level, scene.background, *objects)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
@@ -218,7 +224,7 @@ def _is_held_out(scene: Scene) -> bool:
 
 @lru_cache(maxsize=8)
 def _choices(level: SceneLevel) -> tuple[tuple[tuple[str, str], ...], ...]:
-    """The (color, shape) pairs of the level: the held-out ones, and those of training."""
+    """Return the held-out and the trained (color, shape) pairs of a level."""
     pairs = [(color, shape) for color in level.colors for shape in level.shapes]
     return tuple(p for p in pairs if p in HELD_OUT_PAIRS), tuple(p for p in pairs if p not in HELD_OUT_PAIRS)
 
@@ -238,24 +244,35 @@ def _draw(rng: random.Random, level: SceneLevel, novel: bool) -> Scene:
 
 
 def sample_scene(index: int, *, seed: int, level: str, split: str = "train") -> Scene:
-    """Scene `index` of the stream (`seed`, `level`, `split`).
+    """Generate scene `index` of (`seed`, `level`, `split`).
 
-    One to `max_objects` objects, all counts equally likely; no two in one place, no two of the same color and shape.
+    A scene has one to `max_objects` objects, all counts equally likely; no two share a place, and no two have the same
+    color and shape.
 
     - `train`: no (color, shape) pair of `HELD_OUT_PAIRS`.
-    - `heldout`: no such pair either. Disjoint from `train` of every seed by full description (background and the set
-      of objects with all attributes, in any order): one description in twenty is kept back, by a hash. Parts are
-      not disjoint: each single object of a heldout scene also occurs in training. The easy level is finite
-      (448 descriptions of one object and 36,288 of two outside the held-out pairs), so its heldout split has
-      only 21 different pictures of one object.
+    - `heldout`: no such pair either. One description in twenty belongs to this split, by a hash of the background and
+      the set of objects with all attributes. It is therefore disjoint from `train` of every seed by description, but
+      not by parts: each single object of a heldout scene also occurs in training. The easy level is finite (448
+      descriptions of one object and 36,288 of two outside the held-out pairs), so its heldout split has only 21
+      different images of one object.
     - `novel`: the first object has a pair of `HELD_OUT_PAIRS`, all others have trained pairs.
 
-    Raises `ValueError` for an unknown level or split and for a negative index.
+    Args:
+        index: index of the scene, from 0.
+        seed: seed of all scenes.
+        level: name in `LEVELS`.
+        split: name in `SPLITS`.
+
+    Raises:
+        ValueError: for an unknown level or split, or a negative index.
+
+    Example:
+        >>> sample_scene(0, seed=0, level="easy").background
     """
     definition = get_level(level)
     one_of("split", split, SPLITS)
     if index < 0:
-        raise ValueError(f"`index` is {index}; it must be 0 or more.")
+        raise ValueError(f"`index` must be at least 0, got {index}.")
     rng = random_stream("scene", level, split, seed, index)
     while True:
         scene = _draw(rng, definition, novel=split == "novel")
@@ -265,14 +282,14 @@ def sample_scene(index: int, *, seed: int, level: str, split: str = "train") -> 
 
 @lru_cache(maxsize=2048)
 def object_mask(shape: str, size: str, texture: str, cell: int) -> Image.Image:
-    """How much of each pixel an object covers: mode "L", `cell` x `cell` pixels, 0..255, the object in the middle."""
+    """Draw the coverage of an object centered in its cell: mode "L", `cell` x `cell` pixels, 0 to 255."""
     oversampling = 8 if cell <= 32 else 4
     n = cell * oversampling
     axis = ((np.arange(n) + 0.5) / n * 2 - 1) / SIZES[size]
     v, u = np.meshgrid(axis, axis, indexing="ij")
     covered = inside = SHAPES[shape](u, v)
     if texture != "plain":
-        # The rim (what shrinking the shape cuts off) is always drawn, so that a texture does not hide the shape.
+        # The rim is always drawn, so that a texture does not hide the shape.
         width = (0.28 if texture == "outlined" else 0.12) * SIZES[size] * n / 2
         padded = np.pad(inside, n // 2)
         core = inside.copy()
@@ -285,25 +302,35 @@ def object_mask(shape: str, size: str, texture: str, cell: int) -> Image.Image:
 
 
 def cell_corner(place: tuple[int, int], grid: tuple[int, int], resolution: int) -> tuple[int, int, int]:
-    """(top, left, side) in pixels of the square that belongs to a place of the grid."""
+    """Return (top, left, side) in pixels of the square at a place of the grid."""
     cell = resolution // max(grid)
     top, left = ((2 * place[i] + 1) * resolution / (2 * grid[i]) - cell / 2 for i in (0, 1))
     return int(top + 0.5), int(left + 0.5), cell
 
 
 def render_scene(scene: Scene, resolution: int) -> Image.Image:
-    """Draws a scene: RGB, `resolution` x `resolution` pixels, antialiased, the same picture at every resolution up to
-    half a pixel. Nothing varies that the description does not say.
+    """Draw a scene: RGB, `resolution` x `resolution` pixels, antialiased.
 
-    Raises `ValueError` for a resolution outside 32..256, an attribute or place that the level does not have, or two
-    objects in one place.
+    The image is the same at every resolution, up to half a pixel, and depends on the description alone.
+
+    Args:
+        scene: scene to draw.
+        resolution: side of the image in pixels, 32 to 256.
+
+    Raises:
+        ValueError: for a resolution out of range, an attribute or place that the level lacks, or two objects in one
+            place.
+
+    Example:
+        >>> render_scene(sample_scene(0, seed=0, level="easy"), 64).size
+        (64, 64)
     """
     _check_resolution(resolution)
     level = get_level(scene.level)
     one_of("background", scene.background, level.backgrounds)
     image = Image.new("RGB", (resolution, resolution), BACKGROUNDS[scene.background])
     if len({thing.place for thing in scene.objects}) < len(scene.objects):
-        raise ValueError("Two objects of the scene are in one place; each needs its own.")
+        raise ValueError("`scene` has two objects in one place; each needs its own.")
     for thing in scene.objects:
         one_of("shape", thing.shape, level.shapes)
         one_of("color", thing.color, level.colors)
@@ -316,7 +343,7 @@ def render_scene(scene: Scene, resolution: int) -> Image.Image:
     return image
 
 
-# Wordings. `{things}` are "a large red circle in the top left corner" joined by commas and "and".
+# Wordings; `{things}` is a list such as "a large red circle in the top left corner and a small blue star".
 _LONG_PATTERNS = (
     "{things} on a {background} background.",
     "{things} against a {background} background.",
@@ -364,8 +391,11 @@ def _noun(thing: SceneObject, rng: random.Random) -> str:
 
 
 def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
-    """A caption that states the background and every attribute of every object (texture where it is not plain), in
-    the order of `scene.objects`, and `scene.relation` where there is one. (seed, index) choose the wording."""
+    """Write a caption of the whole description; (seed, index) choose the wording.
+
+    It states the background, every attribute of every object in the order of `scene.objects` (the texture unless it is
+    plain), and `scene.relation` if there is one.
+    """
     rng, grid = random_stream("long", seed, index), get_level(scene.level).grid
     nouns = [_noun(thing, rng) for thing in scene.objects]
     places = [pick(rng, _place_phrases(thing.place, grid)) for thing in scene.objects]
@@ -378,7 +408,7 @@ def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
         joined = " and ".join(filter(None, (", ".join(things[:-1]), things[-1])))
         text = _capital(pattern.format(things=joined, background=scene.background))
     if scene.relation is not None:
-        # Said from either end: "A is above B" or "B is below A".
+        # either "A is above B" or "B is below A"
         first, second = scene.objects[:2] if rng.random() < 0.5 else scene.objects[1::-1]
         names = {"first": f"{first.color} {first.shape}", "second": f"{second.color} {second.shape}"}
         text += " " + _RELATION_SENTENCE.format(relation=relation_between(first.place, second.place), **names)
@@ -386,18 +416,34 @@ def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
 
 
 def short_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
-    """A caption about the first object only: its size, texture (where not plain), color, shape and place. It says
-    nothing about the background and the other objects. (seed, index) choose the wording."""
+    """Write a caption of the first object alone; (seed, index) choose the wording.
+
+    It states size, texture (unless plain), color, shape and place, and neither the background nor other objects.
+    """
     rng, thing = random_stream("short", seed, index), scene.objects[0]
     place = pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))
     return _capital(pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
 
 
 class ScenesDataset(torch.utils.data.Dataset):
-    """Map-style data set of `size` scenes. Item i is {"image": RGB picture of `resolution` pixels, "caption": str,
-    "scene": `Scene`}, drawn when asked for, and the same for the same arguments whatever `size` is.
+    """Map-style data set of `size` scenes, drawn on access.
 
-    Raises `ValueError` for an unknown level, split or caption, a resolution outside 32..256, or a size below one.
+    Item i is {"image": RGB image of `resolution` pixels, "caption": str, "scene": `Scene`}, independent of `size`.
+
+    Args:
+        level: name in `LEVELS`.
+        resolution: side of the images in pixels, 32 to 256.
+        seed: seed of the scenes and of their wordings.
+        split: name in `SPLITS`, see `sample_scene`.
+        caption: "long" or "short".
+        size: number of scenes.
+
+    Raises:
+        ValueError: for an unknown level, split or caption, a resolution out of range, or a size below one.
+
+    Example:
+        >>> scenes = ScenesDataset("easy", resolution=64)
+        >>> scenes[0]["caption"]
     """
 
     def __init__(
@@ -412,7 +458,7 @@ class ScenesDataset(torch.utils.data.Dataset):
         get_level(level)
         _check_resolution(resolution)
         if size < 1:
-            raise ValueError(f"`size` is {size}; it must be 1 or more.")
+            raise ValueError(f"`size` must be at least 1, got {size}.")
         self.level, self.resolution, self.seed, self.size = level, resolution, seed, size
         self.split = one_of("split", split, SPLITS)
         self.caption = one_of("caption", caption, CAPTIONS)

@@ -1,19 +1,19 @@
-"""Opening the data of a run: which kind of source a name stands for is decided from what is there.
+"""Open the data of a run. The kind of source is derived from its name and the files that it refers to.
 
-| name | what it is | read by index | streamed |
+| name | source | random access | streaming |
 |---|---|---|---|
-| `scenes` | the built-in scenes | yes | no need |
-| `emoji_scenes` | scenes of the drawings of the emoji data set | yes | no need |
-| folder of pictures with a metadata.jsonl | or metadata.csv, .parquet, which have the captions | yes | yes |
-| folder of pictures | a .txt (or .json) beside each | yes | no |
+| `scenes` | built-in scenes | yes | not needed |
+| `emoji_scenes` | scenes of drawings from the emoji data set | yes | not needed |
+| folder of images with a metadata.jsonl, .csv or .parquet | captions from the metadata | yes | yes |
+| folder of images | captions from a .txt or .json next to each image | yes | no |
 | parquet file, pattern, or folder of them | images as bytes | yes | yes |
-| tar, pattern, or folder of them | WebDataset, on this machine | yes | yes |
-| tar, pattern behind http(s)://, hf:// and the like | WebDataset, elsewhere | no | yes |
-| folder that `save_to_disk` wrote | | yes | no |
-| any other name or folder | what `datasets.load_dataset` opens | yes | yes |
+| local tar, pattern, or folder of them | WebDataset | yes | yes |
+| remote tar or pattern: http(s)://, hf://, ... | WebDataset | no | yes |
+| folder written by `save_to_disk` | `datasets` data set | yes | no |
+| any other name or folder | opened by `datasets.load_dataset` | yes | yes |
 
-Patterns have `*`, `?`, `{a,b}` and `{000..123}`; http cannot list files and takes braces only. What a folder is, is
-decided in `folders.folder_kind`; `~` and `$HOME` are replaced.
+Patterns may contain `*`, `?`, `{a,b}` and `{000..123}`; http servers cannot list files, so their patterns may contain
+braces only. `folders.folder_kind` decides the kind of a folder. `~` and `$HOME` are expanded.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ import huggingface_hub
 import pyarrow as pa
 
 from ..files import expand_path, is_remote, printable, read_yaml
-from .captioned import CaptionedImages, ListedImages, OneCaption, Slice, StoredImages
+from .captioned import CaptionedImages, ListedImages, SingleCaptionImages, Slice, StoredImages
 from .captions import require_column
 from .emoji_scenes import EmojiScenesDataset
-from .folders import Contents, FolderImages, folder_kind, list_folder, split_folder
-from .images import NOWHERE, Scope, UnreadableSample, image_value, to_rgb
+from .folders import FolderContents, FolderImages, folder_kind, list_folder, split_folder
+from .images import NO_FILES, AllowedFiles, UnreadableSample, image_value, to_rgb
 from .iterable import HubShards, ListedShards, Shards
 from .scenes import CAPTIONS, ScenesDataset, one_of
 from .tars import TarImages, TarShards
@@ -54,24 +54,31 @@ __all__ = [
     "to_rgb",
 ]
 
-# sources that are drawn on the fly
-DRAWN: dict[str, Any] = {"scenes": ScenesDataset, "emoji_scenes": EmojiScenesDataset}
-# one of these is in a folder that `save_to_disk` wrote
-SAVED = ("state.json", "dataset_dict.json")
+# sources whose images are drawn on the fly
+DRAWN_SOURCES: dict[str, Any] = {"scenes": ScenesDataset, "emoji_scenes": EmojiScenesDataset}
+# `save_to_disk` writes one of these files
+SAVED_MARKERS = ("state.json", "dataset_dict.json")
 
 
 class HubImages(StoredImages):
-    """Captioned images of a `datasets` data set: from the Hub, or from tables on disk.
+    """Captioned images of a `datasets` data set, from the Hub or from local tables.
+
+    Images are decoded here one by one, not by `datasets`: a corrupt file is then an `UnreadableSample` and does not
+    end the run.
 
     Args:
-        dataset: the data set.
-        image_column, caption_columns: its columns. Images are decoded here, one by one, so that a corrupt file is an
-            `UnreadableSample` and not the end of the run. Of several captions (a list) the first is taken.
-        label: its name, for messages.
-        scope: the files that its cells may name; by default none, they must hold bytes.
+        dataset: map-style data set.
+        image_column: column of the images.
+        caption_columns: columns of the captions. If a cell holds a list of captions, the first is used.
+        label: name of the data set, for messages.
+        allowed_files: files that cells may name. Default: none; cells must hold bytes.
 
     Raises:
-        ValueError: if a column is missing, with the columns that are there.
+        ValueError: if a column is missing.
+
+    Example:
+        >>> images = HubImages(datasets.load_dataset("me/photos", split="train"), "image", ["text"], "photos")
+        >>> images[0]["caption"]
     """
 
     def __init__(
@@ -80,37 +87,41 @@ class HubImages(StoredImages):
         image_column: str,
         caption_columns: Sequence[str],
         label: str,
-        scope: Scope = NOWHERE,
+        allowed_files: AllowedFiles = NO_FILES,
     ):
         for option, column in (("image_column", image_column), *(("caption_column", c) for c in caption_columns)):
             require_column(option, column, dataset.column_names)
         self.images = dataset.select_columns([image_column])
-        if isinstance(dataset.features[image_column], datasets.Image):  # plain bytes would be copied by a cast
+        if isinstance(dataset.features[image_column], datasets.Image):  # a cast would copy a column of plain bytes
             self.images = self.images.cast_column(image_column, datasets.Image(decode=False))
         self.texts = dataset.select_columns(list(dict.fromkeys(caption_columns)))
         self.image_column = image_column
         self.label = label
-        self.scope = scope
+        self.allowed_files = allowed_files
 
     def __len__(self) -> int:
         return len(self.images)
 
     def stored_image(self, index: int) -> bytes | str | None:
-        return self.scope.locate(image_value(self.images[index][self.image_column]))
+        return self.allowed_files.resolve(image_value(self.images[index][self.image_column]))
 
     def stored_captions(self, index: int) -> dict[str, Any]:
         return self.texts[index]
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         image = image_value(self.images[index][self.image_column])
         return image if isinstance(image, str) else self.label
 
 
 class SceneImages:
-    """Scenes that are drawn on the fly, with their long and short captions as columns.
+    """Scenes drawn on the fly, with their long and short captions as columns.
+
+    Args:
+        scenes: scenes to draw.
+        caption_columns: `long`, `short` or both.
 
     Raises:
-        ValueError: for a column that is neither.
+        ValueError: for another column.
     """
 
     def __init__(self, scenes: ScenesDataset | EmojiScenesDataset, caption_columns: Sequence[str]):
@@ -126,7 +137,7 @@ class SceneImages:
         return {**sample, "captions": captions, "caption": captions[self.columns[0]]}
 
     def captions(self, index: int) -> dict[str, str]:
-        scene = self.scenes.scene(index)  # not drawn for this
+        scene = self.scenes.scene(index)
         return {column: self.scenes.describe(scene, column, index) for column in self.columns}
 
     def size(self, index: int) -> tuple[int, int]:
@@ -135,32 +146,35 @@ class SceneImages:
     def image_hash(self, index: int) -> bytes:
         return hashlib.blake2b(self.scenes[index]["image"].tobytes(), digest_size=16).digest()
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"scene {index}"
 
 
-def expand(pattern: str) -> list[str]:
-    """The files that a pattern stands for, in order: braces are written out, then `*` and `?` looked up.
+def expand_pattern(pattern: str) -> list[str]:
+    """Return the files that match a pattern, in order. Braces are expanded first, then `*` and `?`.
 
     Raises:
-        ValueError: if a file is not there, or a pattern matches none.
+        ValueError: if a file does not exist, or no file matches.
+
+    Example:
+        >>> expand_pattern("https://example.com/{00..01}.tar")
+        ['https://example.com/00.tar', 'https://example.com/01.tar']
     """
     files: list[str] = []
     pattern = expand_path(pattern)
-    exact = not is_remote(pattern) and os.path.exists(pattern)
-    for path in [pattern] if exact else _expand_braces(pattern):
+    is_plain_path = not is_remote(pattern) and os.path.exists(pattern)
+    for path in [pattern] if is_plain_path else _expand_braces(pattern):
         if path.startswith(("http://", "https://")):
             found = [path]
-            files += found
         elif is_remote(path):
-            system, inside = fsspec.core.url_to_fs(path)
-            found = [inside] if system.exists(inside) else sorted(system.glob(inside))
-            files += [system.unstrip_protocol(name) for name in found]
+            system, remote_path = fsspec.core.url_to_fs(path)
+            names = [remote_path] if system.exists(remote_path) else sorted(system.glob(remote_path))
+            found = [system.unstrip_protocol(name) for name in names]
         else:
             found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-            files += found
         if not found:
             raise ValueError(f"There is no file {path}.")
+        files += found
     return files
 
 
@@ -179,23 +193,23 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _check_no_splits(name: str, split: str) -> None:
     if split != "train":
-        raise ValueError(f"`dataset_split` is {split!r}, but {name} has no splits: leave it out.")
+        raise ValueError(f"`dataset_split` is {split!r}, but {name} has no splits. Omit `--dataset_split`.")
 
 
 @contextlib.contextmanager
 def _explain_errors(name: str) -> Iterator[None]:
-    """Say what is wrong where `datasets` says only that something is: a full disk, or files that it cannot read."""
+    """Replace vague errors of `datasets` by their cause: a full disk, or unreadable files."""
     try:
         yield
     except Exception as error:
         cause: BaseException = error
         while True:
-            full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if full or "Not enough disk space" in str(cause):
+            is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if is_full or "Not enough disk space" in str(cause):
                 raise OSError(
                     errno.ENOSPC,
-                    f"No space left for the data set's cache in {datasets.config.HF_DATASETS_CACHE}, nothing of it "
-                    "was kept: free some, set HF_DATASETS_CACHE to another disk, or stream the data.",
+                    f"No space left for the data set's cache in {datasets.config.HF_DATASETS_CACHE}; nothing of it "
+                    "was kept. Free some space, set HF_DATASETS_CACHE to another disk, or pass `--streaming`.",
                 ) from error
             if (deeper := cause.__cause__ or cause.__context__) is None:
                 break
@@ -216,84 +230,89 @@ def load_source(
     scenes: dict[str, Any] | None = None,
     instance_prompt: str | None = None,
 ) -> ListedImages:
-    """Open a source for reading by index.
+    """Open a source with random access.
 
     Args:
-        name: see the table above.
-        config_name, split: of a data set that has several.
-        image_column: for tars an ending of members, or `image` for any kind of picture.
-        caption_columns: one or more; for tars and folders see `captions.find_caption`, for scenes `long` and `short`.
-        cache_dir: where the indices of tars are kept; none: they are made at every start.
+        name: see the table at the top of this module.
+        config_name: configuration of a data set that has several.
+        split: split of a data set that has several.
+        image_column: column of the images. For tars: ending of the image members; `image` means any image format.
+        caption_columns: at least one column. For tars and folders see `captions.find_caption`; scenes have `long` and
+            `short`.
+        cache_dir: folder that keeps the indices of tars. Default: they are computed at every start.
         scenes: arguments of `ScenesDataset` or `EmojiScenesDataset`.
-        instance_prompt: the caption of every image, in place of `caption_columns`; not for scenes.
+        instance_prompt: caption of every image, instead of `caption_columns`; not for scenes.
 
     Raises:
-        ValueError: for a name that is nothing, files that cannot be read, tars that are elsewhere, or a missing split
-            or column.
-        OSError: if the disk is full when the cache of `datasets` is written.
+        ValueError: for an unknown name, unreadable files, remote tars, or a missing split or column.
+        OSError: if the disk is full while `datasets` writes its cache.
+
+    Example:
+        >>> photos = load_source("~/photos")
+        >>> photos[0]["image"], photos[0]["caption"]
     """
-    if name in DRAWN:
+    if name in DRAWN_SOURCES:
         assert instance_prompt is None, "scenes have captions of their own"
-        return SceneImages(DRAWN[name](**(scenes or {})), caption_columns)
+        return SceneImages(DRAWN_SOURCES[name](**(scenes or {})), caption_columns)
     columns = caption_columns if instance_prompt is None else ()
     images = _load_stored(name, config_name, split, image_column, columns, cache_dir)
-    return images if instance_prompt is None else OneCaption(images, instance_prompt)
+    return images if instance_prompt is None else SingleCaptionImages(images, instance_prompt)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Location and kind of the data that a name stands for.
+class _DataFiles:
+    """Data files that a name refers to.
 
     Args:
-        kind: way of reading them; `hub` is any data set that `datasets` opens by its name.
-        name: the name, with `~` replaced.
-        files: the tars or parquet files.
-        contents: the files of a folder.
+        kind: way to read them; `hub` is any data set that `datasets` opens by its name.
+        name: name with `~` expanded.
+        paths: the tars or parquet files.
+        contents: files of a folder.
     """
 
-    kind: Literal["tars", "parquet", "pictures", "saved", "tables", "hub"]
+    kind: Literal["tars", "parquet", "images", "saved", "tables", "hub"]
     name: str
-    files: Sequence[str] = ()
-    contents: Contents | None = None
+    paths: Sequence[str] = ()
+    contents: FolderContents | None = None
 
 
-def _find(name: str, caption_columns: Sequence[str]) -> _Place:
+def _find_files(name: str, caption_columns: Sequence[str]) -> _DataFiles:
     name = expand_path(name)
     folder = Path(name)
     if folder.is_dir():
-        if any((folder / file).is_file() for file in SAVED):
-            return _Place("saved", name)
+        if any((folder / file).is_file() for file in SAVED_MARKERS):
+            return _DataFiles("saved", name)
         contents = list_folder(folder)
         kind = folder_kind(folder, contents, caption_columns)
         if kind == "tables":
-            _check_no_address(name, ("::", "*", "?", "["))
+            _check_plain_path(name, ("::", "*", "?", "["))
             _check_tables(folder, contents)
-        return _Place(kind, name, contents.tars if kind == "tars" else (), contents)
-    for kind, ending in (("tars", ".tar"), ("parquet", ".parquet")):
-        if name.endswith(ending):
-            files = [name] if is_remote(name) and kind == "tars" else expand(name)
-            if kind == "parquet" and not is_remote(name):
-                for file in files:
-                    _check_no_address(file)
-                    if not os.path.isfile(file):
-                        raise ValueError(f"{file} is not a regular file.")
-            return _Place(kind, name, files)
+        return _DataFiles(kind, name, contents.tars if kind == "tars" else (), contents)
+    if name.endswith(".tar"):
+        return _DataFiles("tars", name, [name] if is_remote(name) else expand_pattern(name))
+    if name.endswith(".parquet"):
+        files = expand_pattern(name)
+        for file in () if is_remote(name) else files:
+            _check_plain_path(file)
+            if not os.path.isfile(file):
+                raise ValueError(f"{file} is not a regular file.")
+        return _DataFiles("parquet", name, files)
     if folder.is_file():
-        raise ValueError(f"{name} is a file: give a folder, tars (.tar), parquet files, or the name of a data set.")
+        raise ValueError(f"{name} is a file. Give a folder, tars (.tar), parquet files, or the name of a data set.")
     if name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"There is no folder {name}.")
-    return _Place("hub", name)
+    return _DataFiles("hub", name)
 
 
-def _check_no_address(path: str, signs: Sequence[str] = ("::",)) -> None:
-    """Refuse paths of tables that `datasets` takes for a chain of addresses, or for a pattern."""
-    found = [sign for sign in signs if sign in path]
+def _check_plain_path(path: str, special: Sequence[str] = ("::",)) -> None:
+    """Refuse paths of tables that `datasets` would interpret as a chain of addresses or a pattern."""
+    found = [characters for characters in special if characters in path]
     if found:
-        raise ValueError(f"{path} has {found[0]!r} in its name, which `datasets` does not take for a path: rename it.")
+        raise ValueError(f"{path} has {found[0]!r} in its name, which `datasets` does not accept in paths: rename it.")
 
 
-def _check_tables(folder: Path, contents: Contents) -> None:
-    """Refuse what `datasets` would open outside of a folder of tables: its card may name any file or host."""
+def _check_tables(folder: Path, contents: FolderContents) -> None:
+    """Refuse a folder of tables whose card makes `datasets` open files outside the folder."""
     if contents.irregular:
         raise ValueError(f"{printable(contents.irregular[0])} is not a regular file: remove it.")
     configs: list[Any] = []
@@ -304,17 +323,17 @@ def _check_tables(folder: Path, contents: Contents) -> None:
                 text = text.split("---")[1] if text.startswith("---") else ""
             values = read_yaml(folder / name, text)
             configs.append(values.get("configs") if isinstance(values, dict) else None)
-    for value in _texts(configs):
+    for value in _nested_texts(configs):
         if is_remote(value) or os.path.isabs(value) or ".." in Path(value).parts or "::" in value:
-            raise ValueError(f"The card of {folder} names {value!r}, which is not inside of it: remove it there.")
+            raise ValueError(f"The card of {folder} names {value!r}, which is not inside the folder: remove it there.")
 
 
-def _texts(values: Any) -> Iterator[str]:
+def _nested_texts(values: Any) -> Iterator[str]:
     if isinstance(values, str):
         yield values
     elif isinstance(values, (list, dict)):
         for value in values.values() if isinstance(values, dict) else values:
-            yield from _texts(value)
+            yield from _nested_texts(value)
 
 
 def _load_stored(
@@ -326,34 +345,34 @@ def _load_stored(
     cache_dir: str | None,
 ) -> StoredImages:
     if name.endswith(".tar") and is_remote(name):
-        raise ValueError(f"{name} is not on this machine: stream it (`streaming`), or download it first.")
-    place = _find(name, caption_columns)
-    if place.kind == "tars":
+        raise ValueError(f"{name} is not on this machine: pass `--streaming`, or download it first.")
+    files = _find_files(name, caption_columns)
+    if files.kind == "tars":
         _check_no_splits(name, split)
-        return TarImages(place.files, image_column, caption_columns, cache_dir)
-    if place.kind == "pictures":
-        return _folder_images(place, split, image_column, caption_columns)
+        return TarImages(files.paths, image_column, caption_columns, cache_dir)
+    if files.kind == "images":
+        return _folder_images(files, split, image_column, caption_columns)
     with _explain_errors(name):
-        rows = _load_rows(place, config_name, split)
-    return HubImages(rows, image_column, caption_columns, name, _scope(place))
+        rows = _load_rows(files, config_name, split)
+    return HubImages(rows, image_column, caption_columns, name, _allowed_files(files))
 
 
-def _folder_images(place: _Place, split: str, image_column: str, caption_columns: Sequence[str]) -> FolderImages:
-    assert place.contents is not None
-    folder = split_folder(Path(place.name), place.contents, split)
-    contents = place.contents if folder == Path(place.name) else list_folder(folder)
+def _folder_images(files: _DataFiles, split: str, image_column: str, caption_columns: Sequence[str]) -> FolderImages:
+    assert files.contents is not None
+    folder = split_folder(Path(files.name), files.contents, split)
+    contents = files.contents if folder == Path(files.name) else list_folder(folder)
     return FolderImages(folder, caption_columns, image_column, contents)
 
 
-def _load_rows(place: _Place, config_name: str | None, split: str) -> datasets.Dataset:
-    name = place.name
-    if place.kind == "parquet":
+def _load_rows(files: _DataFiles, config_name: str | None, split: str) -> datasets.Dataset:
+    name = files.name
+    if files.kind == "parquet":
         _check_no_splits(name, split)
-        return datasets.load_dataset("parquet", data_files=_as_patterns(place.files), split="train")
-    if place.kind == "saved" and (Path(name) / "state.json").is_file():
+        return datasets.load_dataset("parquet", data_files=_escape_patterns(files.paths), split="train")
+    if files.kind == "saved" and (Path(name) / "state.json").is_file():
         _check_no_splits(name, split)
         return datasets.load_from_disk(name)
-    if place.kind == "saved":
+    if files.kind == "saved":
         splits = datasets.load_from_disk(name)
         if split not in splits:
             raise ValueError(f"`dataset_split` is {split!r}, but {name} has {sorted(splits)}.")
@@ -361,26 +380,28 @@ def _load_rows(place: _Place, config_name: str | None, split: str) -> datasets.D
     return datasets.load_dataset(name, config_name, split=split)
 
 
-def _as_patterns(files: Sequence[str]) -> list[str]:
-    """Files as `datasets` takes them: as patterns."""
+def _escape_patterns(files: Sequence[str]) -> list[str]:
+    """Escape local paths, because `datasets` reads them as patterns."""
     return [file if is_remote(file) else glob.escape(file) for file in files]
 
 
-def _scope(place: _Place) -> Scope:
-    """The files that the cells of a data set may name: its own, and those that `datasets` has downloaded for it."""
-    kept = tuple(str(path) for path in (datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH))
-    if place.kind == "hub":
-        repository = place.name if "/" in place.name else ""
+def _allowed_files(files: _DataFiles) -> AllowedFiles:
+    """Files that the cells of a data set may name: its own, and those that `datasets` has downloaded for it."""
+    caches = tuple(str(path) for path in (datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH))
+    if files.kind == "hub":
+        repository = files.name if "/" in files.name else ""
+        if not repository:
+            return AllowedFiles(caches, ("hf://datasets/",))
         hub_cache = os.path.join(huggingface_hub.constants.HF_HUB_CACHE, "datasets--" + repository.replace("/", "--"))
-        own = (f"hf://datasets/{repository}@", f"hf://datasets/{repository}/") if repository else ("hf://datasets/",)
-        return Scope((*kept, hub_cache) if repository else kept, own)
-    if place.kind == "parquet":
-        folders = list(dict.fromkeys(file.rpartition("/")[0] for file in place.files))
-        return Scope(
+        addresses = (f"hf://datasets/{repository}@", f"hf://datasets/{repository}/")
+        return AllowedFiles((*caches, hub_cache), addresses)
+    if files.kind == "parquet":
+        folders = list(dict.fromkeys(file.rpartition("/")[0] for file in files.paths))
+        return AllowedFiles(
             tuple(folder or "." for folder in folders if not is_remote(folder)),
             tuple(f"{folder}/" for folder in folders if is_remote(folder)),
         )
-    return Scope((place.name, *(kept if place.kind == "tables" else ())))
+    return AllowedFiles((files.name, *(caches if files.kind == "tables" else ())))
 
 
 def load_stream(
@@ -391,27 +412,30 @@ def load_stream(
     image_column: str = "image",
     caption_columns: Sequence[str] = ("text",),
 ) -> Shards:
-    """Open a source as shards, to be read from beginning to end. The arguments are those of `load_source`.
+    """Open a source as shards that are read from beginning to end. The arguments are those of `load_source`.
 
     Raises:
-        ValueError: for a name that is nothing or that there is no need to stream, or a missing split or column.
+        ValueError: for an unknown name, a source that cannot be streamed, or a missing split or column.
+
+    Example:
+        >>> shards = load_stream("hf://datasets/me/photos/*.tar")
+        >>> image, captions = next(shards.rows(0, 0))
     """
-    place = None if name in DRAWN else _find(name, caption_columns)
-    beside = place is not None and place.kind == "pictures" and not (place.contents and place.contents.metadata)
-    if place is None or place.kind == "saved" or beside:
-        raise ValueError(f"{name} is read by index: leave `streaming` out.")
-    if place.kind == "pictures":
-        return ListedShards(_folder_images(place, split, image_column, caption_columns), name)
-    if place.kind == "tars":
+    files = None if name in DRAWN_SOURCES else _find_files(name, caption_columns)
+    is_paired = files is not None and files.kind == "images" and not (files.contents and files.contents.metadata)
+    if files is None or files.kind == "saved" or is_paired:
+        raise ValueError(f"`streaming` does not support {name}, which has random access: leave it out.")
+    if files.kind == "images":
+        return ListedShards(_folder_images(files, split, image_column, caption_columns), name)
+    if files.kind == "tars":
         _check_no_splits(name, split)
-        files = expand(place.name) if is_remote(place.name) else place.files
-        return TarShards(files, image_column, caption_columns)
+        paths = expand_pattern(files.name) if is_remote(files.name) else files.paths
+        return TarShards(paths, image_column, caption_columns)
     with _explain_errors(name):
-        if place.kind == "parquet":
+        if files.kind == "parquet":
             _check_no_splits(name, split)
-            rows = datasets.load_dataset(
-                "parquet", data_files=_as_patterns(place.files), split="train", streaming=True
-            )
+            patterns = _escape_patterns(files.paths)
+            rows = datasets.load_dataset("parquet", data_files=patterns, split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(place.name, config_name, split=split, streaming=True)
-    return HubShards(rows, image_column, caption_columns, name, _scope(place))
+            rows = datasets.load_dataset(files.name, config_name, split=split, streaming=True)
+    return HubShards(rows, image_column, caption_columns, name, _allowed_files(files))

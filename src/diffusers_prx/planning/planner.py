@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config.training_config import TrainingConfig
 from ..latents import latent_channels, vae_scale_factor
-from ..techniques.optimizers import Weight, balance_across_ranks, muon_weights, newton_schulz_flops
+from ..techniques.optimizers import MuonWeight, balance_across_ranks, muon_weights, newton_schulz_flops
 from ..training.networks import Nets
 from ..training.preflight import memory
 from ..training.recipes import DATA, load_recipe, parse_config, read_command_line, read_run
@@ -322,7 +322,7 @@ def muon_traffic(
     rank gathers at a time."""
     size = 2 if cfg.muon_newton_schulz_dtype == "bf16" else 4
     weights = [
-        Weight(w, w, w, w.shape[0], w.shape[1], {"stacked": stacked})
+        MuonWeight(w, w, w, w.shape[0], w.shape[1], {"stacked": stacked})
         for w, stacked in muon_weights(trained, cfg.muon_fused).items()
     ]
     exchanged, gathered = [0] * (shards * replicas), [0] * shards
@@ -348,9 +348,9 @@ def muon_traffic(
     return transfers, size * most if replicas > 1 else 0
 
 
-def _elements(weights: Iterable[Weight], rank: int, shards: int) -> int:
+def _elements(weights: Iterable[MuonWeight], rank: int, shards: int) -> int:
     """Elements that a shard has of these weights."""
-    return sum(w.rows_of(shards)[rank] * w.columns for w in weights)
+    return sum(w.rows_by_shard(shards)[rank] * w.columns for w in weights)
 
 
 # --- storage

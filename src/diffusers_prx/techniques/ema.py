@@ -1,4 +1,4 @@
-"""Moving averages of the weights (EMA), where the weights are: whole, or sharded as they are."""
+"""Exponential moving averages (EMA) of the weights, whole or sharded like the weights themselves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,27 @@ from ..config.training_config import TrainingConfig
 from .optimizers import trainable_parameters
 
 
-class Averages:
-    """The averages of what a run trains for its pipeline, which the alignment's projector is not part of.
+class EMAWeights:
+    """Moving averages of all trainable modules that become part of the pipeline (the alignment's projector does not).
 
     Args:
-        trained: what is trained, already distributed.
-        cfg: run configuration; without `use_ema` there are no averages, and nothing here does anything.
+        trained: trainable modules, already distributed.
+        cfg: run configuration. Without `use_ema` there are no averages and all methods do nothing.
 
     Attributes:
-        models: an EMAModel by the name of its module.
+        models: an EMAModel for each module name.
+
+    Example:
+        >>> ema = EMAWeights(trained, cfg)
+        >>> optimizer.step()
+        >>> ema.update()
+        >>> with ema.swapped_in():
+        ...     validate()
     """
 
     def __init__(self, trained: nn.Module, cfg: TrainingConfig):
         self.trained = trained
-        # diffusers copies the weights at the first update and then ramps the decay up, unless both are switched off
+        # By default EMAModel copies the weights at the first update and then ramps the decay up; this disables both.
         constant: dict[str, Any] = {} if cfg.ema_warmup else {"min_decay": cfg.ema_decay, "update_after_step": -1}
         self.models = {
             name: EMAModel(trainable_parameters(module).values(), decay=cfg.ema_decay, foreach=True, **constant)
@@ -34,11 +41,12 @@ class Averages:
         }
 
     def update(self) -> None:
+        """Update the averages after an optimizer step."""
         for name, model in self.models.items():
             model.step(trainable_parameters(self.trained.get_submodule(name)).values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The averages by the names of their parameters in `trained`; not copied."""
+        """Averages by the names of their parameters in `trained`; not copied."""
         return {
             f"{name}.{key}": value
             for name, model in self.models.items()
@@ -46,27 +54,28 @@ class Averages:
         }
 
     def state_dict(self) -> dict[str, int]:
-        """How often each was updated, which their decay depends on; the values are in `tensors`."""
+        """Number of updates of each average, which determines its decay; the values are in `tensors`."""
         return {name: model.optimization_step for name, model in self.models.items()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the numbers of updates."""
         for name, model in self.models.items():
             model.optimization_step = state[name]
 
-    def put_in_place(self) -> None:
-        """The averages instead of the trained weights, for good."""
+    def copy_to_trained(self) -> None:
+        """Replace the trained weights by the averages permanently."""
         _copy(self.tensors(), dict(self.trained.named_parameters()))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """With the averages in place of the trained weights. By hand: EMAModel's own way takes no shards."""
+    def swapped_in(self) -> Iterator[None]:
+        """Replace the trained weights by the averages temporarily. EMAModel's own method does not support shards."""
         averaged, parameters = self.tensors(), dict(self.trained.named_parameters())
-        kept = {name: parameters[name].detach().clone() for name in averaged}
+        backup = {name: parameters[name].detach().clone() for name in averaged}
         _copy(averaged, parameters)
         try:
             yield
         finally:
-            _copy(kept, parameters)
+            _copy(backup, parameters)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""A run that trains a LoRA adapter (arXiv 2106.09685) of a saved pipeline's transformer: peft makes it, this says how.
+"""LoRA adapters (arXiv 2106.09685) of a saved pipeline's transformer, created by peft.
 
-The adapter is part of the transformer: the step, the pictures of validation and the text's keys and values see it
-because they call the transformer's layers. What is trained, averaged and kept in checkpoints is what has
-`requires_grad`, which of the transformer is then the adapter alone.
+The adapter is part of the transformer: the training step, the validation images and the text's keys and values use it
+because they call the transformer's layers. Optimizer, EMA and checkpoints handle parameters with `requires_grad`,
+which in the transformer are those of the adapter.
 """
 
 import hashlib
@@ -17,13 +17,14 @@ from torch import nn
 
 from ..config.training_config import TrainingConfig
 from ..files import hash_tensors
+from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.lora import PRXLoraLoaderMixin
 
-ADAPTER = "default"  # its name in peft while it is trained
+ADAPTER_NAME = "default"  # in peft, during training
 
 
 def adapter_settings(cfg: TrainingConfig) -> dict[str, Any]:
-    """What an adapter is, as arguments of peft's LoraConfig. (All of them would tie a file to one version of peft.)"""
+    """Arguments of peft's LoraConfig that define an adapter. All arguments would tie a file to one version of peft."""
     assert cfg.lora_rank is not None
     return {
         "r": cfg.lora_rank,
@@ -33,43 +34,49 @@ def adapter_settings(cfg: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def add_adapter(cfg: TrainingConfig, transformer: Any) -> None:
-    """Freeze a transformer and give it a new adapter, in float32 whatever the transformer's type.
+def add_adapter(cfg: TrainingConfig, transformer: PRXTransformer2DModel) -> None:
+    """Freeze a transformer and add a new adapter in float32, whatever the transformer's type.
 
-    It changes nothing yet: lora_B is zero. lora_A is drawn from the seed.
+    The adapter does not change the output yet: lora_B is zero. lora_A is drawn from `cfg.seed`.
 
     Args:
-        cfg: of the run.
-        transformer: changed in place; on any device.
+        cfg: run configuration.
+        transformer: transformer to change in place, on any device.
 
     Raises:
-        ValueError: if a name of `lora_layers` is that of no linear layer.
+        ValueError: if a name in `lora_layers` is not that of a linear layer.
+
+    Example:
+        >>> add_adapter(cfg, pipe.transformer)
+        >>> trainable_parameters(pipe.transformer).keys()  # the adapter's alone
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for layer in cfg.lora_layers:
         if not any(f".{name}".endswith(f".{layer}") for name in linear):
             known = sorted({name.partition(".")[2].partition(".")[2] for name in linear if name.startswith("blocks.")})
             raise ValueError(
-                f"`lora_layers` has {layer!r}, which is no linear layer of the transformer; those of its blocks are "
-                f"{known}."
+                f"`lora_layers` has {layer!r}, which is not a linear layer of the transformer. Accepted in its "
+                f"blocks: {known}."
             )
     transformer.requires_grad_(False)
-    torch.manual_seed(cfg.seed)  # whatever was drawn while networks were loaded
-    transformer.add_adapter(LoraConfig(**adapter_settings(cfg), lora_dropout=cfg.lora_dropout), ADAPTER)
-    cast_training_params(transformer, torch.float32)  # peft gives it the type of the weights
+    torch.manual_seed(cfg.seed)  # independent of what was drawn while networks were loaded
+    transformer.add_adapter(LoraConfig(**adapter_settings(cfg), lora_dropout=cfg.lora_dropout), ADAPTER_NAME)
+    cast_training_params(transformer, torch.float32)  # peft uses the type of the weights
 
 
-def base_fingerprint(transformer: Any) -> str:
-    """A hash of the frozen weights under an adapter: a resumed run must have the same."""
+def base_fingerprint(transformer: nn.Module) -> str:
+    """Hash of the frozen weights under an adapter, which a resumed run must share."""
     digest = hashlib.blake2b(digest_size=16)
     hash_tensors(digest, {name: p for name, p in transformer.named_parameters() if not p.requires_grad})
     return digest.hexdigest()
 
 
-def save_adapter(cfg: TrainingConfig, transformer: Any, folder: Path) -> None:
-    """Write `pytorch_lora_weights.safetensors` as diffusers' own scripts do: names of peft behind `transformer.`, and
-    the settings in the file's metadata."""
-    weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+def save_adapter(cfg: TrainingConfig, transformer: nn.Module, folder: Path) -> None:
+    """Write `pytorch_lora_weights.safetensors` in the format of diffusers' training scripts.
+
+    The keys are peft's names with the prefix `transformer.`; the settings are in the metadata of the file.
+    """
+    weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER_NAME)
     PRXLoraLoaderMixin.save_lora_weights(
         folder,
         transformer_lora_layers={name: value.detach().cpu().contiguous() for name, value in weights.items()},

@@ -1,6 +1,6 @@
-"""Auxiliary losses of a step: contrastive flow matching, and the perceptual losses on the predicted clean image.
+"""Auxiliary losses: contrastive flow matching, and perceptual losses on the predicted clean image.
 
-Gradients flow through the prediction only: targets are detached, networks are frozen.
+Gradients flow through the prediction only: targets are detached and networks are frozen.
 """
 
 import math
@@ -13,47 +13,38 @@ from torch import nn
 
 from .teachers import VisionTeacher
 
-
-def below(timestep: torch.Tensor, limit: float) -> torch.Tensor:
-    """Which samples a loss with a timestep limit counts: (B,) bool, t <= limit.
-
-    Args:
-        timestep: (B,) noise levels in [0, 1], 0 the clean image.
-        limit: the largest noise level that still counts; with 1 all do.
-    """
-    return timestep <= limit
+MIN_LPIPS_SIDE = 16  # pixels; VGG-16 halves the image four times
 
 
-def mean_of(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The mean of the values that count, a scalar; 0 where none does.
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the selected values, a scalar; 0 if none is selected.
 
     Args:
         values: (B,) one loss per sample.
-        counts: (B,) bool.
+        mask: (B,) bool.
     """
-    return values.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def negatives(captions: Sequence[str]) -> torch.Tensor:
-    """The sample whose target each sample is pushed away from: the next one of the micro-batch, cyclic, that has
-    another caption.
+def negative_indices(captions: Sequence[str]) -> torch.Tensor:
+    """Return the negative of each sample: the next sample of the micro-batch, cyclically, with another caption.
 
-    An empty caption, given or dropped, takes no part on either side: every image is a right answer to it, and an image
-    whose caption was dropped may be one that the other caption describes.
+    Samples with an empty caption have no negative and are no negative. Every image matches an empty caption, and an
+    image whose caption was dropped may match the other caption.
 
     Args:
         captions: B captions as the network saw them, after dropping and cleaning.
 
     Returns:
-        (B,) int64 indices into the micro-batch, -1 where there is no such sample.
+        (B,) int64 indices into the micro-batch, -1 for samples without a negative.
     """
     count = len(captions)
-    partner = [-1] * count
+    negatives = [-1] * count
     for i, caption in enumerate(captions):
         following = [j % count for j in range(i + 1, i + count)]
         if caption:
-            partner[i] = next((j for j in following if captions[j] not in ("", caption)), -1)
-    return torch.tensor(partner, dtype=torch.long)
+            negatives[i] = next((j for j in following if captions[j] not in ("", caption)), -1)
+    return torch.tensor(negatives, dtype=torch.long)
 
 
 def contrastive_loss(
@@ -61,10 +52,9 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """Contrastive flow matching (arXiv 2506.05350): the squared error to the target of another sample.
 
-    The paper subtracts it: its weight in the step is negative, -0.05 in the study. Pairs are made within the
-    micro-batch (see `negatives`), so the loss depends on how a step is split into micro-batches; alone, a sample has
-    no negative. The mean is over the samples that have one (all with a caption, or none at all), as in the authors'
-    code where it leaves out dropped classes.
+    The paper subtracts it: its weight in the step is negative, -0.05 in the study. Pairs are formed within the
+    micro-batch (see `negative_indices`), so the loss depends on how a step is divided into micro-batches; a single
+    sample has no negative. The mean is over the samples with a negative, as in the authors' code for dropped classes.
 
     Args:
         predicted_velocity: (B, C, h, w), carries the gradient.
@@ -72,50 +62,58 @@ def contrastive_loss(
         captions: B captions as the network saw them, after dropping and cleaning.
 
     Returns:
-        A scalar, at least 0; 0 where no sample has a negative.
+        A scalar, at least 0; 0 if no sample has a negative.
+
+    Example:
+        >>> loss = flow_loss - 0.05 * contrastive_loss(predicted_velocity, velocity, captions)
     """
-    partner = negatives(captions).to(velocity.device)  # (B,)
-    other = velocity.detach()[partner.clamp(min=0)]  # (B, C, h, w)
+    negatives = negative_indices(captions).to(velocity.device)  # (B,)
+    other = velocity.detach()[negatives.clamp(min=0)]  # (B, C, h, w)
     error = F.mse_loss(predicted_velocity.float(), other.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
-    return mean_of(error, partner >= 0)
+    return masked_mean(error, negatives >= 0)
 
 
 class LPIPSLoss(nn.Module):
-    """LPIPS (arXiv 1801.03924) on the VGG-16 backbone, frozen and in float32: torchmetrics' network with its linear
-    heads. It does not clamp: a prediction outside [-1, 1] has a gradient as well.
+    """LPIPS (arXiv 1801.03924) with a frozen float32 VGG-16 backbone: torchmetrics' network with its linear heads.
+
+    It does not clamp: predictions outside [-1, 1] have a gradient too.
 
     Args:
-        scale: images are resized by this factor in (0, 1] first; the study uses 0.5. Ours are antialiased, which the
-            original's are not: without it fine texture becomes coarse patterns that the loss would then ask for.
-        backbone: a file with torchvision's VGG-16 weights (vgg16-397923af.pth), or the weights themselves; by default
-            torchvision finds it in its cache or downloads it, 528 MB.
+        scale: factor in (0, 1] by which images are resized first; 0.5 in the study. The resizing is antialiased,
+            unlike the original's, because fine texture would otherwise become coarse patterns that the loss rewards.
+        backbone: file with torchvision's VGG-16 weights (vgg16-397923af.pth), or the weights themselves. Default:
+            torchvision's cache or download, 528 MB.
 
     Raises:
-        ValueError: for a scale outside (0, 1], a backbone that is no such file, or a download that fails.
+        ValueError: for a scale outside (0, 1], an invalid backbone, or a failed download.
+
+    Example:
+        >>> lpips = LPIPSLoss(scale=0.5)
+        >>> lpips(predicted_pm1, pixels_pm1).mean().backward()
     """
 
     def __init__(self, scale: float = 0.5, backbone: str | Path | Mapping[str, torch.Tensor] | None = None):
         super().__init__()
-        # here, not above: a torchvision that does not fit torch fails at import, and only this loss needs it
+        # imported here, because a torchvision that does not match torch fails at import, and only this loss needs it
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         if not 0 < scale <= 1:
             raise ValueError(f"`scale` is a factor in (0, 1], got {scale}.")
         self.scale = scale
         weights = backbone if isinstance(backbone, Mapping) else _vgg16_weights(backbone)
-        # The public class downloads a backbone and takes none. This one is filled with random weights first; what it
-        # draws is nobody else's: switching the loss on leaves the other new networks as they are.
+        # torchmetrics' public class always downloads a backbone. This one is initialized at random first; the fork
+        # keeps the weights of other new networks independent of this loss.
         with torch.random.fork_rng(devices=[]):
             self.net = _NoTrainLpips(net="vgg", pnet_rand=True)
         # "slice3.10.weight" is torchvision's "features.10.weight"
-        theirs = {key: f"features.{key.partition('.')[2]}" for key in self.net.net.state_dict()}
-        missing = sorted(set(theirs.values()) - set(weights))
+        torchvision_keys = {key: f"features.{key.partition('.')[2]}" for key in self.net.net.state_dict()}
+        missing = sorted(set(torchvision_keys.values()) - set(weights))
         if missing:
-            raise ValueError(f"`backbone` {str(backbone)!r} holds no VGG-16 of torchvision: {missing} are missing.")
-        self.net.net.load_state_dict({key: weights[name] for key, name in theirs.items()})
+            raise ValueError(f"`backbone` {str(backbone)!r} is not torchvision's VGG-16: it lacks {missing}.")
+        self.net.net.load_state_dict({key: weights[name] for key, name in torchvision_keys.items()})
 
     def forward(self, predicted_pm1: torch.Tensor, pixels_pm1: torch.Tensor) -> torch.Tensor:
-        """The distance of each prediction from its image.
+        """Return the distance of each prediction from its image.
 
         Args:
             predicted_pm1: (B, 3, H, W), carries the gradient.
@@ -125,13 +123,13 @@ class LPIPSLoss(nn.Module):
             (B,) float32, 0 for equal images.
 
         Raises:
-            ValueError: if an image is less than 16 pixels high or wide after the resizing.
+            ValueError: if an image has fewer than 16 pixels in height or width after the resizing.
         """
         height, width = (round(side * self.scale) for side in pixels_pm1.shape[2:])
-        if min(height, width) < 16:  # four poolings by 2
+        if min(height, width) < MIN_LPIPS_SIDE:
             raise ValueError(
                 f"`pixels_pm1` of {pixels_pm1.shape[2]}x{pixels_pm1.shape[3]} pixels are {height}x{width} at `scale` "
-                f"{self.scale}; LPIPS needs at least 16x16."
+                f"{self.scale}; LPIPS needs at least {MIN_LPIPS_SIDE}x{MIN_LPIPS_SIDE}."
             )
         with torch.autocast(predicted_pm1.device.type, enabled=False):
             predicted, pixels = (
@@ -142,10 +140,10 @@ class LPIPSLoss(nn.Module):
 
 
 def _vgg16_weights(file: str | Path | None) -> dict[str, torch.Tensor]:
-    """torchvision's VGG-16 as a state dict, from a file or through torchvision's cache."""
+    """Load torchvision's VGG-16 as a state dict, from a file or through torchvision's cache."""
     if file is not None:
         if not Path(file).is_file():
-            raise ValueError(f"`backbone` is {str(file)!r}, which is no file; accepted: vgg16-397923af.pth.")
+            raise ValueError(f"`backbone` is {str(file)!r}, which is not a file; accepted: vgg16-397923af.pth.")
         return torch.load(file, map_location="cpu", weights_only=True)
 
     from torchvision.models import VGG16_Weights
@@ -156,18 +154,18 @@ def _vgg16_weights(file: str | Path | None) -> dict[str, torch.Tensor]:
     except OSError as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ValueError(
-            f"LPIPS needs the VGG-16 backbone, and it could not be downloaded ({error}). On a machine with a network "
-            f"get {weights.url} and put it into {folder}, or give its path as `backbone`."
+            f"LPIPS needs the VGG-16 `backbone`, which could not be downloaded ({error}). Download {weights.url} on "
+            f"another machine and put it into {folder}, or pass `--lpips_backbone` with its path."
         ) from error
 
 
-def random_crop(images: torch.Tensor, size: int, draws: torch.Tensor) -> torch.Tensor:
-    """Cut a square from each image: with the same draws, at the same place.
+def random_crop(images: torch.Tensor, size: int, uniforms: torch.Tensor) -> torch.Tensor:
+    """Cut a square from each image. The same random numbers give the same position.
 
     Args:
         images: (B, C, H, W).
         size: height and width of the square in pixels.
-        draws: (B, 2) random numbers in [0, 1): from the top, from the left.
+        uniforms: (B, 2) random numbers in [0, 1) that determine the top and left edge.
 
     Returns:
         (B, C, size, size).
@@ -177,13 +175,13 @@ def random_crop(images: torch.Tensor, size: int, draws: torch.Tensor) -> torch.T
     """
     height, width = images.shape[2:]
     if min(height, width) < size:
-        raise ValueError(f"`size` of the crop is {size}, but the images are {height}x{width}: it must fit in them.")
-    rooms = torch.tensor([height - size + 1, width - size + 1], device=draws.device)
-    corners = (draws.double() * rooms).long()  # (B, 2)
-    inside = torch.arange(size, device=draws.device)
-    rows, columns = (corners[:, axis, None] + inside for axis in (0, 1))  # (B, size) each
+        raise ValueError(f"`size` of the crop is {size}, but the images are only {height}x{width}.")
+    positions = torch.tensor([height - size + 1, width - size + 1], device=uniforms.device)
+    corners = (uniforms.double() * positions).long()  # (B, 2)
+    offsets = torch.arange(size, device=uniforms.device)
+    rows, columns = (corners[:, axis, None] + offsets for axis in (0, 1))  # (B, size) each
     images = images.movedim(1, -1)  # (B, H, W, C)
-    samples = torch.arange(len(images), device=draws.device)[:, None, None]
+    samples = torch.arange(len(images), device=uniforms.device)[:, None, None]
     return images[samples, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # (B, C, size, size)
 
 
@@ -194,26 +192,30 @@ def dino_perceptual_loss(
     size: int = 224,
     crop: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """1 - the mean cosine over patches between a teacher's features of the prediction and of the image.
+    """Return 1 - the mean cosine over patches between a teacher's features of the prediction and of the image.
 
     Without a crop the teacher sees the whole image, resized by antialiased bicubic interpolation. (The original's is
-    bilinear without antialiasing: of 1024 rows it reads 448.) An image that is not square keeps its aspect, up to
-    whole patches, and about as many patches as a square of `size` has. Predictions are clamped to [-1, 1] as in the
-    study: the teacher knows no other values, and the flow loss pulls back what is outside.
+    bilinear without antialiasing: of 1024 rows it reads 448.) An image that is not square keeps its aspect ratio, up
+    to whole patches, with about as many patches as a square of `size`. Predictions are clamped to [-1, 1] as in the
+    study: the teacher knows no other values, and the flow loss corrects the rest.
 
     Args:
-        teacher: a frozen VisionTeacher; the study uses DINOv2 ViT-B/14 with registers.
+        teacher: frozen VisionTeacher; the study uses DINOv2 ViT-B/14 with registers.
         predicted_pm1: (B, 3, H, W), carries the gradient.
-        pixels_pm1: (B, 3, H, W) in [-1, 1], takes no gradient.
+        pixels_pm1: (B, 3, H, W) in [-1, 1], without gradient.
         size: side of the square that the teacher sees, in pixels.
-        crop: (B, 2) random numbers in [0, 1) to cut a square of `size` by, at one place in both images, instead of
-            resizing.
+        crop: (B, 2) random numbers in [0, 1). If given, a square of `size` is cut at the same position from both
+            images, which are then not resized.
 
     Returns:
         (B,) float32 in [0, 2].
 
     Raises:
-        ValueError: if `size` is no multiple of the teacher's patch, or the images are smaller than the crop.
+        ValueError: if `size` is not a multiple of the teacher's patch, or the images are smaller than the crop.
+
+    Example:
+        >>> teacher = load_teacher("facebook/dinov2-with-registers-base")
+        >>> dino_perceptual_loss(teacher, predicted_pm1, pixels_pm1).mean().backward()
     """
     patch = teacher.patch_size
     if size < 1 or size % patch:

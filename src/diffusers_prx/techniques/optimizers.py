@@ -21,54 +21,61 @@ from transformers import get_constant_schedule_with_warmup, get_wsd_schedule
 from ..config.training_config import TrainingConfig
 from ..models.transformer_prx import PRXAttention
 
-# modules of a run whose repeated layers, those in an nn.ModuleList, have matrices for Muon
+# trainable modules whose repeated layers, those in an nn.ModuleList, have matrices for Muon
 WITH_REPEATED_LAYERS = ("transformer", "text_encoder")
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://kellerjordan.github.io/posts/muon, as in PyTorch
 NEWTON_SCHULZ_EPS = 1e-7
-ROUND_ELEMENTS = 64 * 2**20  # what one rank orthogonalizes at a time: 128 MiB in bf16, and a few times that at work
+# Elements that one rank orthogonalizes at a time: 128 MiB in bf16, and a few times that in temporary tensors.
+ROUND_ELEMENTS = 64 * 2**20
 
 
 def orthogonalize(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The nearest semi-orthogonal matrix of each, roughly: all singular values are brought near 1 (about 0.7 to 1.2).
+    """Return the nearest semi-orthogonal matrices, roughly: all singular values become about 0.7 to 1.2.
 
-    Five steps of a quintic Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon), in the type of the
-    matrices; matrices of equal shape, also transposed, go through it as one batch.
+    Five steps of a quintic Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon) in the type of the
+    matrices. Matrices of equal shape, also transposed, are processed as one batch.
 
     Args:
-        matrices: (rows, columns) each, of any shapes; they are left as they are.
+        matrices: (rows, columns) each, of any shapes; not modified.
 
     Returns:
-        As many new matrices, of the same shapes, type and order. A matrix of zeros stays one.
+        New matrices of the same shapes, type and order. A matrix of zeros stays zero.
+
+    Example:
+        >>> (update,) = orthogonalize([gradient])
     """
     wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
-    places = defaultdict(list)
-    for place, matrix in enumerate(wide):
-        places[matrix.shape].append(place)
+    indices_by_shape = defaultdict(list)
+    for index, matrix in enumerate(wide):
+        indices_by_shape[matrix.shape].append(index)
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    done: dict[int, torch.Tensor] = {}
-    for batch in places.values():
-        x = torch.stack([wide[place] for place in batch])  # (n, short, long)
+    results: dict[int, torch.Tensor] = {}
+    for batch in indices_by_shape.values():
+        x = torch.stack([wide[index] for index in batch])  # (n, short, long)
         x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=NEWTON_SCHULZ_EPS)  # singular values are at most 1
         for _ in range(NEWTON_SCHULZ_STEPS):
             gram = x @ x.mT  # (n, short, short)
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (n, short, long)
-        done |= zip(batch, x)
-    return [done[n].mT if matrix.shape[0] > matrix.shape[1] else done[n] for n, matrix in enumerate(matrices)]
+        results |= zip(batch, x)
+    return [results[n].mT if matrix.shape[0] > matrix.shape[1] else results[n] for n, matrix in enumerate(matrices)]
 
 
 def newton_schulz_flops(rows: int, columns: int) -> int:
-    """Multiplications and additions of `orthogonalize` for one matrix."""
+    """Number of multiplications and additions of `orthogonalize` for one matrix."""
     short, long = sorted((rows, columns))
     return NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
 
 
 def update_scale(rows: int, columns: int, adjust_lr_fn: str) -> float:
-    """What the learning rate is multiplied by for one matrix.
+    """Return the factor of the learning rate for one matrix.
 
-    `match_rms_adamw`: the update has the root mean square that AdamW's usually has (arXiv 2502.16982), so that one
-    learning rate serves both. `original`: that of https://kellerjordan.github.io/posts/muon.
+    Args:
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        adjust_lr_fn: `match_rms_adamw` gives the update the usual root mean square of AdamW's (arXiv 2502.16982), so
+            that one learning rate serves both. `original` is the factor of https://kellerjordan.github.io/posts/muon.
     """
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
@@ -77,16 +84,17 @@ def update_scale(rows: int, columns: int, adjust_lr_fn: str) -> float:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where weights lie: their rows are cut into blocks over the ranks of `shards`, and each block is on all ranks of
-    `replicas`. None is a group of this process alone."""
+    """Distribution of weights: the rows are sharded over `shards`, and each shard is replicated over `replicas`.
+
+    None stands for a group of this process alone.
+    """
 
     shards: dist.ProcessGroup | None
     replicas: dist.ProcessGroup | None
 
     @classmethod
     def of(cls, parameter: torch.Tensor) -> "Layout":
-        """The layout of a parameter: of one process, replicated by DDP, or sharded by FSDP2 on a mesh of one or two
-        dimensions.
+        """Return the layout of a parameter: local, replicated by DDP, or sharded by FSDP2 on a 1-D or 2-D mesh.
 
         Raises:
             ValueError: for a sharding that is not by rows over one dimension of the mesh.
@@ -105,13 +113,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A weight in one step of Muon: this rank's rows of it (all, where it is not sharded), and its group's settings.
+class MuonWeight:
+    """Weight during one step of Muon: the rows of this rank (all rows if it is not sharded).
 
     Args:
-        values, gradient, momentum: (rows of this rank, columns) each.
-        rows, columns: of the whole weight.
-        settings: the parameter group.
+        values: (rows of this rank, columns), the weight.
+        gradient: (rows of this rank, columns).
+        momentum: (rows of this rank, columns).
+        rows: rows of the whole weight.
+        columns: columns of the whole weight.
+        settings: parameter group of the weight.
     """
 
     values: torch.Tensor
@@ -123,22 +134,23 @@ class Weight:
 
     @property
     def stacked(self) -> int:
+        """Number of matrices that the weight holds, one below the other."""
         return self.settings["stacked"]
 
     @property
     def flops(self) -> int:
         return self.stacked * newton_schulz_flops(self.rows // self.stacked, self.columns)
 
-    def rows_of(self, shards: int) -> list[int]:
-        """How many rows every shard has: FSDP2 gives the last ones fewer than the others, or none."""
+    def rows_by_shard(self, shards: int) -> list[int]:
+        """Number of rows of every shard. FSDP2 gives the last shards fewer rows than the others, or none."""
         most = -(-self.rows // shards)
         return [max(0, min(most, self.rows - shard * most)) for shard in range(shards)]
 
-    def shape_of(self, shard: int, shards: int) -> tuple[int, ...]:
-        return self.rows_of(shards)[shard], self.columns
+    def shard_shape(self, shard: int, shards: int) -> tuple[int, ...]:
+        return self.rows_by_shard(shards)[shard], self.columns
 
-    def direction(self, dtype: torch.dtype) -> torch.Tensor:
-        """Nesterov's: the gradient moved towards the momentum. A new tensor; the momentum is never given away."""
+    def nesterov_direction(self, dtype: torch.dtype) -> torch.Tensor:
+        """Gradient interpolated towards the momentum, always a new tensor."""
         return self.gradient.lerp(self.momentum, self.settings["momentum"]).to(dtype)
 
     def apply(self, update: torch.Tensor) -> None:
@@ -147,16 +159,17 @@ class Weight:
         self.values.add_(update, alpha=-settings["lr"] * scale)
 
 
-def balance_across_ranks(weights: Iterable[Weight], ranks: int) -> list[list[list[Weight]]]:
-    """Deal weights out to ranks so that all have about the same work: rounds of one list per rank.
+def balance_across_ranks(weights: Iterable[MuonWeight], ranks: int) -> list[list[list[MuonWeight]]]:
+    """Assign weights to ranks so that all ranks have about the same work: rounds of one list per rank.
 
-    The dearest first, each to the rank with the least work so far: a pure function of the shapes, the same on every
-    rank. A round holds at most `ROUND_ELEMENTS` and one weight per rank, which bounds the memory of a step.
+    The most expensive weights come first, each for the rank with the least work so far. The result depends on the
+    shapes alone and is the same on every rank. A round has at most `ROUND_ELEMENTS` and one weight per rank, which
+    bounds the memory of a step.
     """
     work = [(0, rank) for rank in range(ranks)]  # a heap
     elements: Counter[int] = Counter()
-    rounds: dict[int, list[list[Weight]]] = defaultdict(lambda: [[] for _ in range(ranks)])
-    for weight in sorted(weights, key=lambda weight: weight.flops, reverse=True):  # equal shapes side by side
+    rounds: dict[int, list[list[MuonWeight]]] = defaultdict(lambda: [[] for _ in range(ranks)])
+    for weight in sorted(weights, key=lambda weight: weight.flops, reverse=True):  # keeps equal shapes together
         flops, rank = work[0]
         heapq.heapreplace(work, (flops + weight.flops, rank))
         rounds[elements[rank] // ROUND_ELEMENTS][rank].append(weight)
@@ -164,43 +177,50 @@ def balance_across_ranks(weights: Iterable[Weight], ranks: int) -> list[list[lis
     return [rounds[number] for number in sorted(rounds)]
 
 
-def size_of(group: dist.ProcessGroup | None) -> int:
+def group_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def rank_in(group: dist.ProcessGroup | None) -> int:
+def group_rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, sharing its memory."""
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def unpack(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Tensors that lie one after the other at the beginning of a flat one."""
+def unflatten(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Split the beginning of a flat tensor into consecutive tensors of the given shapes."""
     sizes = [math.prod(shape) for shape in shapes]
     return [part.view(shape) for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes)]
 
 
 def exchange(
-    parcels: list[list[torch.Tensor]],
+    tensors: list[list[torch.Tensor]],
     shapes: list[list[tuple[int, ...]]],
     group: dist.ProcessGroup | None,
     empty: torch.Tensor,
 ) -> list[list[torch.Tensor]]:
-    """Send `parcels[n]` to rank n of the group, and receive tensors of `shapes[n]` from it.
+    """Send `tensors[n]` to rank n of a group, and receive tensors of `shapes[n]` from it.
 
-    `empty` has no element; type and device of everything are its own.
+    Args:
+        tensors: tensors to send, by rank.
+        shapes: shapes to receive, by rank.
+        group: ranks that exchange.
+        empty: tensor without elements that has the type and device of all others.
+
+    Returns:
+        The received tensors by rank.
     """
     if group is None:
-        return parcels
-    sent = torch.cat([empty, *(tensor.flatten() for parcel in parcels for tensor in parcel)])
-    sent_sizes = [sum(tensor.numel() for tensor in parcel) for parcel in parcels]
-    sizes = [sum(math.prod(shape) for shape in of_rank) for of_rank in shapes]
-    received = empty.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, sent_sizes, group=group)
-    return [unpack(flat, of_rank) for flat, of_rank in zip(received.split(sizes), shapes)]
+        return tensors
+    sent = torch.cat([empty, *(tensor.flatten() for of_rank in tensors for tensor in of_rank)])
+    sent_sizes = [sum(tensor.numel() for tensor in of_rank) for of_rank in tensors]
+    received_sizes = [sum(math.prod(shape) for shape in of_rank) for of_rank in shapes]
+    received = empty.new_empty(sum(received_sizes))
+    dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group)
+    return [unflatten(flat, of_rank) for flat, of_rank in zip(received.split(received_sizes), shapes)]
 
 
 def gather(
@@ -209,10 +229,16 @@ def gather(
     group: dist.ProcessGroup | None,
     empty: torch.Tensor,
 ) -> Iterator[torch.Tensor]:
-    """Send `tensors` to all ranks of the group, and receive tensors of `shapes[n]` from rank n, in the order of ranks.
+    """Send `tensors` to all ranks of a group, and yield tensors of `shapes[n]` from rank n, in the order of ranks.
 
-    Broadcasts and not an all-gather: what ranks have differs in size, often it is nothing, and the tensors of one rank
-    only are in memory at a time.
+    It uses broadcasts instead of an all-gather: the ranks' tensors differ in size and are often empty, and only the
+    tensors of one rank are in memory at a time.
+
+    Args:
+        tensors: tensors of this rank.
+        shapes: shapes of the tensors by rank.
+        group: ranks that send.
+        empty: tensor without elements that has the type and device of all others.
     """
     if group is None:
         yield from tensors
@@ -224,42 +250,48 @@ def gather(
             flat = empty.new_empty(sum(math.prod(shape) for shape in of_rank))
         if flat.numel():
             dist.broadcast(flat, group=group, group_src=rank)
-        yield from unpack(flat, of_rank)
+        yield from unflatten(flat, of_rank)
 
 
 class MuonAdamW(Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon) and AdamW as one optimizer with two kinds of parameter groups.
+    """Muon (https://kellerjordan.github.io/posts/muon) and AdamW in one optimizer with two kinds of parameter groups.
 
-    Groups of kind `muon` hold 2-D weights: the mathematics of `torch.optim.Muon` with Nesterov momentum and without
-    weight decay, on every one of the `stacked` matrices that a weight holds one below the other (3 for a fused QKV
-    projection) by itself. Groups of kind `adamw` are `torch.optim.AdamW`'s, through its own function.
+    Groups of kind `muon` hold 2-D weights. Their update is that of `torch.optim.Muon` with Nesterov momentum and
+    without weight decay, applied to each of the `stacked` matrices that a weight holds one below the other (3 for a
+    fused QKV projection). Groups of kind `adamw` are updated by PyTorch's own AdamW function.
 
-    The update is the same on one process, under DDP and under FSDP2 (parameters that are DTensors, rows sharded over a
-    mesh of one dimension, or replicated and sharded over one of two): Newton-Schulz always sees whole matrices. They
-    are shared out by their cost over all ranks that hold them, so that no rank repeats another's work. Parameters that
-    are no DTensors are taken to be replicated over all processes of the default group, and all ranks must have
-    gradients for the same parameters. Momentum is sharded as its parameter.
+    The update is the same on one process, under DDP and under FSDP2 (DTensor parameters with rows sharded over a 1-D
+    mesh, or replicated and sharded over a 2-D one): Newton-Schulz always sees whole matrices. The matrices are
+    distributed by cost over all ranks that hold them, so that no rank repeats another's work. Parameters that are not
+    DTensors must be replicated over all processes of the default group, and all ranks must have gradients for the same
+    parameters. Momentum is sharded like its parameter.
 
-    Traffic of one step, in the type of Newton-Schulz: under DDP every rank receives all matrices once, a quarter of
-    what the all-reduce of float32 gradients moves if the type is bfloat16. Under FSDP2 on N ranks, every rank sends
-    and receives twice 1/N of the matrices: the rows to the rank that orthogonalizes, and the rows of the result back.
-    Replicas of shards share out the matrices as well and then send each other the results, as under DDP.
-
-    Attributes:
-        orthogonalized (`int`): how many matrices this rank orthogonalized in the last step.
+    Traffic per step, in the type of Newton-Schulz: under DDP every rank receives all matrices once, in bfloat16 a
+    quarter of what the all-reduce of float32 gradients moves. Under FSDP2 on N ranks every rank sends and receives
+    twice 1/N of the matrices: rows to the rank that orthogonalizes, and rows of the result back. Replicas of shards
+    divide the matrices too, and then send each other the results, as under DDP.
 
     Args:
-        groups: parameter groups; each has its `params` and its `kind`, `muon` or `adamw`, and may override the values
-            below. A muon group may have `stacked`, which is 1 otherwise.
+        groups: parameter groups, each with `params` and `kind` (`muon` or `adamw`). They may override the values
+            below, and muon groups may set `stacked` (default 1).
         lr: learning rate of all groups.
-        momentum: of Muon, in [0, 1).
+        momentum: Muon's momentum in [0, 1).
         adjust_lr_fn: `match_rms_adamw` or `original`, see `update_scale`; by the shape of a single stacked matrix.
-        newton_schulz_dtype: type in which matrices are orthogonalized and sent; bfloat16 is PyTorch's.
-        betas, eps, weight_decay: of AdamW.
+        newton_schulz_dtype: type in which matrices are orthogonalized and sent; bfloat16 as in PyTorch.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay.
+
+    Attributes:
+        orthogonalized (`int`): number of matrices that this rank orthogonalized in the last step.
 
     Raises:
-        ValueError: for another `kind` or `adjust_lr_fn`, or a muon parameter that does not hold `stacked` matrices; at
-            the first step for one that is sharded otherwise.
+        ValueError: for another `kind` or `adjust_lr_fn`, or a muon parameter that does not hold `stacked` matrices.
+            The first step raises it for an unsupported sharding.
+
+    Example:
+        >>> groups = [{"kind": "muon", "params": [linear.weight]}, {"kind": "adamw", "params": [linear.bias]}]
+        >>> optimizer = MuonAdamW(groups, lr=1e-3)
     """
 
     def __init__(
@@ -296,18 +328,18 @@ class MuonAdamW(Optimizer):
             if parameter.ndim != 2 or parameter.shape[0] % group["stacked"]:
                 raise ValueError(
                     f"Muon got a parameter of shape {tuple(parameter.shape)} in a group with `stacked` "
-                    f"{group['stacked']}; accepted: 2-D, with rows that are a multiple of it."
+                    f"{group['stacked']}; accepted: 2-D, with a number of rows that is a multiple of `stacked`."
                 )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step with the gradients that are there; parameters without one stay as they are."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.orthogonalized = 0
-        weights: dict[Layout, list[Weight]] = defaultdict(list)
+        weights: dict[Layout, list[MuonWeight]] = defaultdict(list)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["kind"] == "adamw":
@@ -315,16 +347,16 @@ class MuonAdamW(Optimizer):
                 continue
             with record_function("MuonAdamW.momentum"):
                 for parameter in parameters:
-                    weights[Layout.of(parameter)].append(self._with_momentum(parameter, group))
+                    weights[Layout.of(parameter)].append(self._update_momentum(parameter, group))
         for layout, of_layout in weights.items():
-            for by_rank in balance_across_ranks(of_layout, size_of(layout.replicas) * size_of(layout.shards)):
+            for by_rank in balance_across_ranks(of_layout, group_size(layout.replicas) * group_size(layout.shards)):
                 self._muon(by_rank, layout)
         return loss
 
     def _adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter]["step"] = torch.tensor(0.0, dtype=torch.float32)  # on the CPU, as PyTorch's
+                self.state[parameter]["step"] = torch.tensor(0.0, dtype=torch.float32)  # on the CPU, like PyTorch's
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
         states = [self.state[parameter] for parameter in parameters]
@@ -333,7 +365,7 @@ class MuonAdamW(Optimizer):
             [parameter.grad for parameter in parameters if parameter.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],  # AMSGrad's
+            [],  # for AMSGrad
             [state["step"] for state in states],
             amsgrad=False,
             maximize=False,
@@ -344,16 +376,16 @@ class MuonAdamW(Optimizer):
             weight_decay=group["weight_decay"],
         )
 
-    def _with_momentum(self, parameter: torch.Tensor, group: dict[str, Any]) -> Weight:
-        """The weight with its momentum brought up to date: elementwise, so every rank does it for what it holds."""
+    def _update_momentum(self, parameter: torch.Tensor, group: dict[str, Any]) -> MuonWeight:
+        """Update the momentum and return the weight. It is elementwise: every rank does it for its part."""
         state = self.state[parameter]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)  # not a copy of the gradient: that is not ours
+            state["momentum_buffer"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        weight = Weight(
-            values=local(parameter),
-            gradient=local(parameter.grad),
-            momentum=local(state["momentum_buffer"]),
+        weight = MuonWeight(
+            values=local_part(parameter),
+            gradient=local_part(parameter.grad),
+            momentum=local_part(state["momentum_buffer"]),
             rows=parameter.shape[0],
             columns=parameter.shape[1],
             settings=group,
@@ -361,44 +393,49 @@ class MuonAdamW(Optimizer):
         weight.momentum.lerp_(weight.gradient, 1 - group["momentum"])
         return weight
 
-    def _muon(self, by_rank: list[list[Weight]], layout: Layout) -> None:
-        """Update weights, of which rank n of the layout (counted replica by replica) orthogonalizes `by_rank[n]`."""
-        shard, shards = rank_in(layout.shards), size_of(layout.shards)
+    def _muon(self, by_rank: list[list[MuonWeight]], layout: Layout) -> None:
+        """Update weights. Rank n of the layout (counted replica by replica) orthogonalizes `by_rank[n]`."""
+        shard, shards = group_rank(layout.shards), group_size(layout.shards)
         by_replica = [by_rank[first : first + shards] for first in range(0, len(by_rank), shards)]
-        here = by_replica[rank_in(layout.replicas)]
-        mine = here[shard]
+        of_replica = by_replica[group_rank(layout.replicas)]
+        own = of_replica[shard]
         empty = next(chain(*by_rank)).values.new_empty(0, dtype=self.newton_schulz_dtype)
 
-        with record_function("MuonAdamW.exchange"):  # the rows of a weight meet at the rank that it was dealt to
-            sent = [[weight.direction(empty.dtype) for weight in theirs] for theirs in here]
-            shapes = [[weight.shape_of(n, shards) for weight in mine] for n in range(shards)]
+        with record_function("MuonAdamW.exchange"):  # send the rows of each weight to the rank that orthogonalizes it
+            sent = [[weight.nesterov_direction(empty.dtype) for weight in of_rank] for of_rank in of_replica]
+            shapes = [[weight.shard_shape(n, shards) for weight in own] for n in range(shards)]
             whole = [torch.cat(blocks) for blocks in zip(*exchange(sent, shapes, layout.shards, empty))]
         with record_function("MuonAdamW.newton_schulz"):
-            matrices = [matrix for weight, rows in zip(mine, whole) for matrix in rows.chunk(weight.stacked)]
+            matrices = [matrix for weight, rows in zip(own, whole) for matrix in rows.chunk(weight.stacked)]
             orthogonal = iter(orthogonalize(matrices))
             self.orthogonalized += len(matrices)
-            whole = [torch.cat([next(orthogonal) for _ in range(weight.stacked)]) for weight in mine]
-        with record_function("MuonAdamW.exchange"):  # and go back to the ranks of this replica
-            cut = [rows.split(weight.rows_of(shards)) for weight, rows in zip(mine, whole)]
-            sent = [[blocks[n] for blocks in cut] for n in range(shards)]
-            shapes = [[weight.shape_of(shard, shards) for weight in theirs] for theirs in here]
+            whole = [torch.cat([next(orthogonal) for _ in range(weight.stacked)]) for weight in own]
+        with record_function("MuonAdamW.exchange"):  # return the rows to the ranks of this replica
+            split = [rows.split(weight.rows_by_shard(shards)) for weight, rows in zip(own, whole)]
+            sent = [[blocks[n] for blocks in split] for n in range(shards)]
+            shapes = [[weight.shard_shape(shard, shards) for weight in of_rank] for of_rank in of_replica]
             updates = list(chain(*exchange(sent, shapes, layout.shards, empty)))
         with record_function("MuonAdamW.update"):
-            shapes = [[weight.shape_of(shard, shards) for weight in chain(*replica)] for replica in by_replica]
+            shapes = [[weight.shard_shape(shard, shards) for weight in chain(*replica)] for replica in by_replica]
             for weight, update in zip(chain(*by_rank), gather(updates, shapes, layout.replicas, empty), strict=True):
                 weight.apply(update)
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name the parameters of a module that the optimizer changes: all, or those of its adapter."""
+    """Parameters that the optimizer updates, by name: all of a module, or those of its adapter."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def muon_weights(modules: Mapping[str, nn.Module], fused: bool) -> dict[torch.Tensor, int]:
-    """The weights that are Muon's, and how many matrices each of them stacks.
+    """Select the weights for Muon: those of linear layers in the repeated layers of transformer and text encoder.
 
-    Muon's are the weights of linear layers inside the repeated layers of transformer and text encoder. PRX stores the
-    projections to query, key and value as one weight: three matrices (two for the text), or one if `fused`.
+    Args:
+        modules: trainable modules by name.
+        fused: True treats PRX's fused projections as one matrix each. False treats the one for query, key and value as
+            three matrices and the text's one for key and value as two.
+
+    Returns:
+        The number of matrices that each weight stacks.
     """
     found: dict[torch.Tensor, int] = {}
     for name in WITH_REPEATED_LAYERS:
@@ -412,11 +449,14 @@ def muon_weights(modules: Mapping[str, nn.Module], fused: bool) -> dict[torch.Te
 
 
 def build_optimizer(cfg: TrainingConfig, modules: Mapping[str, nn.Module]) -> Optimizer:
-    """AdamW over all trainable parameters, or `MuonAdamW`: Muon for what `muon_weights` names, AdamW for the rest.
+    """Build AdamW over all trainable parameters, or `MuonAdamW` with the groups of `muon_weights`.
 
     Args:
-        cfg: the run's configuration.
-        modules: what is trained, by its name in the run: `transformer`, `text_encoder`, and others, which are AdamW's.
+        cfg: run configuration.
+        modules: trainable modules by name: `transformer`, `text_encoder`, and others, which AdamW always updates.
+
+    Example:
+        >>> optimizer = build_optimizer(cfg, {"transformer": transformer})
     """
     parameters = [p for module in modules.values() for p in trainable_parameters(module).values()]
     adamw_settings: dict[str, Any] = {
@@ -445,10 +485,14 @@ def build_optimizer(cfg: TrainingConfig, modules: Mapping[str, nn.Module]) -> Op
 
 
 def build_lr_scheduler(cfg: TrainingConfig, optimizer: Optimizer, step: int = 0) -> LRScheduler:
-    """Linear warm-up, a constant part, and a decay to zero; stepped once per optimizer step, on every process.
+    """Build a schedule of a linear warm-up, a constant part and a decay to zero.
+
+    Call its `step()` once per optimizer step, on every process.
 
     Args:
-        step: how many of the stage's `max_train_steps` are done: the schedule is a function of it, nothing is saved.
+        cfg: run configuration.
+        optimizer: optimizer whose learning rates it sets.
+        step: number of completed steps of the stage. The schedule is a function of it and has no saved state.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = cfg.learning_rate

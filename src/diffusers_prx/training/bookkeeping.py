@@ -78,7 +78,7 @@ def validate(run: Run, stage: Stage) -> None:
     run.trained.eval()
     state.validated = state.step
     # not through DDP, which would get ready for gradients; libraries may draw from the global generator
-    with run.averages.in_place(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
+    with run.averages.swapped_in(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
         if stage.held_out is not None:
             batches = stage.held_out_batches(accelerator.device, rank, processes)
             by_sample = run.communicator.merge(run.trained(losses_by_sample, run.nets, cfg, batches))
@@ -175,7 +175,7 @@ def finish(run: Run) -> None:
             f"teacher features, of the main process since it started: {cache.hits} read from {cache.folder}, "
             f"{cache.misses} computed, of which {cache.corrupt} because their file could not be read"
         )
-    run.averages.put_in_place()
+    run.averages.copy_to_trained()
     parts = {name: gather_full_module(module) for name, module in run.modules.items() if name != "projector"}
     run.nets = replace(run.nets, **parts)
     if accelerator.is_main_process:

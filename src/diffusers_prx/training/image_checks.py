@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..config.training_config import TrainingConfig
-from ..data.buckets import Size, assign_bucket, cover
+from ..data.buckets import Size, assign_bucket, resize_scale_and_crop
 from ..data.captioned import IndexedView
 from ..data.images import UnreadableSample
 from ..files import NAMES_SHOWN, printable, shown
@@ -51,7 +51,7 @@ def check_images(
     """
     readable = (image_sizes > 0).all(axis=1)
     width, height = np.maximum(image_sizes, 1).T.astype(np.float64)
-    scale, crop = cover(width, height, np.array(sizes)[assign_bucket(width, height, sizes)].T)
+    scale, crop = resize_scale_and_crop(width, height, np.array(sizes)[assign_bucket(width, height, sizes)].T)
     most = np.inf if cfg.max_upscale is None else cfg.max_upscale
     elongated = readable & (crop > cfg.max_crop)
     small = readable & ~elongated & (scale > most)
@@ -62,7 +62,7 @@ def check_images(
         return shown(map(describe, indices[:NAMES_SHOWN].tolist()), len(indices))
 
     def sized(index: int) -> str:
-        return f"{source.place(index)} ({image_sizes[index, 0]} x {image_sizes[index, 1]})"
+        return f"{source.location(index)} ({image_sizes[index, 0]} x {image_sizes[index, 1]})"
 
     found = []
     if small.any():

@@ -28,13 +28,13 @@ from ..data.precomputed import (
     ImagesToEncode,
     PrecomputedImages,
     ShardCheck,
-    ShardChecks,
+    ShardCheckDataset,
     ShardWriter,
     check_settings,
-    done_samples,
-    next_number,
-    read_begun,
+    next_shard_number,
+    processed_samples,
     read_empty_text,
+    read_settings,
     shard_files,
     skipped_samples,
     write_empty_text,
@@ -130,7 +130,7 @@ def open_precomputed(stages: Sequence[Stage], nets: Nets) -> None:
         settings = cache_settings([stage.cfg], nets, networks, len(stage.source))
         columns = needed_columns([stage.cfg], nets)
         stage.precomputed = PrecomputedImages(cache_folder(stage.cfg), settings, columns)
-        stage.precomputed.check(stage.source, stage.buckets)
+        stage.precomputed.verify(stage.source, stage.buckets)
 
 
 # --- making a cache
@@ -217,10 +217,10 @@ def _precompute_folder(
     if accelerator.is_main_process:
         _begin(folder, {"settings": settings, "made_from": {name: getattr(cfg, name) for name in MADE_FROM}})
     accelerator.wait_for_everyone()
-    begun = read_begun(folder)
+    begun = read_settings(folder)
     check_settings(begun["settings"], settings, folder, begun["made_from"])
     _drop_damaged_and_changed(folder, source, buckets, accelerator, cfg.dataloader_num_workers)
-    done, number = done_samples(folder, len(source)), next_number(folder)
+    done, number = processed_samples(folder, len(source)), next_shard_number(folder)
     accelerator.wait_for_everyone()  # all have seen the same shards before another is written
 
     if accelerator.is_main_process and not _has_empty_text(folder):
@@ -269,7 +269,7 @@ def _drop_damaged_and_changed(
     """
     mine = shard_files(folder)[accelerator.process_index :: accelerator.num_processes]
     checks: list[ShardCheck] = []
-    loader = DataLoader(ShardChecks(mine, source, buckets), batch_size=None, num_workers=num_workers)
+    loader = DataLoader(ShardCheckDataset(mine, source, buckets), batch_size=None, num_workers=num_workers)
     for check in tqdm(loader, desc=f"verifying {folder}", disable=not mine or not accelerator.is_local_main_process):
         checks.append(check)
     checks = [check for check in checks if check.damaged or check.changed]
@@ -286,7 +286,7 @@ def _drop_damaged_and_changed(
         (folder / INDEX_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     for check in checks:
-        check.drop_rest()
+        check.remove_invalid()
     accelerator.wait_for_everyone()
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..config.training_config import TrainingConfig
 from ..techniques.alignment import BurnIn
-from ..techniques.ema import Averages
+from ..techniques.ema import EMAWeights
 from ..techniques.optimizers import trainable_parameters
 from .checkpoints import CheckpointWriter, RunState
 from .distributed import ObjectCommunicator, TrainableModules
@@ -68,7 +68,7 @@ class Run:
     trained: TrainableModules
     model: Any
     optimizer: Any
-    averages: Averages
+    averages: EMAWeights
     burn_in: BurnIn
     state: RunState
     writer: CheckpointWriter

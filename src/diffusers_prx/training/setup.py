@@ -15,7 +15,7 @@ from ..files import UNFINISHED
 from ..hub.cards import REPORT_FILE
 from ..hub.publishing import repository
 from ..techniques.alignment import BurnIn
-from ..techniques.ema import Averages
+from ..techniques.ema import EMAWeights
 from ..techniques.optimizers import build_optimizer
 from .checkpoints import (
     TOKENIZER_FILE,
@@ -151,7 +151,7 @@ def _build(
         trained=trained,
         model=model,
         optimizer=optimizer,
-        averages=Averages(trained, cfg),
+        averages=EMAWeights(trained, cfg),
         burn_in=burn_in,
         state=state,
         writer=CheckpointWriter(Path(cfg.output_dir), cfg.checkpoints_total_limit, writer_communicator, derived),

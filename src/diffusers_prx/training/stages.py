@@ -20,7 +20,7 @@ from ..config.training_config import DataSource, TrainingConfig, sources_of
 from ..data.buckets import Buckets, compute_buckets, image_sizes, sort_into_buckets, study_buckets
 from ..data.captioned import JoinedSource
 from ..data.captions import choose_caption
-from ..data.iterable import Place, StreamedBatches, StreamedImages, build_stream_loader
+from ..data.iterable import LaneProgress, StreamedBatches, StreamedImages, build_stream_loader
 from ..data.mixing import MixedSource, combine
 from ..data.precomputed import PrecomputedImages, PrecomputedSamples, collate_precomputed
 from ..data.samplers import BucketStreamSampler, Position, StreamSampler, every_sample_once
@@ -67,7 +67,7 @@ class Stage:
     held_out: CaptionedImages | None
     sizes: Sequence[int] = ()
     stream: StreamedImages | None = None
-    places: list[Place] = field(default_factory=list)
+    places: list[LaneProgress] = field(default_factory=list)
     buckets: Buckets | None = None
     held_out_buckets: Buckets | None = None
     image_sizes: dict[str, np.ndarray] = field(default_factory=dict)
@@ -292,7 +292,7 @@ class Stage:
             self.first_step,
         )
         for batch in _moved(build_stream_loader(batches, cfg.dataloader_num_workers), device):
-            self.places[batch["worker"]] = batch["place"]  # the workers themselves are ahead
+            self.places[batch["worker"]] = batch["progress"]  # the workers themselves are ahead
             yield batch
 
     def held_out_batches(self, device: torch.device, rank: int = 0, processes: int = 1) -> Iterator[dict[str, Any]]:
@@ -437,7 +437,7 @@ def _streamed_stage(cfg: TrainingConfig, steps: tuple[int, int], rank: int, proc
             f"{cfg.num_validation_samples - len(held_out)} of the {cfg.num_validation_samples} samples "
             f"(`num_validation_samples`) at the beginning of {stream.sources[0].name(0)} cannot be read."
         )
-    places = [stream.start() for _ in range(stream.workers)]
+    places = [stream.initial_progress() for _ in range(stream.workers)]
     return Stage(cfg, *steps, None, held_out or None, stream=stream, places=places)
 
 

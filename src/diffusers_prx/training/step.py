@@ -12,7 +12,7 @@ from ..data.precomputed import cached_latents, cached_text
 from ..latents import EncodedImages, decode, encode
 from ..models.token_routing import TokenRoute, sample_route
 from ..techniques.alignment import alignment_loss, spatial_normalize, teacher_features
-from ..techniques.losses import below, contrastive_loss, dino_perceptual_loss, mean_of
+from ..techniques.losses import contrastive_loss, dino_perceptual_loss, masked_mean
 from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
 from .networks import Nets
 from .rng import StepRandom
@@ -159,14 +159,14 @@ def compute_losses(
     if nets.lpips is not None or nets.dino is not None:
         assert inputs.pixels_pm1 is not None
         predicted_pm1 = decode(nets.vae, nets.scheduler.clean(prediction, noisy, timestep))  # (B, 3, H, W)
-        counted = below(timestep, cfg.perceptual_max_timestep)  # (B,)
+        counted = timestep <= cfg.perceptual_max_timestep  # (B,)
         if nets.lpips is not None:
-            losses["lpips"] = mean_of(nets.lpips(predicted_pm1, inputs.pixels_pm1), counted)
+            losses["lpips"] = masked_mean(nets.lpips(predicted_pm1, inputs.pixels_pm1), counted)
         if nets.dino is not None:
             distance = dino_perceptual_loss(
                 nets.dino, predicted_pm1, inputs.pixels_pm1, cfg.dino_size, inputs.dino_crop
             )  # (B,)
-            losses["dino"] = mean_of(distance, counted)
+            losses["dino"] = masked_mean(distance, counted)
     return losses, loss_per_sample
 
 
