@@ -376,9 +376,7 @@ def test_what_changed_and_what_is_damaged_is_computed_anew_and_nothing_else(part
     (images / "00.txt").write_text("another caption")
     PIL.Image.new("RGB", SIZES[3]).save(images / "03.png")
     PIL.Image.new("RGB", (64, 33)).save(images / "04.png")  # another shape: another bucket
-    path, row = next(
-        (path, Shard(path).indices.index(7)) for path in shard_files(folder) if 7 in Shard(path).indices
-    )
+    path, row = next((path, Shard(path).indices.index(7)) for path in shard_files(folder) if 7 in Shard(path).indices)
     content = bytearray(path.read_bytes())
     content[content.index(Shard(path).value("latent_mean", row).numpy().tobytes())] ^= 1
     path.write_bytes(content)

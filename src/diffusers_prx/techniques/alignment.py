@@ -1,11 +1,12 @@
 """Alignment of the transformer's features with those of a frozen vision teacher: REPA and iREPA.
 
-REPA: arXiv 2410.06940. iREPA: arXiv 2512.10794. A step with alignment reads, in this order: features of one block come
-back from the forward, `projector(features, indices, grid)` maps them to the teacher's width, `teacher_features` gives
-the target, for iREPA through `spatial_normalize`, and `alignment_loss` compares. Only the projector is trained.
+REPA: arXiv 2410.06940. iREPA: arXiv 2512.10794. A step with alignment does the following, in this order: the forward
+returns the features of one block, `projector(features, indices, grid)` maps them to the teacher's width,
+`teacher_features` computes the target, which `spatial_normalize` normalizes for iREPA, and `alignment_loss` compares
+them. Only the projector is trained.
 
-Shapes in this file: B batch, N tokens of the whole grid (rows, columns), row by row, K of them that were in the block
-(K = N where nothing is routed), D width of the transformer, E width of the teacher.
+Shapes in this file: B batch, N tokens of the whole grid (rows, columns), row by row, K tokens of them that passed
+through the block (K = N without routing), D width of the transformer, E width of the teacher.
 """
 
 import hashlib
@@ -23,10 +24,10 @@ from ..files import read_hashed_tensors, write_hashed_tensors
 from ..models.transformer_prx import rotary_table, rotate
 from .teachers import VisionTeacher
 
-STD_EPS = 1e-6  # added to the standard deviation over patches; a channel may be constant
+STD_EPS = 1e-6  # added to the standard deviation over patches, because a channel may be constant
 
-# --- projectors: (features (B, K, D), indices (B, K) or None, grid) -> (B, K, E). Stored in float32, as all that is
-# trained; they compute in what autocast says, and the loss takes its cosine in float32
+# Projectors map (features (B, K, D), indices (B, K) or None, grid) to (B, K, E). Like all trainable modules they are
+# stored in float32; they compute in autocast's type, and the loss computes the cosine in float32.
 
 
 class MLPProjector(nn.Module):
@@ -47,7 +48,7 @@ class MLPProjector(nn.Module):
 
 
 class ConvProjector(nn.Module):
-    """One 3x3 convolution over the grid (iREPA, arXiv 2512.10794); it needs all tokens."""
+    """One 3x3 convolution over the grid (iREPA, arXiv 2512.10794). It requires all tokens."""
 
     def __init__(self, student_width: int, teacher_width: int):
         super().__init__()
@@ -56,7 +57,7 @@ class ConvProjector(nn.Module):
     def forward(self, features: torch.Tensor, indices: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
         if indices is not None:
             raise ValueError(
-                "The projector `conv` needs the whole grid, but tokens of this block were routed away; accepted with "
+                "`repa_projector` conv needs the whole grid, but tokens were routed around this block. Accepted with "
                 "routing: `mlp`, `attention`."
             )
         image = features.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
@@ -66,7 +67,7 @@ class ConvProjector(nn.Module):
 class AttentionProjector(nn.Module):
     """One self-attention layer with the axial rotary embedding of the transformer, then a linear layer.
 
-    What the convolution is to a whole grid, this is to any subset of it: it sees neighbors and where they are.
+    Like the convolution it uses neighboring tokens and their positions, but it accepts any subset of the grid.
     """
 
     def __init__(
@@ -99,19 +100,27 @@ def build_projector(
     axes_dim: tuple[int, int] = (32, 32),
     theta: float = 10_000,
 ) -> nn.Module:
-    """A new projector, in float32; all are called as `projector(features, indices, grid)`.
+    """Build a projector in float32, called as `projector(features, indices, grid)`.
 
-    `features` (B, K, D) are the tokens that were in the block, `indices` (B, K) int64 their places in the grid (None:
-    all, in order), `grid` is (rows, columns). The result is (B, K, E), of autocast's type.
+    `features` (B, K, D) are the tokens that passed through the block, `indices` (B, K) int64 their indices in the grid
+    (None: all tokens, in order), and `grid` is (rows, columns). The result is (B, K, E) in autocast's type.
 
     Args:
-        kind: `mlp`, `conv` (raises ValueError if there are indices) or `attention`.
-        student_width, teacher_width: D and E.
-        hidden_size: width inside the MLP; 2048 is REPA's.
-        num_heads, axes_dim, theta: of the transformer; the attention has the same.
+        kind: `mlp`, `conv` (which raises ValueError if there are indices) or `attention`.
+        student_width: width D of the transformer.
+        teacher_width: width E of the teacher.
+        hidden_size: width inside the MLP; 2048 in REPA.
+        num_heads: heads of the attention, as in the transformer.
+        axes_dim: rotary dimensions per axis, as in the transformer.
+        theta: rotary base, as in the transformer.
 
     Raises:
-        ValueError: for another kind, or an attention whose sizes do not fit.
+        ValueError: for another kind, or attention sizes that do not match.
+
+    Example:
+        >>> projector = build_projector("mlp", student_width=1792, teacher_width=1024)
+        >>> projector(features, None, (16, 16)).shape
+        torch.Size([2, 256, 1024])
     """
     if kind == "mlp":
         return MLPProjector(student_width, teacher_width, hidden_size)
@@ -127,19 +136,16 @@ def build_projector(
     raise ValueError(f"`kind` of the projector is {kind!r}; accepted: 'mlp', 'conv', 'attention'.")
 
 
-# --- the target and the loss
-
-
 def spatial_normalize(features: torch.Tensor, gamma: float) -> torch.Tensor:
-    """iREPA's normalization of the teacher (arXiv 2512.10794): per channel, over the patches of each image.
+    """Normalize teacher features per channel over the patches of each image, as in iREPA (arXiv 2512.10794).
 
-    (x - gamma mean(x)) / (std(x) + eps): what all patches share says nothing about where things are. gamma = 1 takes
-    all of it away, the authors' default is 0.8. `std` divides by N; the N - 1 of others is one factor for all
-    channels, which a cosine does not see.
+    (x - gamma mean(x)) / (std(x) + eps): what all patches share contains no spatial information. gamma = 1 removes all
+    of it; the authors' default is 0.8. `std` divides by N. Dividing by N - 1 would scale all channels by one factor,
+    which does not change a cosine.
 
     Args:
-        features: (B, N, E), of the whole grid: normalize first, then pick the tokens of the block.
-        gamma: a scalar.
+        features: (B, N, E) of the whole grid. Normalize first, then select the tokens of the block.
+        gamma: share of the mean that is subtracted.
 
     Returns:
         (B, N, E), float32.
@@ -151,17 +157,22 @@ def spatial_normalize(features: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def alignment_loss(projected: torch.Tensor, teacher: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
-    """REPA's loss (arXiv 2410.06940) per sample: 1 minus the mean cosine over the tokens that were in the block.
+    """Return REPA's loss (arXiv 2410.06940) per sample: 1 minus the mean cosine over the tokens of the block.
 
-    The papers write minus the mean cosine. The 1 changes no gradient; it makes 0 the perfect value and 2 the worst.
+    The papers use minus the mean cosine. The added 1 does not change the gradient; it makes 0 the best value and 2 the
+    worst.
 
     Args:
-        projected: (B, K, E), from the projector.
-        teacher: (B, N, E), of the whole grid; no gradient flows into it.
-        indices: (B, K) int64, which of the N tokens the K are; None: all, in order.
+        projected: (B, K, E), output of the projector.
+        teacher: (B, N, E) of the whole grid, detached here.
+        indices: (B, K) int64 indices of the K tokens among the N. None: all tokens, in order.
 
     Returns:
         (B,), float32, in [0, 2].
+
+    Example:
+        >>> target = spatial_normalize(teacher_features(teacher, pixels_uint8, grid), 0.8)
+        >>> alignment_loss(projector(features, None, grid), target, None).mean().backward()
     """
     target = teacher.detach().float()  # (B, N, E)
     if indices is not None:
@@ -170,34 +181,32 @@ def alignment_loss(projected: torch.Tensor, teacher: torch.Tensor, indices: torc
     return 1 - F.cosine_similarity(projected.float(), target, dim=-1).mean(dim=1)  # (B,)
 
 
-# --- the burn-in
-
-
 def gradient_cosine(
-    flow_loss: torch.Tensor, alignment_loss: torch.Tensor, at: torch.Tensor | Sequence[torch.Tensor]
+    flow_loss: torch.Tensor, alignment_loss: torch.Tensor, tensors: torch.Tensor | Sequence[torch.Tensor]
 ) -> float:
-    """Cosine between the gradients of two scalar losses: 1 they pull together, -1 they pull apart.
+    """Return the cosine between the gradients of two losses: 1 if they agree, -1 if they oppose each other.
 
-    Costs two partial backward passes and leaves the graph, and every `.grad`, as it was. A loss without a gradient
-    pulls nowhere and gives 0: the flow loss of a new transformer, whose last layer is zero, before its first step.
+    It costs two partial backward passes and leaves the graph and every `.grad` unchanged. A loss without a gradient
+    gives 0, such as the flow loss of a new transformer, whose last layer is zero, before its first step.
 
     Args:
-        flow_loss, alignment_loss: scalars whose graphs are still there.
-        at: the tensor, or tensors taken together, whose gradients are compared: the tapped features or the weights of
-            the tapped block. The features must be the tensor that the later blocks were fed; accelerate's bf16 wrapper
-            returns float32 copies, so behind it only the weights will do.
+        flow_loss: scalar whose graph still exists.
+        alignment_loss: scalar whose graph still exists.
+        tensors: tensor, or tensors taken together, with respect to which the gradients are computed: the tapped
+            features or the weights of the tapped block. The features must be the input of the later blocks;
+            accelerate's bf16 wrapper returns float32 copies, so behind it use the weights.
 
     Raises:
         ValueError: if one of the losses does not depend on one of the tensors.
     """
-    tensors = [at] if isinstance(at, torch.Tensor) else list(at)
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     flat = []
     for name, loss in (("flow_loss", flow_loss), ("alignment_loss", alignment_loss)):
         gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         if any(gradient is None for gradient in gradients):
             raise ValueError(
-                f"`{name}` does not depend on every tensor of `at`, which must lie on the way to both losses. Outputs "
-                "of a model in accelerate's mixed precision are copies: give the weights of the tapped block instead."
+                f"`{name}` does not depend on every tensor of `tensors`. Outputs of a model in accelerate's mixed "
+                "precision are copies: pass the weights of the tapped block instead."
             )
         flat.append(torch.cat([gradient.float().flatten() for gradient in gradients]))
     flow, alignment = (F.normalize(gradient, dim=0, eps=torch.finfo(torch.float32).tiny) for gradient in flat)
@@ -205,23 +214,29 @@ def gradient_cosine(
 
 
 class BurnIn:
-    """When alignment is on. REPA helps early and later limits fine texture, so it ends, and stays ended.
+    """Schedule of the alignment: on at first, then off for good, because REPA helps early and later limits texture.
 
-    It ends at a given step, or by itself: when the cosine between the gradients of the flow loss and of the alignment,
-    sampled every so many steps, is below a threshold on average over a full window. Plain state; the same calls after
-    `load_state_dict` give the same answers. In a run of several processes give every one the same cosine (their mean).
+    It ends at a given step, or automatically: when the cosine between the gradients of the flow loss and of the
+    alignment, sampled at regular steps, is below a threshold on average over a full window. The state is plain data;
+    the same calls after `load_state_dict` give the same answers. With several processes give each the same cosine
+    (their mean).
 
     Args:
-        until_step: the first optimizer step without alignment; None: no such step.
-        window: how many sampled cosines are averaged; None: no automatic end.
+        until_step: first optimizer step without alignment. None: no fixed end.
+        window: number of sampled cosines that are averaged. None: no automatic end.
         every: optimizer steps between two samples.
-        threshold: of the mean cosine, in [-1, 1].
+        threshold: threshold of the mean cosine, in [-1, 1].
 
     Attributes:
-        ended_at: the first optimizer step without alignment, once it is known.
+        ended_at: first optimizer step without alignment, or None while it is unknown.
 
     Raises:
         ValueError: for values out of range.
+
+    Example:
+        >>> burn_in = BurnIn(until_step=200_000)
+        >>> burn_in.active(0), burn_in.active(200_000)
+        (True, False)
     """
 
     def __init__(
@@ -231,29 +246,29 @@ class BurnIn:
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not -1 <= threshold <= 1:
-            raise ValueError(f"`threshold` is of a cosine and must be in [-1, 1], got {threshold}.")
+            raise ValueError(f"`threshold` of a cosine must be in [-1, 1], got {threshold}.")
         self.until_step, self.window, self.every, self.threshold = until_step, window, every, threshold
         self.cosines: deque[float] = deque(maxlen=window)
         self.ended_at: int | None = None
 
     def active(self, step: int) -> bool:
-        """Whether alignment is on in this optimizer step, counted from 0."""
+        """True if the alignment is on in this optimizer step, counted from 0."""
         if self.ended_at is None and self.until_step is not None and step >= self.until_step:
-            self.ended_at = self.until_step  # remembered: a resumed run with a later `until_step` does not start again
+            self.ended_at = self.until_step  # saved, so that a resumed run with a later `until_step` does not restart
         return self.ended_at is None or step < self.ended_at
 
     def due(self, step: int) -> bool:
-        """Whether the cosine is to be sampled in this step and given to `observe`."""
+        """True if this step must sample the cosine for `observe`."""
         return self.window is not None and self.active(step) and step % self.every == 0
 
     def observe(self, step: int, cosine: float) -> None:
-        """Take a sampled cosine; where it completes the case against alignment, the next step is without.
+        """Record a sampled cosine, and end the alignment after this step if the window's mean is below the threshold.
 
         Raises:
-            ValueError: if it is no cosine, as after gradients that are not finite.
+            ValueError: if the value is not a cosine, for example after gradients that are not finite.
         """
         assert self.due(step), f"step {step} is not due"
-        if not -1.001 <= cosine <= 1.001:  # room for rounding
+        if not -1.001 <= cosine <= 1.001:  # allows rounding errors
             raise ValueError(f"`cosine` must be in [-1, 1], got {cosine} at step {step}.")
         self.cosines.append(cosine)
         if len(self.cosines) == self.window and sum(self.cosines) / len(self.cosines) < self.threshold:
@@ -267,81 +282,79 @@ class BurnIn:
         self.ended_at = state["ended_at"]
 
 
-# --- features of the teacher, computed or read
-
-
 class FeatureCache:
-    """Teacher features on disk, addressed by content: one file per teacher, grid and pixels.
+    """Teacher features on disk, one bfloat16 file per teacher, grid and image.
 
-    The key is a hash of the teacher's fingerprint, the grid, the stored type and the uint8 pixels as the model sees
-    them, after crop and flip: no other crop, teacher or grid can hit. It pays where crops repeat; nothing is ever
-    removed. A sample of 256 patches of width 1024 takes 0.5 MB in bfloat16. The type that the teacher computed in is
-    not part of the key.
+    The key is a hash of the teacher's fingerprint, the grid and the uint8 pixels after crop and flip, so that another
+    crop, teacher or grid never matches. It does not include the type in which the teacher computes. The cache saves
+    time if crops repeat. It never deletes anything: a sample of 256 patches of width 1024 takes 0.5 MB.
 
-    A file that is damaged is computed again, replaced, and counted. Files are written aside and renamed, so any
-    number of processes may share the folder.
+    Damaged files are computed again, replaced and counted. Writes are atomic, so processes may share a folder.
+
+    Unlike `data.precomputed` it also works with flips, trained text encoders, mixed sources and scenes.
 
     Args:
-        folder: where the files go, in up to 256 subfolders.
-        dtype: torch.bfloat16 or torch.float32, the type that is stored.
+        folder: folder of the files, which are in up to 256 subfolders.
 
     Attributes:
-        hits, misses, corrupt: samples read, samples computed, and damaged files (they are misses too).
+        hits: number of samples read.
+        misses: number of samples computed.
+        corrupt: number of damaged files, which are misses too.
 
-    Raises:
-        ValueError: for another type.
+    Example:
+        >>> cache = FeatureCache("cache/teacher")
+        >>> teacher_features(teacher, pixels_uint8, (16, 16), cache).shape
+        torch.Size([2, 256, 1024])
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16):
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"`dtype` of the cache is {dtype}; accepted: torch.bfloat16, torch.float32.")
-        self.folder, self.dtype = Path(folder), dtype
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
         self.hits = self.misses = self.corrupt = 0
 
     def path(self, teacher: VisionTeacher, pixels_uint8: torch.Tensor, grid: tuple[int, int]) -> Path:
-        """The file of one sample (3, H, W)."""
+        """Path of the file of one sample (3, H, W)."""
         digest = hashlib.blake2b(digest_size=20)
-        digest.update(f"{teacher.fingerprint} {tuple(grid)} {self.dtype} {tuple(pixels_uint8.shape)}".encode())
+        digest.update(f"{teacher.fingerprint} {tuple(grid)} {torch.bfloat16} {tuple(pixels_uint8.shape)}".encode())
         digest.update(pixels_uint8.contiguous().numpy().tobytes())
         key = digest.hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
-        """The features (N, E) = `shape` in the stored type, or None if they have to be computed."""
+        """Read features of shape (N, E), or return None if they must be computed."""
         try:
             features = read_hashed_tensors(path).get("features")
         except FileNotFoundError:
             return None
         except ValueError:
             features = None
-        if features is None or features.shape != shape or features.dtype != self.dtype:
+        if features is None or features.shape != shape or features.dtype != torch.bfloat16:
             self.corrupt += 1
             return None
         return features
 
     def write(self, path: Path, features: torch.Tensor) -> None:
-        """Keep the features (N, E) of one sample.
+        """Write the features (N, E) of one sample.
 
         Raises:
-            OSError: if there is no room, or another reason not to.
+            OSError: if they cannot be written, for example on a full disk.
         """
         try:
             write_hashed_tensors(path, {"features": features})
-        except (OSError, SafetensorError) as error:  # safetensors turns a full disk into an error of its own
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             raise OSError(
-                f"Teacher features cannot be kept in {self.folder} (`repa_cache_dir`): {error}. What is there is "
-                "whole: make room and resume, or leave the setting out."
+                f"Teacher features cannot be written to `repa_cache_dir` {self.folder}: {error}. Existing files are "
+                "complete: free some space and resume, or omit `--repa_cache_dir`."
             ) from error
 
     def features(self, teacher: VisionTeacher, pixels_uint8: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """As `teacher_features`, rounded to the stored type, on a hit and on a miss alike."""
+        """Return `teacher_features`, always rounded to bfloat16."""
         shape = (grid[0] * grid[1], teacher.hidden_size)
         paths = [self.path(teacher, image, grid) for image in pixels_uint8.cpu()]
         rows = [self.read(path, shape) for path in paths]  # B x (N, E) or None
         absent = [i for i, row in enumerate(rows) if row is None]
         self.hits, self.misses = self.hits + len(rows) - len(absent), self.misses + len(absent)
         if absent:
-            computed = teacher_features(teacher, pixels_uint8[absent], grid).to(self.dtype).cpu()  # (misses, N, E)
+            computed = teacher_features(teacher, pixels_uint8[absent], grid).bfloat16().cpu()  # (misses, N, E)
             for i, row in zip(absent, computed):
                 self.write(paths[i], row)
                 rows[i] = row
@@ -351,13 +364,13 @@ class FeatureCache:
 def teacher_features(
     teacher: VisionTeacher, pixels_uint8: torch.Tensor, grid: tuple[int, int], cache: FeatureCache | None = None
 ) -> torch.Tensor:
-    """What the teacher makes of a batch, without gradient.
+    """Compute the teacher's features of a batch, without gradient.
 
     Args:
-        teacher: on the device of the pixels.
-        pixels_uint8: (B, 3, H, W), as the model sees them, after crop and flip.
+        teacher: teacher on the device of the pixels.
+        pixels_uint8: (B, 3, H, W) as the model sees them, after crop and flip.
         grid: (rows, columns) of the transformer's tokens.
-        cache: read from it what is there, and write what is not.
+        cache: cache from which features are read and to which missing ones are written.
 
     Returns:
         (B, rows * columns, E), float32.

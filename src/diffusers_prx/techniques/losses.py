@@ -29,7 +29,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def negative_indices(captions: Sequence[str]) -> torch.Tensor:
     """Return the negative of each sample: the next sample of the micro-batch, cyclically, with another caption.
 
-    Samples with an empty caption have no negative and are no negative. Every image matches an empty caption, and an
+    Samples with an empty caption neither have nor are a negative. Every image matches an empty caption, and an
     image whose caption was dropped may match the other caption.
 
     Args:
