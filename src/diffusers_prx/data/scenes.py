@@ -207,11 +207,13 @@ def relation_between(first: tuple[int, int], second: tuple[int, int]) -> str:
 
 
 def random_stream(*key: str | int) -> random.Random:
+    """Return the random generator that belongs to a key; use its `random()` only."""
     # Python guarantees the same random() for the same string on every version, so all choices use random() alone.
     return random.Random("/".join(map(str, key)))
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """Choose one of the options, all equally likely."""
     return options[int(rng.random() * len(options))]
 
 

@@ -178,10 +178,12 @@ def balance_across_ranks(weights: Iterable[MuonWeight], ranks: int) -> list[list
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks in a group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
+    """Rank of this process in a group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
