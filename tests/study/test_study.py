@@ -1,4 +1,4 @@
-"""Studies: the statistics against other ways to compute them, the plan that is kept, the report of hand-made runs."""
+"""Statistics against independent computations, study files, the registered plan, and the report of synthetic runs."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from diffusers_prx.files import write_json
-from diffusers_prx.study.report import constant_until, settings_that_differ, write_report
-from diffusers_prx.study.spec import PLAN_FILE, load_study, numbers, record_path, register
+from diffusers_prx.study.report import settings_that_differ, write_report
+from diffusers_prx.study.results import constant_until
+from diffusers_prx.study.spec import PLAN_FILE, flatten_numbers, load_study, record_path, register
 from diffusers_prx.study.statistics import (
     equal_time_steps,
     holm,
@@ -27,7 +28,7 @@ from diffusers_prx.study.statistics import (
 # --- statistics
 
 
-def test_a_difference_by_hand():
+def test_paired_difference_equals_values_computed_by_hand():
     found = paired_difference({1: 0.5, 2: 0.7, 3: 0.6, 9: 5.0}, {1: 0.4, 2: 0.5, 3: 0.5, 8: -5.0})
     # 0.1, 0.2, 0.1: mean 2/15, standard deviation 0.1/sqrt(3), standard error 1/30, so t = 4
     assert found.n == 3  # seeds that one side lacks do not count
@@ -37,7 +38,7 @@ def test_a_difference_by_hand():
     assert not found.excludes_zero
 
 
-def test_differences_without_spread_or_seeds():
+def test_differences_without_spread_or_with_one_seed():
     assert paired_difference({1: 1.0}, {2: 1.0}) is None
     one = mean_difference({1: 0.3})
     assert (one.mean, one.low, one.high, one.p, one.excludes_zero) == (0.3, None, None, None, False)
@@ -47,7 +48,7 @@ def test_differences_without_spread_or_seeds():
     assert (same.low, same.high, same.p, same.excludes_zero) == (-0.5, -0.5, 0.0, True)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_cover_the_true_mean_in_95_percent_of_cases():
     rng = np.random.default_rng(0)
     intervals = [mean_difference(dict(enumerate(rng.normal(0.3, 2.0, 3)))) for _ in range(2000)]
     covered = np.mean([found.low <= 0.3 <= found.high for found in intervals])
@@ -55,27 +56,26 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 @pytest.mark.parametrize(
-    ("values", "better", "expected", "said"),
+    ("values", "better", "expected", "expected_verdict"),
     [
         ([0.1, 0.11, 0.12], "higher", "better", "agrees"),
         ([0.1, 0.11, 0.12], "higher", "worse", "disagrees"),
-        ([0.1, 0.11, 0.12], "lower", "worse", "agrees"),
         ([-0.1, -0.11, -0.12], "lower", "better", "agrees"),
         ([-0.1, -0.11, -0.12], "higher", None, "worse"),
         ([0.1, -0.11, 0.12], "higher", "better", "undecided"),
         ([0.1, 0.11], "higher", "better", "too few seeds"),
     ],
 )
-def test_verdicts(values, better, expected, said):
-    assert verdict(mean_difference(dict(enumerate(values))), better, expected) == said
+def test_verdicts(values, better, expected, expected_verdict):
+    assert verdict(mean_difference(dict(enumerate(values))), better, expected) == expected_verdict
 
 
-def test_holm_by_hand():
+def test_holm_correction_equals_values_computed_by_hand():
     adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
     assert adjusted == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
 
 
-def test_seeds_needed_is_where_the_interval_leaves_zero():
+def test_seeds_needed_is_the_first_count_whose_interval_excludes_zero():
     found = mean_difference({1: 0.5, 2: -0.4, 3: 0.8})
     n = seeds_needed(found)
     spread = np.std([0.5, -0.4, 0.8], ddof=1)
@@ -87,14 +87,14 @@ def test_seeds_needed_is_where_the_interval_leaves_zero():
     assert seeds_needed(mean_difference({1: 1.0, 2: 1.0})) == 2
 
 
-def test_ratios_are_averaged_as_ratios():
+def test_mean_ratio_is_geometric():
     mean, low, high = mean_ratio([0.5, 2.0, 1.0])
     assert mean == pytest.approx(1)
     assert low * high == pytest.approx(1)
     assert mean_ratio([2.0]) == (pytest.approx(2.0), None, None)
 
 
-def test_equal_time():
+def test_equal_time_steps_and_interpolation_of_curves():
     # the arm is twice as fast and has 100 steps that count, the reference 60: 60 steps take as long as 120 of the arm
     assert equal_time_steps(1.0, 2.0, 100, 60) == (100, 50)
     assert equal_time_steps(1.0, 2.0, 200, 60) == (120, 60)
@@ -142,7 +142,7 @@ def save_study(folder, **changes):
     return load_study(folder / "study.yaml")
 
 
-def test_settings_and_evaluations_of_an_arm(tmp_path):
+def test_settings_evaluations_and_selection_of_arms(tmp_path):
     study = save_study(tmp_path, settings={"report_to": "none", "repa_weight": 0.1}, evaluation={"scenes": True})
     assert study.settings_of("good") == {
         "report_to": "none", "max_train_steps": 100, "lr_warmup_steps": 10, "lr_decay_steps": 40, "repa_weight": 0.5,
@@ -156,54 +156,52 @@ def test_settings_and_evaluations_of_an_arm(tmp_path):
     assert study.split_metric("a/b") == ("long", "a/b")  # `a` is no evaluation
     assert study.select(["tuned"]) == ["baseline", "good", "more"]  # the arm, its reference, what it starts from
     assert study.select(["good"]) == ["good"]
-    with pytest.raises(ValueError, match="`only` names 'gone', which is no finding and no arm"):
+    with pytest.raises(ValueError, match=r"`only`.*'gone'"):
         study.select(["gone"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stepz": 1}, r"unknown keys \['stepz'\]"),
-        ({"steps": "many"}, "`steps` got 'many'; accepted: int"),
-        ({"steps": True}, "`steps` got True"),
-        ({"steps": 0}, "`steps` and `threads` must be at least 1"),
-        ({"seeds": [1, 1]}, "`seeds` must be different"),
-        ({"recipe": None}, "baseline has no `recipe`, and neither has the study"),
-        ({"metrics": {"score": {"better": "more"}}}, "`metrics`: score: `better` must be higher or lower"),
-        ({"evaluations": {"training": {}}}, "`evaluations` must be at least one, and none of them 'training'"),
-        ({"evaluations": {"long": 3}}, "`evaluations`: long must be a mapping of flags"),
-        ({"arms": {"baseline": {"needs": ["teacher"]}}, "findings": {}}, r"baseline needs \['teacher'\]"),
-        ({"arms": {"a": {"starts_from": "b"}, "b": {}}, "findings": {}}, "`starts_from` 'b'; accepted: an arm before"),
-        ({"arms": {"a": {"step_shares": {"x": -1}}}, "findings": {}}, "`step_shares` of a must be positive"),
-        ({"findings": {"gain": {"text": "x", "arm": "gone"}}}, "gain names the arm 'gone'"),
-        ({"findings": {"gain": {"text": "x", "arm": "good", "metric": "short/x"}}}, "gain names the metric 'x'"),
-        ({"findings": {"gain": {"arm": "good"}}}, r"gain lacks \['text'\]"),
-        ({"findings": {"gain": {"text": "x", "arm": "baseline"}}}, "`arm` and `reference` are both 'baseline'"),
-        ({"findings": {"gain": {"text": "x", "arm": "good", "expected": "up"}}}, "`expected` must be better, worse"),
-        ({"findings": {"gain": {"text": "x", "arm": "good", "published": {"FID": 3}}}}, "must be .without, with. for"),
+        ({"stepz": 1}, "stepz"),
+        ({"steps": True}, "`steps`"),
+        ({"seeds": [1, 1]}, "`seeds`"),
+        ({"recipe": None}, "baseline.*`recipe`"),
+        ({"metrics": {"score": {"better": "more"}}}, "`metrics`: score: `better`"),
+        ({"evaluations": {"training": {}}}, "`evaluations`"),
+        ({"evaluations": {"long": 3}}, "`evaluations`: long"),
+        ({"arms": {"baseline": {"needs": ["teacher"]}}, "findings": {}}, "baseline.*teacher"),
+        ({"arms": {"a": {"starts_from": "b"}, "b": {}}, "findings": {}}, "`starts_from` 'b'"),
+        ({"arms": {"a": {"step_shares": {"x": -1}}}, "findings": {}}, "`step_shares`"),
+        ({"findings": {"gain": {"text": "x", "arm": "gone"}}}, "gain.*'gone'"),
+        ({"findings": {"gain": {"text": "x", "arm": "good", "metric": "short/x"}}}, "gain.*'x'"),
+        ({"findings": {"gain": {"arm": "good"}}}, "gain.*text"),
+        ({"findings": {"gain": {"text": "x", "arm": "baseline"}}}, "`arm` and `reference`"),
+        ({"findings": {"gain": {"text": "x", "arm": "good", "expected": "up"}}}, "`expected`"),
+        ({"findings": {"gain": {"text": "x", "arm": "good", "published": {"FID": 3}}}}, "`published`"),
     ],
 )
-def test_a_study_file_that_is_wrong(tmp_path, changes, message):
+def test_invalid_study_files_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         save_study(tmp_path, **changes)
 
 
-def test_numbers_of_a_report():
+def test_numbers_of_a_report_are_flattened():
     report = {"score": 1, "metrics": {"FID (x)": {"value": 2.5, "interval": [1, 2]}}, "good": True, "name": "a"}
-    assert numbers(report) == {"score": 1.0, "metrics.FID (x).value": 2.5}
+    assert flatten_numbers(report) == {"score": 1.0, "metrics.FID (x).value": 2.5}
 
 
 # --- the plan
 
 
-def test_the_plan_is_stated_once_and_its_changes_are_kept(tmp_path):
+def test_plan_is_written_once_and_its_changes_are_appended(tmp_path):
     report_dir = tmp_path / "report"
     register(save_study(tmp_path), report_dir, "2026-01-01", "abc")
     first = (report_dir / "plan.json").read_text()
     register(save_study(tmp_path), report_dir, "2026-01-02", "def")
     assert (report_dir / "plan.json").read_text() == first
     text = (report_dir / "plan.md").read_text()
-    assert "Stated on 2026-01-01 at commit abc, when 0 runs had been made" in text
+    assert "Stated on 2026-01-01 at commit abc, after 0 runs" in text
     assert "| It helps. | good | baseline | score | higher | better | 100 | 1, 2, 3 |" in text
 
     write_json(record_path(report_dir, "bad", 1), {})
@@ -213,11 +211,12 @@ def test_the_plan_is_stated_once_and_its_changes_are_kept(tmp_path):
     register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
     text = (report_dir / "plan.md").read_text()
     assert "Stated on 2026-01-01" in text
-    changes = 'arm extra: added; finding gain: expected "better" became null.'
-    assert f"Changed on 2026-01-03 at commit ghi, when 1 runs had been made: {changes}" in text
+    assert "Changed on 2026-01-03 at commit ghi, after 1 runs: arms extra; findings gain" in text
+    entries = json.loads((report_dir / PLAN_FILE).read_text())
+    assert [entry["plan"]["findings"]["gain"]["expected"] for entry in entries] == ["better", None]
 
 
-def test_what_may_be_added_to_a_study_that_has_run(tmp_path):
+def test_texts_findings_and_evaluations_may_be_added_after_runs(tmp_path):
     report_dir = tmp_path / "report"
     register(save_study(tmp_path), report_dir, "2026-01-01", "abc")
     write_json(record_path(report_dir, "good", 1), {})
@@ -225,21 +224,17 @@ def test_what_may_be_added_to_a_study_that_has_run(tmp_path):
     values["findings"]["gain"]["text"] = "It helps a lot."
     values["findings"]["other"] = {"text": "It helps with short captions.", "arm": "good", "metric": "short/score"}
     register(save_study(tmp_path, **values), report_dir, "2026-01-02", "def")
-    changes = (report_dir / "plan.md").read_text().split("when 1 runs had been made: ")[1].split(".\n")[0]
-    assert changes == (
-        'arm good: also evaluated as short; finding gain: text "It helps." became "It helps a lot."; '
-        "finding other: added"
-    )
+    assert "after 1 runs: arms good; findings gain, other" in (report_dir / "plan.md").read_text()
     values["findings"].pop("other")
-    with pytest.raises(ValueError, match="arm good has been run"):  # an evaluation that was stated is made
+    with pytest.raises(ValueError, match="`arms`: good"):  # an evaluation that was stated is made
         register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
     values["evaluations"] = {"long": {"num_prompts": 4}, "short": {}}
-    with pytest.raises(ValueError, match="arm good has been run"):
+    with pytest.raises(ValueError, match="`arms`: good"):
         register(save_study(tmp_path, **values), report_dir, "2026-01-03", "ghi")
 
 
 @pytest.mark.parametrize("kind", ["arms", "findings"])
-def test_what_has_been_run_stays_as_it_was_planned(tmp_path, kind):
+def test_plans_of_arms_that_have_run_cannot_change(tmp_path, kind):
     report_dir = tmp_path / "report"
     register(save_study(tmp_path), report_dir, "2026-01-01", "abc")
     write_json(record_path(report_dir, "bad", 1), {})
@@ -248,9 +243,9 @@ def test_what_has_been_run_stays_as_it_was_planned(tmp_path, kind):
         values["arms"]["bad"]["settings"] = {"repa_weight": 1.0}
     else:
         values["findings"]["harm"]["expected"] = "worse"
-    with pytest.raises(ValueError, match=f"{kind[:-1]} {'bad' if kind == 'arms' else 'harm'} has been run"):
+    with pytest.raises(ValueError, match=f"`{kind}`: {'bad' if kind == 'arms' else 'harm'}"):
         register(save_study(tmp_path, **values), report_dir, "2026-01-02", "def")
-    with pytest.raises(ValueError, match="has been run"):
+    with pytest.raises(ValueError, match="`arms`: bad"):
         register(save_study(tmp_path, steps=200), report_dir, "2026-01-02", "def")
 
 
@@ -261,13 +256,13 @@ def test_what_has_been_run_stays_as_it_was_planned(tmp_path, kind):
     ("schedule", "decay", "warmup", "step"),
     [("constant", None, None, 400), ("linear", 40, None, 360), ("linear", None, 7, 7), ("cosine", None, None, 40)],
 )
-def test_the_learning_rate_is_constant_until_its_decay(schedule, decay, warmup, step):
+def test_constant_part_of_the_learning_rate_schedule(schedule, decay, warmup, step):
     settings = {"lr_scheduler": schedule, "lr_decay_steps": decay, "lr_warmup_steps": warmup, "max_train_steps": 400}
     assert constant_until({"config": settings}) == step
 
 
 def save_run(report_dir, arm, seed, score, loss, short=None, failed=None, **config):
-    """A record as training/ablate_prx.py keeps it, with a loss that halves every 20 steps."""
+    """Save a record like those of `StudyRunner`, with a loss that halves every 20 steps."""
     settings = {
         "lr_scheduler": "linear", "lr_decay_steps": 40, "max_train_steps": 100, "lr_warmup_steps": 10, "seed": seed,
         "repa_weight": 0.0, "validation_prompts": ["a circle", "a | square"], "resolution": 32,
@@ -319,7 +314,7 @@ def table_row(text, start):
     return [cell.strip() for cell in line.split(" | ")]
 
 
-def test_the_table_of_findings(reported):
+def test_table_of_findings(reported):
     text = reported[0]
     gain = table_row(text, "`gain`: It helps.")
     assert gain[1:5] == ["good against baseline", "score, higher is better", "0.52", "0.624"]
@@ -332,19 +327,19 @@ def test_the_table_of_findings(reported):
     assert harm[7:] == [
         "not timed",
         "not timed",
-        "better: no figure",
+        "better: no number",
         "**undecided** |",
-    ]  # the seconds of its runs are no throughput
+    ]  # the duration of runs is not throughput
     assert table_row(text, "`crash`: It runs.")[-1] == "**failed**; runs failed |"
     tuned = table_row(text, "`tuned`: Tuning helps.")
     assert tuned[3:7] == ["0.25", "0.75", "+0.5 [one seed: no interval]", "1 of 3"]
     assert tuned[-1] == "**too few seeds** |"
-    assert "Of 4 findings: 1 agrees, 1 undecided, 1 failed, 1 too few seeds." in text
-    assert "With 2 intervals of 95%, about 0.1 would exclude zero by chance" in text
-    assert "1 do. After Holm's correction for asking 2 questions, 1 of them remain: gain. 4 findings have" in text
+    assert "4 findings: 1 agrees, 1 undecided, 1 failed, 1 too few seeds." in text
+    assert "about 0.1 of 2 intervals would exclude zero by chance; 1 do" in text
+    assert "After Holm's correction for 2 questions, 1 remain: gain. 4 findings share" in text
 
 
-def test_each_finding_in_detail(reported):
+def test_section_of_each_finding(reported):
     text = reported[0]
     gain = text[text.index("### gain: agrees") : text.index("### harm")]
     assert "- `repa_weight`: 0.0 → 0.5" in gain
@@ -357,23 +352,23 @@ def test_each_finding_in_detail(reported):
     loss = table_row(gain, "held-out loss (training), lower is better")
     assert loss[1:3] == [f"{8 * 2**-5:.4g}", f"{6 * 2**-5:.4g}"]
     harm = text[text.index("### harm: undecided") : text.index("### crash")]
-    assert re.search(r"Why undecided: The interval reaches .* about \d+ seeds\. It is small\.", harm)
+    assert re.search(r"Why undecided: .* about \d+ seeds would decide it\. It is small\.", harm)
     assert "**Failed**: lost, seed 1: The loss is not finite at step 3" in text
     crash = text[text.index("### crash") : text.index("### tuned")]
-    assert "held-out loss" not in crash  # its loss is another one
+    assert "held-out loss" not in crash  # its loss is not comparable
 
 
-def test_no_run_is_left_out(reported):
+def test_every_planned_run_is_listed(reported):
     text = reported[0]
-    assert "Of 15 planned runs (5 kinds, seeds 1, 2, 3) 11 were made; 1 of them failed, 0 went on after" in text
+    assert "11 of 15 planned runs were made (5 arms, seeds 1, 2, 3). 1 failed, and 0 continued after a failure" in text
     assert table_row(text, "lost | 1")[2] == "failed: The loss is not finite at step 3"
     assert [table_row(text, f"lost | {seed}")[2] for seed in (2, 3)] == ["not run", "not run"]
     assert "machine: cpu abacus, cores 2" in text
-    assert "runs at once: 1, each with 1 thread" in text
+    assert "runs at once: 1, threads of each: 1" in text
     assert "stated on 2026-01-01 (commit `abc`), before the first run" in text
 
 
-def test_the_html_needs_nothing_else(reported):
+def test_html_report_is_self_contained(reported):
     text, page, report_dir = reported
     assert page.count("data:image/png;base64,") == text.count("](pictures/") == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -386,8 +381,8 @@ def test_the_html_needs_nothing_else(reported):
         assert sheet.convert("RGB").getpixel((sheet.width - 10, 30)) == (255, 0, 0)
 
 
-def test_names_of_a_study_are_drawn_as_text(tmp_path):
-    """matplotlib takes what stands between two dollars for a formula, and fails on one that is wrong."""
+def test_dollar_signs_in_names_are_not_parsed_as_formulas(tmp_path):
+    """matplotlib would parse the text after a dollar sign as a formula, and fail on an invalid one."""
     name = r"price $\frac{1$"
     finding = {"text": "It helps.", "arm": name, "expected": "better"}
     values = study_values()
@@ -405,9 +400,9 @@ def test_names_of_a_study_are_drawn_as_text(tmp_path):
     assert len(list((tmp_path / "report" / "pictures").iterdir())) == 3
 
 
-def test_a_plan_that_changed_and_settings_that_differ_are_told(tmp_path):
+def test_report_names_changed_plans_and_differing_settings(tmp_path):
     study, report_dir = save_study(tmp_path), tmp_path / "report"
-    with pytest.raises(ValueError, match=r"has no plan\.json"):
+    with pytest.raises(ValueError, match=r"`report_dir`.*plan\.json"):
         write_report(study, report_dir)
     register(study, report_dir, "2026-01-01", "abc")
     save_run(report_dir, "baseline", 1, 0.5, 1.0)
@@ -419,18 +414,18 @@ def test_a_plan_that_changed_and_settings_that_differ_are_told(tmp_path):
     assert "**Warning**: the runs of baseline do not have the same settings." in text
 
 
-def test_what_was_stated_and_run_stays_part_of_the_study(tmp_path):
+def test_seeds_and_plans_of_existing_runs_are_required(tmp_path):
     study, report_dir = save_study(tmp_path), tmp_path / "report"
     register(study, report_dir, "2026-01-01", "abc")
     save_run(report_dir, "baseline", 3, 0.5, 1.0)
-    with pytest.raises(ValueError, match=r"`seeds` is \[1, 2\], but \['seed_3'\] have been run"):
+    with pytest.raises(ValueError, match=r"`seeds`.*seed_3"):
         register(save_study(tmp_path, seeds=[1, 2]), report_dir, "2026-01-02", "def")
     (report_dir / PLAN_FILE).unlink()
-    with pytest.raises(ValueError, match="what was stated before them is gone"):
+    with pytest.raises(ValueError, match=PLAN_FILE):
         register(study, report_dir, "2026-01-02", "def")
 
 
-def test_a_finding_that_was_stated_later_says_so(tmp_path):
+def test_findings_stated_after_runs_are_marked(tmp_path):
     study, report_dir = save_study(tmp_path), tmp_path / "report"
     early = dataclasses.replace(study, findings={name: study.findings[name] for name in list(study.findings)[1:]})
     register(early, report_dir, "2026-01-01", "abc")
@@ -442,7 +437,7 @@ def test_a_finding_that_was_stated_later_says_so(tmp_path):
     assert text.count("stated after") == 1
 
 
-def test_settings_that_differ():
+def test_settings_that_differ_are_listed():
     old = {"seed": 1, "a": 1, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
     new = {"seed": 2, "a": 1, "b": {"x": 3, "y": 2}, "c": {}, "of later code": 4}
     assert settings_that_differ(new, old) == ["`b.x`: 1 → 3", '`c`: {"x": 1} → {}']

@@ -1,11 +1,12 @@
-"""A study: arms (kinds of runs), seeds, and findings (an arm against another one, judged by one metric).
+"""Study files: arms (training configurations), seeds, and findings (an arm against a reference, judged by one metric).
 
-What is decided by what is stated before the first run, in `plan.md`, and kept there: see `register`.
+`register` writes the plan of a study before its first run, and refuses later changes to anything that has been run.
 """
 
 import dataclasses
 import itertools
 import json
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from ..files import read_yaml, write_json
 
-# The scores of the training itself, named like those of an evaluation: `training/validation_loss`.
+# Metrics of the training itself are addressed like those of an evaluation: `training/validation_loss`.
 TRAINING = "training"
 VALIDATION_LOSS = "validation_loss"
 
@@ -21,12 +22,12 @@ PLAN_FILE, PLAN_TEXT = "plan.json", "plan.md"
 
 
 @dataclass(frozen=True)
-class Need:
-    """What runs need and do not make: a vision teacher, an autoencoder.
+class Prerequisite:
+    """A network that must exist before runs start: a vision teacher or an autoencoder.
 
     Args:
-        makes: the folder; it is there when it has a training.json.
-        command: a Python script with its arguments, that makes it.
+        makes: output folder; complete once it contains training.json.
+        command: Python script with its arguments.
     """
 
     makes: str
@@ -35,11 +36,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of the evaluation's report.json, by its key there.
+    """A number in an evaluation's report.json, identified by its key.
 
     Args:
-        better: "higher" or "lower" values are.
-        label: its name in the report; none: the key.
+        better: "higher" or "lower".
+        label: name in the report; None: the key.
     """
 
     better: str
@@ -52,43 +53,44 @@ class Metric:
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of run.
+    """One training configuration.
 
     Args:
-        recipe: of training/train_prx.py, relative to the study's file; none: the study's.
-        settings: over the recipe's and the study's.
-        step_shares: settings that are shares of the study's steps, over the study's.
-        evaluation: flags of training/evaluate_prx.py, over the study's.
-        starts_from: an arm whose saved pipeline of the same seed this one starts from.
-        needs: names of what has to be made first.
-        text: what it is, for the report.
-        comparable_loss: whether its validation loss measures the same as that of the arms it is compared with; it
-            does not in other latents or with other captions.
+        recipe: recipe of training/train_prx.py, relative to the study file; None: the study's.
+        settings: settings that override those of the recipe and the study.
+        step_shares: settings given as shares of the study's steps; they override the study's.
+        evaluation: flags of training/evaluate_prx.py that override the study's.
+        starts_from: arm whose saved pipeline of the same seed initializes this one.
+        needs: names of prerequisites.
+        text: description for the report.
+        comparable_loss: False if the validation loss cannot be compared with that of other arms, because latents or
+            captions differ.
     """
 
     recipe: str | None = None
-    settings: dict = field(default_factory=dict)
-    step_shares: dict = field(default_factory=dict)
-    evaluation: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    step_shares: dict[str, float | None] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     starts_from: str | None = None
-    needs: list = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)
     text: str = ""
     comparable_loss: bool = True
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim about an arm, and how it is judged.
+    """A claim about an arm, judged by the difference arm minus reference.
 
     Args:
-        text: the claim in one sentence.
-        arm, reference: whose difference is judged: arm minus reference.
-        expected: the arm is "better" or "worse"; none: the claim has no direction.
-        metric: the primary one, as `key` (of the first evaluation) or `evaluation/key`; none: the study's.
-        reference_metric: where the reference is judged by another evaluation; none: the same.
-        published: name of a published figure -> [without, with].
-        note: what a reader must know about how this differs from what was published.
-        at_this_size: why a study of this size may not decide it, or may come out the other way.
+        text: claim in one sentence.
+        arm: arm under test.
+        reference: arm to compare with.
+        expected: "better" or "worse"; None: the claim has no direction.
+        metric: primary metric, as `key` (first evaluation) or `evaluation/key`; None: the study's.
+        reference_metric: metric of the reference if it differs; None: the same.
+        published: name of a published number -> [without, with].
+        note: differences from the published experiment that a reader must know.
+        at_this_size: reason why a study of this size may be inconclusive or reverse the effect.
     """
 
     text: str
@@ -97,7 +99,7 @@ class Finding:
     expected: str | None = None
     metric: str | None = None
     reference_metric: str | None = None
-    published: dict = field(default_factory=dict)
+    published: dict[str, list[float | None]] = field(default_factory=dict)
     note: str = ""
     at_this_size: str = ""
 
@@ -113,41 +115,40 @@ class Finding:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that a study file says.
+    """Contents of a study file.
 
     Args:
-        name: of the study.
-        steps: optimizer steps of every run, unless its `step_shares` have `max_train_steps`.
-        seeds: the runs of every arm.
+        name: name of the study.
+        steps: optimizer steps of every run whose `step_shares` lack `max_train_steps`.
+        seeds: seeds of every arm.
         arms: name -> arm, in the order in which they run.
         findings: name -> finding, in the order of the report.
-        metrics: name -> metric; a finding's must be among them.
-        metric: the primary one of findings that name none.
-        recipe: the baseline's, for arms that name none.
-        settings: over every recipe.
-        step_shares: settings that are shares of `steps`, rounded, at least 1: so that schedules follow it.
+        metrics: name -> metric; contains every metric of a finding.
+        metric: primary metric of findings that name none.
+        recipe: recipe of arms that name none.
+        settings: settings that override those of every recipe.
+        step_shares: settings given as shares of `steps`; they are rounded to at least 1.
         evaluation: flags of training/evaluate_prx.py.
-        evaluations: name -> flags over them. Every run is evaluated with the first, and with those that a finding
-            about it names.
-        needs: name -> what has to be made first.
+        evaluations: name -> additional flags. Every run has the first evaluation, and those that its findings name.
+        needs: name -> prerequisite.
         threads: CPU threads of a run.
-        about: what this is, for the report's reader.
-        path: the file that it comes from.
+        about: introduction of the report.
+        path: study file.
     """
 
     name: str
     steps: int
-    seeds: list
-    arms: dict
-    findings: dict
-    metrics: dict
+    seeds: list[int]
+    arms: dict[str, Arm]
+    findings: dict[str, Finding]
+    metrics: dict[str, Metric]
     metric: str
     recipe: str | None = None
-    settings: dict = field(default_factory=dict)
-    step_shares: dict = field(default_factory=dict)
-    evaluation: dict = field(default_factory=dict)
-    evaluations: dict = field(default_factory=lambda: {"default": {}})
-    needs: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    step_shares: dict[str, float | None] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=lambda: {"default": {}})
+    needs: dict[str, Prerequisite] = field(default_factory=dict)
     threads: int = 1
     about: str = ""
     path: Path = Path()
@@ -188,19 +189,19 @@ class Study:
                     )
 
     def split_metric(self, metric: str) -> tuple[str, str]:
-        """The evaluation that a metric is of, and its key there."""
+        """Return (evaluation, key) of a metric written as `key` or `evaluation/key`."""
         evaluation, slash, key = metric.partition("/")
         if slash and evaluation in (TRAINING, *self.evaluations):
             return evaluation, key
         return next(iter(self.evaluations)), metric
 
     def metrics_of(self, finding: Finding) -> tuple[str, str]:
-        """By what the arm and by what the reference is judged."""
+        """Return the primary metrics of arm and reference."""
         metric = finding.metric or self.metric
         return metric, finding.reference_metric or metric
 
     def evaluations_of(self, arm: str) -> list[str]:
-        """The evaluations that a run of this arm needs."""
+        """Return the names of the evaluations that a run of an arm needs."""
         needed = {next(iter(self.evaluations))}
         for finding in self.findings.values():
             metric, reference_metric = self.metrics_of(finding)
@@ -212,7 +213,7 @@ class Study:
         return self.path.parent / (self.arms[arm].recipe or str(self.recipe))
 
     def settings_of(self, arm: str) -> dict[str, Any]:
-        """What a run of this arm sets over its recipe, but for seed and folders."""
+        """Return the settings that an arm puts over its recipe, except seed and folders."""
         shares = {"max_train_steps": 1.0} | self.step_shares | self.arms[arm].step_shares
         in_steps = {
             name: None if share is None else max(1, round(share * self.steps)) for name, share in shares.items()
@@ -220,30 +221,30 @@ class Study:
         return self.settings | in_steps | self.arms[arm].settings
 
     def evaluation_of(self, arm: str, evaluation: str) -> dict[str, Any]:
-        """The flags of one evaluation of a run of this arm."""
+        """Return the flags of one evaluation of an arm."""
         return self.evaluation | self.evaluations[evaluation] | self.arms[arm].evaluation
 
     def select(self, names: list[str]) -> list[str]:
-        """The arms that rows or arms of these names need, in the study's order.
+        """Return the arms that these findings and arms need, in the study's order.
 
         Raises:
-            ValueError: for a name that is neither.
+            ValueError: for an unknown name.
         """
-        wanted: set[str] = set()
+        selected: set[str] = set()
         for name in names:
             if name not in self.findings and name not in self.arms:
                 known = sorted({*self.findings, *self.arms})
-                raise ValueError(f"`only` names {name!r}, which is no finding and no arm; there are {known}.")
+                raise ValueError(f"`only` has {name!r}, which is not a finding or an arm; accepted: {known}.")
             if name in self.findings:
-                wanted |= {self.findings[name].arm, self.findings[name].reference}
+                selected |= {self.findings[name].arm, self.findings[name].reference}
             else:
-                wanted.add(name)
-        while more := {self.arms[name].starts_from for name in wanted} - wanted - {None}:
-            wanted |= {name for name in more if name is not None}
-        return [name for name in self.arms if name in wanted]
+                selected.add(name)
+        while more := {self.arms[name].starts_from for name in selected} - selected - {None}:
+            selected |= {name for name in more if name is not None}
+        return [name for name in self.arms if name in selected]
 
     def plan(self) -> dict[str, Any]:
-        """What is stated before the first run."""
+        """Return everything that the plan states before the first run."""
         return {
             "seeds": list(self.seeds),
             "arms": {
@@ -252,7 +253,7 @@ class Study:
                     "settings": self.settings_of(name),
                     "starts_from": arm.starts_from,
                     "threads": self.threads,
-                    "evaluations": {which: self.evaluation_of(name, which) for which in self.evaluations_of(name)},
+                    "evaluations": {key: self.evaluation_of(name, key) for key in self.evaluations_of(name)},
                 }
                 for name, arm in self.arms.items()
             },
@@ -274,7 +275,7 @@ T = typing.TypeVar("T")
 
 
 def _build(kind: type[T], where: str, values: Any, **more: Any) -> T:
-    """A dataclass from a mapping, with errors that say where."""
+    """Build a dataclass from a mapping. Error messages start with `where`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping, got {values!r}.")
     fields = {option.name: option for option in dataclasses.fields(typing.cast(Any, kind)) if option.name not in more}
@@ -291,7 +292,9 @@ def _build(kind: type[T], where: str, values: Any, **more: Any) -> T:
         raise ValueError(f"{where} lacks {missing}.")
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
-        accepted = typing.get_args(hints[name]) or (hints[name],)
+        hint = hints[name]
+        alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        accepted = tuple(typing.get_origin(one) or one for one in alternatives)
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             names = " | ".join("null" if one is type(None) else one.__name__ for one in accepted)
             raise ValueError(f"{where}: `{name}` got {value!r}; accepted: {names}.")
@@ -305,14 +308,20 @@ def load_study(path: Path) -> Study:
     """Read a study file.
 
     Raises:
-        ValueError: if there is no such file, or for whatever in it is unknown, missing or of no use.
+        ValueError: if the file does not exist, or has unknown, missing or invalid entries.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffusers_prx.study.spec import load_study
+        >>> study = load_study(Path("training/studies/scenes.yaml"))
+        >>> list(study.arms)
     """
     if not path.is_file():
-        raise ValueError(f"`study` is {str(path)!r}, which is no file.")
+        raise ValueError(f"`study` is {str(path)!r}, which is not a file. Pass the path of a study file.")
     values = read_yaml(path, path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a mapping, got {type(values).__name__}.")
-    for key, kind in (("arms", Arm), ("findings", Finding), ("metrics", Metric), ("needs", Need)):
+    for key, kind in (("arms", Arm), ("findings", Finding), ("metrics", Metric), ("needs", Prerequisite)):
         entries = values.get(key, {})
         if not isinstance(entries, dict):
             raise ValueError(f"{path}: `{key}` must be a mapping, got {entries!r}.")
@@ -336,98 +345,95 @@ def read_record(report_dir: Path, arm: str, seed: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def numbers(values: dict[str, Any], above: str = "") -> dict[str, float]:
-    """Every number of a report by its key, those of mappings inside it by `outer.inner`."""
-    found: dict[str, float] = {}
+def flatten_numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return every number of a report by its key; nested keys are joined as `outer.inner`."""
+    flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= numbers(value, f"{above}{key}.")
+            flat |= flatten_numbers(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[above + key] = float(value)
-    return found
+            flat[prefix + key] = float(value)
+    return flat
 
 
-def scores(study: Study, record: dict[str, Any], evaluation: str) -> dict[str, float]:
-    """The numbers of one evaluation of a run, by key; empty where it is missing, and of a training that failed."""
+def scores(record: dict[str, Any], evaluation: str) -> dict[str, float]:
+    """Return the numbers of one evaluation of a run by key; empty if it is missing or the training failed."""
     if evaluation == TRAINING:
         curve = record.get("curve") or []
         return {VALIDATION_LOSS: curve[-1][1]} if curve and record["trained"] else {}
-    return numbers(record.get("evaluations", {}).get(evaluation, {}))
+    return flatten_numbers(record.get("evaluations", {}).get(evaluation, {}))
 
 
 # --- the plan
 
 
-def what_changed(old: dict[str, Any] | None, new: dict[str, Any] | None) -> tuple[str, bool]:
-    """What became of an arm or a finding of a plan, in words; and whether runs that were made by then still hold."""
-    if old is None:
-        return "added", True
-    if new is None:
-        return "taken out", False
-    if "evaluations" in old:
-        more = [name for name in new["evaluations"] if name not in old["evaluations"]]
-        if (
-            new == old | {"evaluations": new["evaluations"]}
-            and new["evaluations"].items() >= old["evaluations"].items()
-        ):
-            return f"also evaluated as {', '.join(more)}", True
-    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    details = "; ".join(f"{name} {json.dumps(old.get(name))} became {json.dumps(new.get(name))}" for name in differing)
-    return details, differing == ["text"]
-
-
-def plan_changes(before: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """Kind and name of every arm and finding that two plans do not have in common, and `what_changed` of it."""
-    return [
-        (kind[:-1], name, *what_changed(before[kind].get(name), plan[kind].get(name)))
-        for kind in ("arms", "findings")
-        for name in dict.fromkeys([*before[kind], *plan[kind]])
-        if before[kind].get(name) != plan[kind].get(name)
-    ]
+def changed_names(before: dict[str, Any], plan: dict[str, Any], kind: str) -> list[str]:
+    """Return the names of arms or findings (`kind`) that were added, removed or changed between two plans."""
+    names = dict.fromkeys([*before[kind], *plan[kind]])
+    return [name for name in names if before[kind].get(name) != plan[kind].get(name)]
 
 
 def describe_changes(before: dict[str, Any], plan: dict[str, Any]) -> str:
-    """In one sentence, what changed from a plan to the next."""
-    changes = [f"{kind} {name}: {change}" for kind, name, change, _ in plan_changes(before, plan)]
+    """Return one phrase that names what differs between two plans; plan.json holds both in full."""
+    changes = [
+        f"{kind} {', '.join(names)}" for kind in ("arms", "findings") if (names := changed_names(before, plan, kind))
+    ]
     if before["seeds"] != plan["seeds"]:
         changes.append(f"seeds {before['seeds']} became {plan['seeds']}")
     return "; ".join(changes)
 
 
-def register(study: Study, report_dir: Path, date: str, commit: str | None) -> None:
-    """State in `report_dir` what is going to be judged by what, before it is run; keep what was stated before.
+def _keeps_results(old: dict[str, Any] | None, new: dict[str, Any] | None) -> bool:
+    """True if runs made for the old version of an arm or finding are valid for the new one."""
+    if old is None:
+        return True
+    if new is None:
+        return False
+    if "evaluations" in old:  # an arm: evaluations may be added
+        evaluations = new["evaluations"]
+        return new == old | {"evaluations": evaluations} and evaluations.items() >= old["evaluations"].items()
+    return new == old | {"text": new["text"]}
 
-    A plan that changes later is kept too: with its date, and how many runs were there by then.
+
+def register(study: Study, report_dir: Path, date: str, commit: str | None) -> None:
+    """Append the plan of a study to plan.json and plan.md if it is new or has changed.
+
+    Args:
+        study: study about to run.
+        report_dir: folder of the records.
+        date: current date.
+        commit: commit of the code.
 
     Raises:
-        ValueError: where the change is of an arm, a finding or a seed that has been run, or where there are runs and
-            what was stated before them is gone.
+        ValueError: if an arm, a finding or a seed that has been run was changed, or if runs exist without a plan.
     """
     path = report_dir / PLAN_FILE
     entries = json.loads(path.read_text()) if path.is_file() else []
-    plan = json.loads(json.dumps(study.plan()))  # as it is read back
+    plan = json.loads(json.dumps(study.plan()))  # with the types that reading it back gives
     runs = sorted((report_dir / "runs").glob("*/seed_*.json"))
     run_arms = {run.parent.name for run in runs}
     if runs and not entries:
-        raise ValueError(f"{report_dir} has {len(runs)} runs and no {PLAN_FILE}: what was stated before them is gone.")
-    if lost := sorted({run.stem for run in runs} - {f"seed_{seed}" for seed in study.seeds}):
-        raise ValueError(f"`seeds` is {study.seeds}, but {lost} have been run: they stay part of the study.")
+        raise ValueError(f"{report_dir} has {len(runs)} runs but no {PLAN_FILE}. Restore it, or use another folder.")
+    if removed := sorted({run.stem for run in runs} - {f"seed_{seed}" for seed in study.seeds}):
+        raise ValueError(f"`seeds` is {study.seeds}, but {removed} have been run. Add them to the study file.")
     before = entries[-1]["plan"] if entries else plan
-    for kind, name, change, holds in plan_changes(before, plan):
-        arm = name if kind == "arm" else before["findings"].get(name, plan["findings"].get(name))["arm"]
-        if arm in run_arms and not holds:
-            raise ValueError(
-                f"{kind} {name} has been run as {path} states it, and is now another one ({change}): give another "
-                "--output_dir and --report_dir, or leave it as it was."
-            )
+    for kind in ("arms", "findings"):
+        for name in changed_names(before, plan, kind):
+            old, new = before[kind].get(name), plan[kind].get(name)
+            arm = name if kind == "arms" else (old or new)["arm"]
+            if arm in run_arms and not _keeps_results(old, new):
+                raise ValueError(
+                    f"`{kind}`: {name} has been run with other settings than the study file has now; see {path}. Pass "
+                    "another --output_dir and --report_dir, or restore the study file."
+                )
     if before != plan or not entries:
-        entry = {"date": date, "commit": commit, "runs_so_far": len(runs), "plan": plan}
-        write_json(path, [*entries, entry])
-        (report_dir / PLAN_TEXT).write_text(plan_text(study, [*entries, entry]))
+        entries.append({"date": date, "commit": commit, "runs_so_far": len(runs), "plan": plan})
+        write_json(path, entries)
+        (report_dir / PLAN_TEXT).write_text(plan_text(study, entries))
 
 
 def runs_before_finding(entries: list[dict[str, Any]]) -> dict[str, int]:
-    """How many runs there were when a finding was first stated, for each that the last plan has."""
+    """Return how many runs existed when each finding of the last plan was first stated."""
     return {
         name: next(entry["runs_so_far"] for entry in entries if name in entry["plan"]["findings"])
         for name in entries[-1]["plan"]["findings"]
@@ -435,21 +441,21 @@ def runs_before_finding(entries: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def plan_text(study: Study, entries: list[dict[str, Any]]) -> str:
-    """The plan for a reader: the first one in full, and what changed since."""
+    """Return the plan as Markdown: when it was stated and changed, the findings, and the settings of the arms."""
     first, last = entries[0], entries[-1]["plan"]
     lines = [
         f"# Plan of the study {study.name}",
         "",
-        f"Stated on {first['date']} at commit {first['commit']}, when {first['runs_so_far']} runs had been made. A "
-        "finding is judged by its primary metric alone: the difference arm minus reference, paired by seed, with a "
-        "95% Student interval over the seeds. The interval excludes zero: agrees or disagrees; else undecided. Runs "
-        "are not repeated with other seeds because of their result, and runs that fail are reported as such.",
+        f"Stated on {first['date']} at commit {first['commit']}, after {first['runs_so_far']} runs. Each finding is "
+        "judged by its primary metric alone: the difference arm minus reference, paired by seed, with a 95% Student "
+        "interval over the seeds. If the interval excludes zero, the finding agrees or disagrees; otherwise it is "
+        "undecided. Runs are not repeated with other seeds because of their result, and failed runs are reported.",
     ]
     for before, entry in itertools.pairwise(entries):
         lines += [
             "",
-            f"Changed on {entry['date']} at commit {entry['commit']}, when {entry['runs_so_far']} runs had been made: "
-            f"{describe_changes(before['plan'], entry['plan'])}.",
+            f"Changed on {entry['date']} at commit {entry['commit']}, after {entry['runs_so_far']} runs: "
+            f"{describe_changes(before['plan'], entry['plan'])} (both versions: {PLAN_FILE}).",
         ]
     lines += [
         "",
@@ -458,12 +464,11 @@ def plan_text(study: Study, entries: list[dict[str, Any]]) -> str:
     ]
     for finding in last["findings"].values():
         metric, reference_metric = finding["metrics"]
-        judged = metric if metric == reference_metric else f"{metric} against {reference_metric}"
         cells = [
             finding["text"],
             finding["arm"],
             finding["reference"],
-            judged,
+            metric if metric == reference_metric else f"{metric} against {reference_metric}",
             finding["better"],
             finding["expected"] or "no direction",
             str(last["arms"][finding["arm"]]["settings"]["max_train_steps"]),

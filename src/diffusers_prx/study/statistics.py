@@ -1,7 +1,7 @@
-"""What a difference between two kinds of runs is worth: paired by seed, with Student's t over the seeds.
+"""Statistics of differences between arms: paired by seed, with Student's t over the seeds.
 
-A run's score depends on its seed (weights, samples, noise). Two runs of the same seed share most of that, so their
-difference varies less than either score; how much it still varies over seeds is what the intervals here measure.
+The score of a run depends on its seed (weights, samples, noise). Two runs with the same seed share most of that, so
+their difference varies less than either score. The intervals here measure how much it still varies over seeds.
 """
 
 import math
@@ -11,21 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95  # of every interval
-# From fewer seeds nothing is concluded: t is 12.7 for two, which says little whatever was measured.
+LEVEL = 0.95  # of every confidence interval
+# With two seeds, the t quantile is 12.7 and the interval says little.
 MIN_SEEDS = 3
 NORMAL_QUANTILE = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of what was measured per seed, with its interval.
+    """Mean of differences per seed, with its confidence interval.
 
     Args:
         per_seed: seed -> arm minus reference.
-        mean: over the seeds.
-        low, high: the interval of the mean; None of a single seed.
-        p: two-sided, of a mean of zero; None of a single seed.
+        mean: mean over the seeds.
+        low: lower bound of the interval; None for a single seed.
+        high: upper bound of the interval; None for a single seed.
+        p: two-sided p value of a zero mean; None for a single seed.
     """
 
     per_seed: dict[int, float]
@@ -44,7 +45,7 @@ class Difference:
 
 
 def mean_difference(per_seed: Mapping[int, float]) -> Difference | None:
-    """The mean over seeds with its Student interval; None where there is no seed."""
+    """Return the mean over seeds with its Student interval; None without seeds."""
     values = np.array(list(per_seed.values()), dtype=np.float64)
     if not len(values):
         return None
@@ -60,29 +61,45 @@ def mean_difference(per_seed: Mapping[int, float]) -> Difference | None:
 
 
 def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """Arm minus reference over the seeds that both have; None where there is none."""
+    """Return arm minus reference over the seeds that both have; None without common seeds.
+
+    Example:
+        >>> from diffusers_prx.study.statistics import paired_difference
+        >>> paired_difference({1: 0.5, 2: 0.7}, {1: 0.4, 2: 0.5}).mean  # 0.15
+    """
     return mean_difference({seed: arm[seed] - reference[seed] for seed in sorted(set(arm) & set(reference))})
 
 
 def mean_ratio(ratios: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """The geometric mean of positive ratios and its interval (Student's, of the logarithms)."""
-    found = mean_difference(dict(enumerate(np.log(ratios))))
-    if found is None:
-        raise ValueError("`ratios` is empty; at least one is needed.")
-    if found.low is None or found.high is None:
-        return math.exp(found.mean), None, None
-    return math.exp(found.mean), math.exp(found.low), math.exp(found.high)
+    """Return the geometric mean of positive ratios and its interval (Student's t over the logarithms).
+
+    Raises:
+        ValueError: if `ratios` is empty.
+    """
+    logs = mean_difference(dict(enumerate(np.log(ratios))))
+    if logs is None:
+        raise ValueError("`ratios` is empty; pass at least one ratio.")
+    if logs.low is None or logs.high is None:
+        return math.exp(logs.mean), None, None
+    return math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high)
 
 
 def seeds_needed(difference: Difference, most: int = 1000) -> int | None:
-    """How many seeds would decide if mean and spread stayed as they are; None: more than `most`, or no spread is
-    known."""
+    """Return the number of seeds at which the interval would exclude zero with the same mean and spread.
+
+    Args:
+        difference: measured difference.
+        most: largest number of seeds to consider.
+
+    Returns:
+        Number of seeds; None if it exceeds `most`, or if a single seed gives no spread.
+    """
     if difference.n < 2:
         return None
     spread = float(np.std(list(difference.per_seed.values()), ddof=1))
     if abs(difference.mean) * math.sqrt(most) < NORMAL_QUANTILE * spread:
         return None
-    # t is larger than the normal quantile, so that fewer cannot do
+    # the t quantile exceeds the normal one, so fewer seeds cannot suffice
     fewest = int((NORMAL_QUANTILE * spread / difference.mean) ** 2) if difference.mean else 0
     for n in range(max(2, fewest), most + 1):
         if stats.t.ppf((1 + LEVEL) / 2, n - 1) * spread / math.sqrt(n) < abs(difference.mean):
@@ -91,26 +108,25 @@ def seeds_needed(difference: Difference, most: int = 1000) -> int | None:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p values: with several questions, the chance that any of those below a limit is a false one
-    stays below that limit."""
+    """Return Holm's adjusted p values, which control the chance of any false positive among several questions."""
     adjusted, largest = {}, 0.0
-    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p))
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[name] = largest
     return adjusted
 
 
 def verdict(difference: Difference | None, better: str, expected: str | None) -> str:
-    """What a difference says about a finding.
+    """Return the verdict on a finding.
 
     Args:
-        difference: arm minus reference, of the primary metric.
-        better: "higher" or "lower" values are better.
-        expected: "better" or "worse" than the reference, as the finding has it; None: it says neither.
+        difference: arm minus reference of the primary metric.
+        better: "higher" or "lower" values of the metric.
+        expected: expected direction of the arm, "better" or "worse"; None: the finding has no direction.
 
     Returns:
-        "no data", "too few seeds" (less than `MIN_SEEDS`), "undecided" (the interval contains zero); else "agrees" or
-        "disagrees", and of a finding without a direction "better" or "worse".
+        "no data", "too few seeds" (fewer than `MIN_SEEDS`), "undecided" (the interval contains zero), "agrees" or
+        "disagrees"; for a finding without direction, "better" or "worse" instead of the last two.
     """
     if difference is None:
         return "no data"
@@ -118,17 +134,23 @@ def verdict(difference: Difference | None, better: str, expected: str | None) ->
         return "too few seeds"
     if not difference.excludes_zero:
         return "undecided"
-    found = "better" if (difference.mean > 0) == (better == "higher") else "worse"
+    direction = "better" if (difference.mean > 0) == (better == "higher") else "worse"
     if expected is None:
-        return found
-    return "agrees" if found == expected else "disagrees"
+        return direction
+    return "agrees" if direction == expected else "disagrees"
 
 
 def value_at(curve: Sequence[tuple[float, float]], step: float) -> float | None:
-    """A curve of (step, value), both positive, at a step; None before the first point and after the last.
+    """Return the value of a curve at a step, interpolated linearly in the logarithms of step and value.
 
-    Between its points it is a straight line of the logarithms: losses fall about as a power of the step, and a line of
-    the values would lie above such a curve.
+    Losses fall about as a power of the step. Linear interpolation of the values would lie above such a curve.
+
+    Args:
+        curve: points (step, value), both positive, in ascending order.
+        step: position on the curve.
+
+    Returns:
+        Interpolated value; None outside the curve.
     """
     if not curve or not curve[0][0] <= step <= curve[-1][0]:
         return None
@@ -139,11 +161,15 @@ def value_at(curve: Sequence[tuple[float, float]], step: float) -> float | None:
 def equal_time_steps(
     seconds_arm: float, seconds_reference: float, last_arm: float, last_reference: float
 ) -> tuple[float, float]:
-    """The steps of arm and reference after the same time: the longest for which both have steps.
+    """Return the steps that arm and reference reach in equal time, for the longest time that both curves cover.
 
     Args:
-        seconds_arm, seconds_reference: per step.
-        last_arm, last_reference: the last steps that may be compared.
+        seconds_arm: seconds per step of the arm.
+        seconds_reference: seconds per step of the reference.
+        last_arm: last comparable step of the arm.
+        last_reference: last comparable step of the reference.
     """
     time = min(seconds_arm * last_arm, seconds_reference * last_reference)
-    return min(time / seconds_arm, last_arm), min(time / seconds_reference, last_reference)  # despite rounding
+    return min(time / seconds_arm, last_arm), min(
+        time / seconds_reference, last_reference
+    )  # rounding must not pass the last step

@@ -1,4 +1,4 @@
-"""The study tool: flags, refusals, and whole small studies with a run that fails, stopped and continued."""
+"""Study runner: flags, refused studies, and small studies with failing, interrupted and resumed runs."""
 
 import json
 import os
@@ -13,58 +13,66 @@ import pytest
 
 import runs
 from diffusers_prx.files import write_json
+from diffusers_prx.study.runner import (
+    StudyOptions,
+    StudyRunner,
+    check_settings,
+    evaluation_flag,
+    training_flag,
+)
 from diffusers_prx.study.spec import load_study, read_record, record_path, register
 from diffusers_prx.training.recipes import parse_config
 from runs import save_study
 from training import ablate_prx
 
-STUDIES = sorted((runs.ROOT / "training" / "studies").glob("*.yaml"))
+SCRIPTS = runs.ROOT / "training"
+STUDIES = sorted((SCRIPTS / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
     "value",
-    ["a word", "null and void", "1.0", 1e-5, 3, True, None, [], ["a: b", "c, d"], {"a": {"b": 1e-5}, "c": None}],
+    ["null and void", "1.0", 1e-5, 3, True, None, [], ["a: b", "c, d"], {"a": {"b": 1e-5}, "c": None}],
 )
-def test_a_setting_survives_being_a_flag(value):
+def test_settings_passed_as_flags_keep_type_and_value(value):
     name = {str: "caption_column", float: "learning_rate", int: "seed", bool: "use_ema", list: "validation_prompts"}
     name = name.get(type(value), "lr_decay_steps" if value is None else "caption_weights")
     if isinstance(value, dict):
         name, value = "transformer_config", runs.TRANSFORMER | {"mlp_ratio": 1e-5}
     base = ["--dataset_name", "scenes", "--transformer_config", "{depth: 1}", "--text_encoder_name_or_path", "x"]
-    cfg = parse_config([*base, *ablate_prx.flag(name, value)])
+    cfg = parse_config([*base, *training_flag(name, value)])
     assert getattr(cfg, name) == value
     assert type(getattr(cfg, name)) is type(value)
 
 
-def test_flags_of_an_evaluation():
+def test_flags_of_evaluations():
     values = {"scenes": True, "quiet": False, "level": None, "num_prompts": 8, "metrics": ["fid", "cmmd"]}
-    flags = [part for name, value in values.items() for part in ablate_prx.evaluation_flag(name, value)]
+    flags = [part for name, value in values.items() for part in evaluation_flag(name, value)]
     assert flags == ["--scenes", "--num_prompts", "8", "--metrics", "fid", "cmmd"]
 
 
-# what the study over scenes has to decide, by the arm that is judged
-FINDINGS = {
+# Arms that the study of scenes judges.
+JUDGED_ARMS = {
     "short_captions", "weights_bf16", "baseline", "repa", "repa_expiring", "irepa", "contrastive", "x_prediction",
     "tread", "tread_256", "sprint", "sprint_256", "ema", "sft", "dino_perceptual", "everything", "latents_kl",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_in_the_repository_can_be_started(path, tmp_path):
+def test_study_files_of_the_repository_are_valid(path, tmp_path):
     study = load_study(path)
-    runner = ablate_prx.Runner(study, tmp_path, tmp_path / "report", ablate_prx.parse_args(["--study", str(path)]))
-    ablate_prx.check_settings(runner, list(study.arms))
-    for need in study.needs.values():
-        script, *arguments = need.command.split()
+    runner = StudyRunner(study, tmp_path, tmp_path / "report", StudyOptions(path), SCRIPTS)
+    check_settings(runner, list(study.arms))
+    for prerequisite in study.needs.values():
+        script, *arguments = prerequisite.command.split()
         assert (runs.ROOT / script).is_file()
-        assert need.makes in arguments
+        assert prerequisite.makes in arguments
     for seed_dependent in ("seed", "output_dir", "resume_from_checkpoint"):
         assert all(seed_dependent not in study.settings_of(arm) for arm in study.arms)
 
 
-def test_the_study_over_scenes_asks_what_the_published_one_did():
-    study = load_study(runs.ROOT / "training" / "studies" / "scenes.yaml")
-    assert {finding.arm for finding in study.findings.values()} == FINDINGS
+def test_study_of_scenes_covers_the_published_findings():
+    study = load_study(SCRIPTS / "studies" / "scenes.yaml")
+    assert {finding.arm for finding in study.findings.values()} == JUDGED_ARMS
     assert len(study.seeds) >= 3
     for name, finding in study.findings.items():
         assert finding.expected or finding.note or finding.at_this_size, name
@@ -74,9 +82,9 @@ def test_the_study_over_scenes_asks_what_the_published_one_did():
         elif figures and all(change < 0 for change in figures):
             assert finding.expected == "better", name
         else:
-            # where the published metrics disagree, it has no direction, or that of FID, by which it is judged
-            judged = "better" if figures and figures[0] < 0 else "worse"
-            assert finding.expected in (None, judged) or not figures, name
+            # published metrics that disagree: no direction, or that of FID
+            by_fid = "better" if figures and figures[0] < 0 else "worse"
+            assert finding.expected in (None, by_fid) or not figures, name
 
 
 def ablate(folder: Path, *more: str) -> None:
@@ -91,30 +99,28 @@ def records(folder: Path) -> dict[str, dict]:
 @pytest.mark.parametrize(
     ("changes", "more", "message"),
     [
-        (
-            {"settings": {"learning_rat": 1}},
-            [],
-            r"arm baseline: .*--learning_rat .*did you mean --learning_rate\?",
-        ),
-        ({"settings": {"seed": -1}, "steps": 0}, [], "`steps` and `threads` must be at least 1"),
-        ({"settings": {"contrastive_weight": -1}}, [], "arm baseline: `contrastive_weight` must be finite"),
-        ({}, ["--seeds", "1", "7"], r"`seeds` \[7\] are not the study's"),
-        ({}, ["--only", "x"], "`only` names 'x'"),
-        ({}, ["--collect"], r"has no plan\.json"),
+        ({"settings": {"learning_rat": 1}}, [], "arm baseline: .*--learning_rat "),
+        ({"steps": 0}, [], "`steps`"),
+        ({"settings": {"contrastive_weight": -1}}, [], "arm baseline: `contrastive_weight`"),
+        ({}, ["--seeds", "1", "7"], r"`seeds` has \[7\]"),
+        ({}, ["--only", "x"], "`only`.*'x'"),
+        ({}, ["--collect"], r"plan\.json"),
+        ({}, ["--jobs", "0"], "`jobs`"),
+        ({}, ["--hub_model_id", "me/mine"], "`hub_model_id`.*`push_to_hub`"),
     ],
 )
-def test_what_is_refused_before_anything_runs(tmp_path, changes, more, message):
+def test_invalid_studies_and_flags_are_refused_before_anything_runs(tmp_path, changes, more, message):
     save_study(tmp_path, **changes)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         ablate(tmp_path, *more)
     assert not (tmp_path / "out" / "report").exists()
 
 
-def test_a_dry_run_prints_what_would_run(tmp_path, capsys):
+def test_dry_run_prints_the_commands_of_missing_runs(tmp_path, capsys):
     save_study(tmp_path)
     ablate(tmp_path, "--dry_run", "--only", "tuning")
     lines = capsys.readouterr().out.splitlines()
-    # all arms at the first seed before any at the second
+    # all arms with the first seed come before the second seed
     assert [line.split("seed_")[-1].split("/")[0].split()[0] for line in lines] == ["1"] * 4 + ["2"] * 4
     assert "diverging" not in " ".join(lines)
     train, evaluate = lines[2:4]
@@ -126,18 +132,17 @@ def test_a_dry_run_prints_what_would_run(tmp_path, capsys):
     assert not (tmp_path / "out" / "report").exists()
 
 
-def test_a_study_is_not_run_twice_at_once(tmp_path):
+def test_output_folder_is_locked(tmp_path):
     path = save_study(tmp_path)
-    args = ablate_prx.parse_args(["--study", str(path)])
-    runner = ablate_prx.Runner(load_study(path), tmp_path / "out", tmp_path / "out" / "report", args)
-    with pytest.raises(SystemExit, match="still at work in"):
+    output_dir = tmp_path / "out"
+    runner = StudyRunner(load_study(path), output_dir, output_dir / "report", StudyOptions(path), SCRIPTS)
+    with pytest.raises(SystemExit, match="`output_dir`"):
         ablate(tmp_path)
-    runner.lock.close()
+    runner.processes.lock.close()
     ablate(tmp_path, "--dry_run")
 
 
-def test_a_small_study(tmp_path, capsys):
-    """One seed of a run that works and of one that does not, then the same command again."""
+def test_study_with_a_finished_and_a_failed_run(tmp_path, capsys):
     save_study(tmp_path, seeds=[1])
     ablate(tmp_path, "--only", "divergence", "--remove_checkpoints")
     found = records(tmp_path)
@@ -161,8 +166,8 @@ def test_a_small_study(tmp_path, capsys):
     assert "diverging, seed 1: The loss is not finite" in report
     assert "| tuned | 1 | not run |" in report
     capsys.readouterr()
-    ablate(tmp_path, "--only", "divergence")  # what is there is not run again, what failed neither
-    assert "0 runs to do, 2 are there" in capsys.readouterr().out
+    ablate(tmp_path, "--only", "divergence")  # neither finished nor failed runs are repeated
+    assert "0 runs to do, 2 done" in capsys.readouterr().out
     assert records(tmp_path) == found
 
 
@@ -171,24 +176,24 @@ def test_no_run_starts_after_the_time_limit(tmp_path, capsys):
     ablate(tmp_path, "--time_limit", "0")
     assert records(tmp_path) == {}
     assert capsys.readouterr().out.count("not started: --time_limit") == 6
-    assert "Of 6 planned runs (3 kinds, seeds 1, 2) 0 were made" in (tmp_path / "out/report/report.md").read_text()
+    assert "0 of 6 planned runs were made" in (tmp_path / "out/report/report.md").read_text()
 
 
-def test_what_a_run_starts_from_has_to_be_there(tmp_path):
+def test_run_fails_without_the_pipeline_that_it_starts_from(tmp_path):
     path = save_study(tmp_path, seeds=[1])
     register(load_study(path), tmp_path / "out/report", "2026-01-01", "abc")
-    write_json(record_path(tmp_path / "out/report", "baseline", 1), {"status": "failed", "trained": False,
-               "evaluations": {}, "failures": [{"stage": "training", "message": "lost"}], "machine": {},
-               "jobs": 1, "threads": 1})  # fmt: skip
+    failed = {"status": "failed", "trained": False, "evaluations": {}, "machine": {}, "jobs": 1, "threads": 1}
+    failed["failures"] = [{"stage": "training", "message": "lost"}]
+    write_json(record_path(tmp_path / "out/report", "baseline", 1), failed)
     ablate(tmp_path, "--only", "tuned")
     record = read_record(tmp_path / "out/report", "tuned", 1)
     assert record["status"] == "failed"
-    assert record["failures"][0]["message"].endswith("which it starts from, holds no pipeline")
+    assert record["failures"][0]["message"].endswith("from which it starts, contains no pipeline")
     assert load_study(path).select(["tuned"]) == ["baseline", "tuned"]
 
 
-def alive(folder: Path) -> list[str]:
-    """The processes that work in a folder."""
+def training_processes(folder: Path) -> list[str]:
+    """Return the command lines of training processes that use a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -199,8 +204,8 @@ def alive(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_stopped_goes_on(tmp_path, capsys):
-    """Two runs at once, stopped in the middle of the first ones; continued; the failed one tried again; one row."""
+def test_interrupted_study_resumes(tmp_path, capsys):
+    """Interrupt two parallel runs, resume, retry failed runs, and reproduce one row in another folder."""
     path = save_study(tmp_path, steps=40)
     command = [sys.executable, str(runs.ROOT / "training" / "ablate_prx.py"), "--study", str(path)]
     command += ["--output_dir", str(tmp_path / "out"), "--jobs", "2"]
@@ -210,8 +215,8 @@ def test_a_study_that_is_stopped_goes_on(tmp_path, capsys):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 1
-    assert alive(tmp_path) == []
-    assert records(tmp_path) == {}  # what was stopped is no result
+    assert training_processes(tmp_path) == []
+    assert records(tmp_path) == {}  # interrupted runs have no record
     stopped_at = max(int(path.name.split("-")[1]) for path in checkpoints.glob("checkpoint-*[0-9]"))
     assert stopped_at < 40
     plan = (tmp_path / "out/report/plan.json").read_text()
@@ -228,15 +233,15 @@ def test_a_study_that_is_stopped_goes_on(tmp_path, capsys):
     start = found["tuned/seed_2"]["config"]["pretrained_model_name_or_path"]
     assert start == str(tmp_path / "out/baseline/seed_2")
     report = (tmp_path / "out/report/report.md").read_text()
-    assert "Of 6 planned runs (3 kinds, seeds 1, 2) 6 were made; 2 of them failed, 0 went on after" in report
+    assert "6 of 6 planned runs were made (3 arms, seeds 1, 2). 2 failed, and 0 continued after" in report
     assert "**too few seeds**" in report
 
-    # the evaluation of a run is made up where its record lacks it; a failed one is tried again and fails again
+    # an evaluation that a record lacks is repeated, and so is a failed run
     record = found["tuned/seed_1"]
     write_json(record_path(tmp_path / "out/report", "tuned", 1), record | {"evaluations": {}})
     capsys.readouterr()
     ablate(tmp_path, "--retry_failed", "--seeds", "1")
-    assert "2 runs to do, 1 are there" in capsys.readouterr().out
+    assert "2 runs to do, 1 done" in capsys.readouterr().out
     again = records(tmp_path)
     scores = [r["tuned/seed_1"]["evaluations"]["default"]["scene_accuracy"] for r in (found, again)]
     assert scores[0] == scores[1]
@@ -244,17 +249,17 @@ def test_a_study_that_is_stopped_goes_on(tmp_path, capsys):
 
     ablate_prx.main(["--study", str(path), "--output_dir", str(tmp_path / "row"), "--only", "tuning", "--seeds", "1"])
     rows = [read_record(tmp_path / "row/report", arm, 1) for arm in ("baseline", "tuned")]
-    # the same seed, the same run: the first was stopped and went on, this one was not
+    # equal seeds give equal runs, although the first one was interrupted
     assert [row["curve"] for row in rows] == [found[f"{arm}/seed_1"]["curve"] for arm in ("baseline", "tuned")]
 
 
 @pytest.mark.slow
-def test_throughput_is_measured_in_turns(tmp_path, capsys):
+def test_throughput_is_measured(tmp_path, capsys):
     save_study(tmp_path, seeds=[1])
     ablate(
         tmp_path, "--only", "diverging", "--measure_throughput", "--throughput_steps", "6", "--throughput_repeats", "1"
     )
-    # it does not get to its last step; nothing is made up for it
+    # it fails before its last step
     assert "diverging was not timed: ValueError: The loss is not finite" in capsys.readouterr().out
     assert not (tmp_path / "out/report/throughput.json").exists()
     save_study(
@@ -262,7 +267,7 @@ def test_throughput_is_measured_in_turns(tmp_path, capsys):
         arms={"baseline": {}, "wide": {"settings": {"transformer_config": runs.TRANSFORMER | {"depth": 12}}}},
         findings={"wide": {"text": "More blocks take longer.", "arm": "wide"}},
     )  # fmt: skip
-    for _ in range(2):  # the second time there is nothing left to measure
+    for _ in range(2):  # the second call measures nothing
         ablate(tmp_path, "--measure_throughput", "--throughput_steps", "12", "--throughput_repeats", "2")
     timed = json.loads((tmp_path / "out/report/throughput.json").read_text())
     assert [(entry["arm"], entry["reference"], entry["repeat"]) for entry in timed] == [
