@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.data.scenes import long_caption, sample_scene
-from diffusers_prx.evaluation.image_grids import pictures_of_grid
 from diffusers_prx.evaluation.scene_checker import read_scene, scene_matches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def test_files_are_small_and_hold_no_code(folder):
 def test_it_draws_what_it_drew(pipeline):
     """Rounded to 8 bits, another processor's order of additions moves a value by one level at most."""
     with PIL.Image.open(GOLDEN) as grid:
-        golden = pictures_of_grid(grid, 8)
+        golden = tiny.split_grid(grid, 8, 8)
     for image, picture in zip(draw(pipeline, 8), golden):
         difference = np.abs(np.asarray(image, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
         assert difference.max() <= 2

@@ -1,6 +1,7 @@
 """Tiny instances of the real components, made on the spot and offline; the same seed gives the same weights."""
 
 import numpy as np
+import PIL.Image
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -249,3 +250,10 @@ def pixel_pipeline(side="right", shift=3.0, **changes):
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def split_grid(grid: PIL.Image.Image, columns: int, count: int) -> list[PIL.Image.Image]:
+    """Return the first `count` images of a grid with `columns` images per row."""
+    width, height = grid.width // columns, grid.height // -(-count // columns)
+    corners = [(index % columns * width, index // columns * height) for index in range(count)]
+    return [grid.crop((left, top, left + width, top + height)) for left, top in corners]

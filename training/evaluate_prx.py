@@ -25,7 +25,7 @@ from diffusers_prx.evaluation.metrics import PHOTOROOM
 from diffusers_prx.evaluation.reports import write_reports
 from diffusers_prx.files import expand_path
 from diffusers_prx.hub.cards import read_card_choices, write_card
-from diffusers_prx.hub.publishing import CARD_FILE, is_ours
+from diffusers_prx.hub.publishing import CARD_FILE, is_generated
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     if (
         training.is_file()
         and args.output_dir.resolve() == Path(args.model).resolve()
-        and is_ours(args.output_dir / CARD_FILE)
+        and is_generated(args.output_dir / CARD_FILE)
     ):
         write_card(args.output_dir, CARD_TEMPLATE, report, **read_card_choices(args.output_dir))
     print(json.dumps({name: value for name, value in report.items() if name not in NOT_IN_LAST_LINE}))

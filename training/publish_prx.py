@@ -2,7 +2,8 @@
 
 `python training/publish_prx.py --folder outputs/quickstart --repo_id me/prx-quickstart`
 
-What it is, it sees by the files. Interrupted or failed, the same command goes on: what the Hub has is not sent again.
+The files in the folder determine its kind. If the upload is interrupted or fails, run the same command again: files
+that the Hub already has are not sent twice.
 """
 
 import argparse
@@ -14,17 +15,15 @@ from diffusers_prx.hub.publishing import EXIT_NOT_UPLOADED, UploadError, publish
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=path, required=True, help="What to publish.")
+    parser.add_argument("--folder", type=path, required=True, help="Folder to publish.")
+    parser.add_argument("--repo_id", help="Name or namespace/name, created if necessary. Default: the folder's name.")
     parser.add_argument(
-        "--repo_id", help="Name, or namespace/name; created where it is not there. Default: the folder's name."
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="Of a new repository; one that is there stays as it is."
+        "--private", action="store_true", help="Create a private repository; existing ones do not change."
     )
     args = parse_flags(parser, argv)
     try:
         print(f"uploaded to {publish_folder(args.folder, args.repo_id or args.folder.resolve().name, args.private)}")
-    except ValueError as error:  # the folder, the token or the name: the message says what is wrong with it
+    except ValueError as error:  # the folder, the token or the name
         end(error)
     except UploadError as error:
         print(f"error: {error}", file=sys.stderr)

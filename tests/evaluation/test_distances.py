@@ -19,7 +19,7 @@ from diffusers_prx.evaluation.distances import (
 
 
 def features(count, width, seed, shift=0.0):
-    """Correlated features, as those of networks are."""
+    """Return correlated features, like those of networks."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + shift
 
@@ -36,15 +36,15 @@ def scipy_frechet(x, y):
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 30.0])
-def test_frechet_distance_is_scipys(shift):
+def test_frechet_distance_equals_scipy(shift):
     x, y = features(300, 24, 0), features(400, 24, 1, shift)
     distance = frechet_distance(own_moments(x), own_moments(y))
     assert distance.dtype == torch.float64
     assert distance.item() == pytest.approx(scipy_frechet(x, y), rel=1e-9)  # measured: 2e-12; asked for: 1e-6
 
 
-def test_frechet_distance_of_gaussians_in_closed_form():
-    """With diagonal covariances it is |m1 - m2|^2 + sum (s1 - s2)^2."""
+def test_frechet_distance_equals_the_closed_form():
+    """|m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances."""
     mean, spread = torch.tensor([1.0, -2, 0.5]).double(), torch.tensor([0.5, 2, 3]).double()
     other = torch.tensor([1.0, 1, 1]).double()
     distance = frechet_distance((mean, spread.square().diag()), (torch.zeros(3).double(), other.square().diag()))
@@ -52,7 +52,7 @@ def test_frechet_distance_of_gaussians_in_closed_form():
 
 
 def test_fewer_images_than_features():
-    """Covariances without full rank. A set is at distance zero of itself, where sqrtm leaves its rounding errors."""
+    """The distance of a set to itself is zero, where sqrtm has rounding errors."""
     x, y = features(10, 24, 0), features(12, 24, 1)
     assert frechet_distance(own_moments(x), own_moments(y)).item() == pytest.approx(scipy_frechet(x, y), rel=1e-6)
     assert abs(frechet_distance(own_moments(x), own_moments(x)).item()) < 1e-10 * np.trace(np.cov(x, rowvar=False))
@@ -64,7 +64,7 @@ def unit(count, width, seed, shift=0.0):
 
 
 def double_loop(x, y, unbiased, sigma, scale):
-    """Every kernel value by itself, in Python."""
+    """Compute the MMD from single kernel values in Python."""
 
     def mean(first, second, skip):
         values = [
@@ -81,15 +81,15 @@ def double_loop(x, y, unbiased, sigma, scale):
 
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(("sigma", "scale"), [(10.0, 1000.0), (0.7, 1.0)])
-def test_mmd_is_a_double_loop(unbiased, sigma, scale):
+def test_mmd_equals_a_double_loop(unbiased, sigma, scale):
     x, y = unit(40, 16, 0), unit(30, 16, 1, 0.1)
     value = maximum_mean_discrepancy(x, y, unbiased, sigma, scale)
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(double_loop(x, y, unbiased, sigma, scale), rel=1e-9)  # measured: 2e-11
 
 
-def test_mmd_is_not_lost_in_rounding():
-    """At the study's sigma kernel values are in [0.98, 1]. In float32 the distance of two nearly equal sets drowns."""
+def test_mmd_of_similar_sets_is_not_lost_in_rounding():
+    """At the study's sigma, kernel values are in [0.98, 1]; float32 would lose the distance of similar sets."""
     x = unit(300, 64, 0)
     y = torch.nn.functional.normalize(
         x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), dim=1
@@ -106,7 +106,7 @@ def test_mmd_is_not_lost_in_rounding():
     assert abs(single.item() - true) > 0.1 * true
 
 
-def test_mmd_in_chunks(monkeypatch):
+def test_mmd_does_not_depend_on_the_chunk_size(monkeypatch):
     x, y = unit(23, 8, 0), unit(17, 8, 1)
     whole = maximum_mean_discrepancy(x, y)
     monkeypatch.setattr("diffusers_prx.evaluation.distances.CHUNK", 5)
@@ -114,7 +114,7 @@ def test_mmd_in_chunks(monkeypatch):
     assert kernel_sum(x, x[:1]).item() == pytest.approx(kernel_sum(x[:1], x).item(), rel=1e-12)
 
 
-def test_the_biased_estimator_is_above_zero_for_equal_distributions_and_the_other_is_not():
+def test_only_the_biased_estimator_is_above_zero_for_equal_distributions():
     values = [
         [maximum_mean_discrepancy(unit(40, 8, 2 * i), unit(40, 8, 2 * i + 1), u).item() for i in range(60)]
         for u in (False, True)
@@ -132,7 +132,7 @@ def resample(x, counts):
     return x[torch.repeat_interleave(torch.arange(len(x)), counts.long())]
 
 
-def test_resamples_are_counted():
+def test_counts_of_resamples_sum_to_the_number_of_images():
     counts = resampled_counts(50, 400, seed=3)
     assert (counts.sum(dim=1) == 50).all()
     assert torch.equal(counts, resampled_counts(50, 400, seed=3))
@@ -141,7 +141,7 @@ def test_resamples_are_counted():
     assert counts.var().item() == pytest.approx(1 - 1 / 50, abs=0.1)
 
 
-def test_bootstrapped_distances_are_those_of_literal_resamples(monkeypatch):
+def test_bootstrapped_distances_equal_those_of_explicit_resamples(monkeypatch):
     monkeypatch.setattr("diffusers_prx.evaluation.distances.CHUNK", 7)
     x, y = unit(40, 8, 0), unit(30, 8, 1, 0.2)
     counts = resampled_counts(40, 3, seed=0)
@@ -163,8 +163,8 @@ def test_bootstrapped_distances_are_those_of_literal_resamples(monkeypatch):
         assert unbiased[place].item() == pytest.approx((1000 * (within + rest - 2 * between)).item(), rel=1e-9)
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
-    """Over many data sets whose distance in the limit is known: 1 + (2 - 1)^2 in each of two dimensions is 4."""
+def test_intervals_cover_the_true_distance_as_often_as_stated():
+    """The true distance is 1 + (2 - 1)^2 in each of two dimensions, 4 in total."""
     reference = torch.zeros(2).double(), torch.eye(2).double()
     covered = 0
     for seed in range(80):
@@ -175,7 +175,7 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.85 <= covered / 80 <= 0.97  # measured: 0.925; 0.775 at 0.7 times the width, 1 at 1.5 times
 
 
-def test_a_share_has_an_interval_also_at_its_ends():
+def test_interval_of_a_share_has_a_width_at_zero_and_one():
     low, high = share_interval(256, 256)
     assert high == pytest.approx(1)
     assert low == pytest.approx(0.985, abs=1e-3)

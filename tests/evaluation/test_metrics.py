@@ -56,43 +56,43 @@ def fed(metric, batch_size=1000, reference=REFERENCE, generated=GENERATED):
     ],
 )
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
-def test_only_uint8_images_come_in(cls, wrong, message):
+def test_other_images_than_uint8_are_refused(cls, wrong, message):
     with pytest.raises(ValueError, match=message):
         cls(Colors()).update(wrong, real=True)
 
 
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
-def test_floats_that_were_cast_to_uint8_are_noticed(cls):
+def test_images_scaled_to_one_are_refused(cls):
     cast = (GENERATED.float() / 255).to(torch.uint8)
     cast[0, 0, 0, 0] = 1  # a white pixel, as 1.0 becomes
     for batch_size in (1, 1000):
-        with pytest.raises(ValueError, match=r"The largest value in all 70 generated images is 1"):
+        with pytest.raises(ValueError, match="`images`"):
             fed(cls(Colors()), batch_size, generated=cast).compute()
     # a model that draws black is bad, not wrong
     assert fed(cls(Colors()), generated=torch.zeros_like(GENERATED)).compute() > 0
 
 
-def test_too_few_images():
-    with pytest.raises(ValueError, match=r"FID \(colors\) needs at least 2 generated images, got 1"):
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="2 generated images, got 1"):
         fed(FrechetDistance(Colors()), generated=GENERATED[:1]).compute()
     metric = MaximumMeanDiscrepancy(Colors())
     metric.update(GENERATED, real=False)
-    with pytest.raises(ValueError, match=r"MMD \(colors\) needs at least 2 reference images, got 0"):
+    with pytest.raises(ValueError, match="2 reference images, got 0"):
         metric.compute()
 
 
-def test_wrong_settings():
-    with pytest.raises(ValueError, match="`compat` is 'photroom'; accepted: None and 'photoroom'"):
+def test_invalid_settings_are_refused():
+    with pytest.raises(ValueError, match="`compat`"):
         FrechetDistance(Colors(), compat="photroom")
-    with pytest.raises(ValueError, match="`sigma` and `scale` must be positive"):
+    with pytest.raises(ValueError, match="`sigma` and `scale`"):
         MaximumMeanDiscrepancy(Colors(), sigma=0.0)
-    with pytest.raises(ValueError, match="`features` has the shape"):
+    with pytest.raises(ValueError, match="`features`"):
         FrechetDistance(Colors()).update(REFERENCE, real=True, features=torch.zeros(3, 6))
-    with pytest.raises(ValueError, match="`resamples` needs the features"):
+    with pytest.raises(ValueError, match="`resamples`"):
         fed(FrechetDistance(Colors())).details(resamples=5)
 
 
-def test_fid_is_that_of_torchmetrics():
+def test_fid_equals_torchmetrics():
     theirs = FrechetInceptionDistance(feature=Colors(), input_img_size=(3, 8, 8))
     theirs.set_dtype(torch.float64)
     fed(theirs)
@@ -102,14 +102,14 @@ def test_fid_is_that_of_torchmetrics():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
-def test_results_do_not_depend_on_the_batches(batch_size):
+def test_results_do_not_depend_on_the_batch_size(batch_size):
     for metric in (FrechetDistance(Colors()), MaximumMeanDiscrepancy(Colors())):
         whole = fed(metric).compute().item()
         metric.reset()
         assert fed(metric, batch_size).compute().item() == pytest.approx(whole, rel=1e-11)
 
 
-def test_mmd_is_that_of_all_features():
+def test_mmd_equals_that_of_all_features():
     extractor = Colors()
     biased, unbiased = (
         maximum_mean_discrepancy(extractor(GENERATED), extractor(REFERENCE), u).item() for u in (False, True)
@@ -128,7 +128,7 @@ def test_mmd_is_that_of_all_features():
     assert fed(MaximumMeanDiscrepancy(extractor, unbiased=True)).compute().item() == pytest.approx(unbiased)
 
 
-def test_a_metric_moves_and_starts_again():
+def test_metrics_can_be_moved_and_reset():
     metric = fed(FrechetDistance(Colors(), keep_features=True))
     first = metric.details(resamples=10)
     metric.reset()
@@ -138,7 +138,7 @@ def test_a_metric_moves_and_starts_again():
 
 
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
-def test_a_reference_that_was_seen_before(cls):
+def test_reference_statistics_can_be_saved_and_loaded(cls):
     metric = fed(cls(Colors()))
     again = cls(Colors())
     again.load_reference_state(metric.reference_state())
@@ -149,7 +149,7 @@ def test_a_reference_that_was_seen_before(cls):
 # The study's public code
 
 
-def test_times_255_wraps_around():
+def test_color_inversion_wraps_around():
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     wrapped = wrap_colors(every)
     assert torch.equal(wrapped, (every * 255).byte())  # the line of torchmetrics, on what it was not meant for
@@ -157,7 +157,6 @@ def test_times_255_wraps_around():
 
 
 def test_compat_compares_inverted_colors():
-    """A number of its own, which says so, and which sees other things: black beside white is the other way round."""
     plain, inverted = (fed(FrechetDistance(Colors(), compat)) for compat in (None, "photoroom"))
     by_hand = fed(FrechetDistance(Colors()), 1000, wrap_colors(REFERENCE), wrap_colors(GENERATED))
     assert inverted.compute().item() == by_hand.compute().item()
@@ -193,8 +192,8 @@ def _as_one_of_two(folder, shares):
     torch.save(found, folder / f"{state.process_index}.pt")
 
 
-@pytest.mark.parametrize("shares", [(37, 33), (70, 0)])  # not equal, and nothing at all
-def test_two_processes_compute_what_one_does(tmp_path, shares):
+@pytest.mark.parametrize("shares", [(37, 33), (70, 0)])  # unequal shares, and an empty one
+def test_two_processes_give_the_result_of_one(tmp_path, shares):
     alone = {}
     for metric in (FrechetDistance(Colors(), keep_features=True), MaximumMeanDiscrepancy(Colors())):
         fed(metric)

@@ -1,4 +1,4 @@
-"""The card of a run says what was run and what was measured of these weights, and nothing else."""
+"""Model cards state what was run and what was measured of the stored weights, and nothing else."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def evaluate(folder: Path, *flags: str) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Two steps from nothing on scenes, and the card that training leaves."""
+    """Two steps from scratch on scenes, with the card that training writes."""
     values = runs.settings(
         tmp_path_factory.mktemp("trained") / "run", text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=300,
         max_train_steps=2, validation_prompts=runs.CAPTIONS, validation_inference_steps=2, num_validation_samples=2,
@@ -39,11 +39,10 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy, to do something with."""
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-def test_a_run_without_an_evaluation_claims_none(trained):
+def test_card_without_evaluation(trained):
     card = check_card(trained / "README.md")
     assert card.data.eval_results is None
     assert "No evaluation of these weights has been run." in card.text
@@ -54,35 +53,34 @@ def test_a_run_without_an_evaluation_claims_none(trained):
     assert f"| commit | {record['commit']} |" in card.text
     assert f"{record['parameters']:,} parameters" in card.text
     assert "MB of safetensors, float32 |" in card.text
-    # nothing but what this package draws went in
     assert (card.data.license, card.data.language) == ("apache-2.0", "en")
     pictures = [example["output"]["url"] for example in card.data.widget]
     assert [example["text"] for example in card.data.widget] == runs.CAPTIONS
     sheet = PIL.Image.open(trained / "validation" / "step-0000002.png")
     for place, file in enumerate(pictures):
-        wanted = sheet.crop((32 * place, 0, 32 * (place + 1), 32))
-        assert PIL.Image.open(trained / file).tobytes() == wanted.tobytes()
+        expected = sheet.crop((32 * place, 0, 32 * (place + 1), 32))
+        assert PIL.Image.open(trained / file).tobytes() == expected.tobytes()
 
 
-def test_the_recipe_in_the_card_is_that_of_the_run(trained):
+def test_recipe_in_the_card_reproduces_the_config(trained):
     text = (trained / "README.md").read_text()
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     cfg = TrainingConfig(**json.loads((trained / "training.json").read_text())["config"])
     again = TrainingConfig(**recipe)
-    surroundings = {
+    runtime_options = {
         name: getattr(cfg, name) for name in ("output_dir", "report_to", "checkpointing_steps", "logging_steps")
     }
-    assert replace(again, **surroundings) == cfg
+    assert replace(again, **runtime_options) == cfg
 
 
-def test_its_code_runs(trained, tmp_path, monkeypatch):
+def test_code_in_the_card_runs(trained, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "card", "exec"), {})
     assert PIL.Image.open("image.png").size == (32, 32)
 
 
-def test_an_evaluation_goes_into_the_card_with_its_settings(run):
+def test_evaluation_is_added_to_the_card_with_its_settings(run):
     report = evaluate(run, "--seed", "5")
     card = check_card(run / "README.md")
     results = {result.metric_type: result for result in card.data.eval_results}
@@ -101,8 +99,7 @@ def test_an_evaluation_goes_into_the_card_with_its_settings(run):
     assert str(run) not in card.content
 
 
-def test_one_command_writes_the_card_of_a_released_model(run, tmp_path, capsys):
-    """With its evaluation, its license and the name that it will be loaded by; a later evaluation keeps both."""
+def test_card_of_a_released_model_keeps_license_and_source(run, tmp_path, capsys):
     evaluate(run)
     (run / "README.md").unlink()
     released = tmp_path / "model_cards" / "small"
@@ -124,14 +121,14 @@ def test_one_command_writes_the_card_of_a_released_model(run, tmp_path, capsys):
     assert again.data.eval_results[0].metric_args["seed"] == 7
 
 
-def test_a_report_of_other_weights_is_not_taken(run):
+def test_report_of_other_weights_is_refused(run):
     evaluate(run)
     file = run / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     name = next(iter(weights))
     save_file({key: value + (key == name) * 1e-3 for key, value in weights.items()}, file, {"format": "pt"})
     before = (run / "README.md").read_text()
-    with pytest.raises(SystemExit, match=r"report\.json is of other weights than those that are in .*copy now"):
+    with pytest.raises(SystemExit, match=r"report\.json belongs to other weights"):
         card_prx.main(["--model", str(run)])
     assert (run / "README.md").read_text() == before
     (run / "report.json").unlink()
@@ -139,21 +136,21 @@ def test_a_report_of_other_weights_is_not_taken(run):
     assert check_card(run / "README.md").data.eval_results is None
 
 
-def test_somebodys_own_card_stays(run, tmp_path):
+def test_card_of_the_user_is_kept(run, tmp_path):
     own = (run / "README.md").read_text().replace(CARD_MARKER, "") + "More.\n"
     (run / "README.md").write_text(own)
     evaluate(run)
-    with pytest.raises(SystemExit, match="is not as we wrote it; it stays"):
+    with pytest.raises(SystemExit, match=r"README\.md"):
         card_prx.main(["--model", str(run)])
     cfg = json.loads((run / "training.json").read_text())["config"]
     runs.train(cfg | {"output_dir": str(run), "resume_from_checkpoint": "latest"})  # finished: exports again
     assert (run / "README.md").read_text() == own
-    with pytest.raises(ValueError, match=r"has no training\.json: a card is written of a finished run"):
+    with pytest.raises(ValueError, match=r"`folder`.*training\.json"):
         write_card(tmp_path, runs.CARD_TEMPLATE)
 
 
-def test_what_others_have_made_is_named_and_the_licence_left_open(run):
-    """Their licenses are not ours to give; the paths of this machine are nobody's business."""
+def test_pretrained_networks_are_named_and_the_license_is_unknown(run):
+    """Local paths are not published."""
     record = json.loads((run / "training.json").read_text())
     record["config"] |= {
         "pretrained_model_name_or_path": "Photoroom/prx-512-t2i", "text_encoder_config": {}, "transformer_config": {},
@@ -177,7 +174,7 @@ def test_what_others_have_made_is_named_and_the_licence_left_open(run):
     assert str(run) not in card.content
 
 
-def test_techniques_are_those_that_were_on():
+def test_card_lists_the_techniques_in_use():
     plain = runs.config(prediction_type="velocity")
     assert techniques([plain]) == []
     routed = runs.config(route_ratio=0.5, route_range=[0, 1], optimizer="muon", lpips_weight=0.1)
@@ -187,7 +184,7 @@ def test_techniques_are_those_that_were_on():
     assert any(text.startswith("SPRINT (arXiv 2510.21986): 75% of the tokens") for text in techniques([sprint]))
 
 
-def test_captions_of_several_lengths_are_told_with_their_shares(run):
+def test_caption_weights_are_listed(run):
     record = json.loads((run / "training.json").read_text())
     record["config"]["caption_weights"] = {"long": 0.5, "short": 0.25}
     (run / "training.json").write_text(json.dumps(record))
@@ -195,21 +192,21 @@ def test_captions_of_several_lengths_are_told_with_their_shares(run):
     assert "level easy, long (0.5) and short (0.25) captions" in text
 
 
-def test_stages_that_have_not_begun_are_not_told():
+def test_stages_that_have_not_begun_are_left_out():
     cfg = runs.config(stages=[{"max_train_steps": 3}, {"max_train_steps": 2}])
     assert [len(begun_stages(cfg, step)) for step in (0, 1, 3, 4, 5)] == [1, 1, 1, 2, 2]
 
 
-def test_a_recipe_names_no_folder_of_this_machine(tmp_path):
+def test_recipe_contains_no_local_paths(tmp_path):
     cfg = runs.config(repa_weight=0.5, repa_teacher=str(tmp_path), repa_cache_dir=str(tmp_path), repa_block=1)
-    told = yaml.safe_load(recipe_text(cfg))
-    assert told["repa_teacher"] == tmp_path.name
-    assert "repa_cache_dir" not in told
-    assert "output_dir" not in told
+    recipe = yaml.safe_load(recipe_text(cfg))
+    assert recipe["repa_teacher"] == tmp_path.name
+    assert "repa_cache_dir" not in recipe
+    assert "output_dir" not in recipe
 
 
-def test_metrics_of_a_reference_become_metadata(run, tmp_path):
-    """Also where the format wants another name than the user's, and with the estimator beside it."""
+def test_metrics_become_metadata(run, tmp_path):
+    """Names are adapted to the Hub's format, and the unbiased estimator is listed as well."""
     teacher = tmp_path / "a teacher"
     teacher.mkdir()
     runs.save_teacher(teacher)

@@ -1,7 +1,7 @@
-"""What is published arrives as it was saved; what cannot be is said before a training, and loses nothing after it.
+"""Uploads arrive byte for byte, invalid repositories are refused before training, and failed uploads lose nothing.
 
-The other side is `hub.py`, a server on this machine. huggingface_hub reads the Hub's address once, so that everything
-here runs in processes of its own; those that train are one, since starting takes longer than they do.
+`hub.py` is a local Hub server. huggingface_hub reads the Hub's address once per process, so the tests run scripts in
+child processes; all trainings share one, because starting a process takes longer than they do.
 """
 
 import json
@@ -16,12 +16,10 @@ from safetensors.torch import load_file
 import runs
 from diffusers_prx import PRXPixelPipeline
 from diffusers_prx.hub.publishing import (
-    ADAPTER_LOADED_FROM,
     CARD_MARKER,
     EXIT_NOT_UPLOADED,
-    KINDS,
-    LOADED_FROM,
-    OF_A_RUN,
+    FOLDER_KINDS,
+    RUN_FILES,
     UNPUBLISHED_BASE,
     check_name,
     kind_of,
@@ -29,9 +27,8 @@ from diffusers_prx.hub.publishing import (
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 from hub import READER, TOKEN, Hub, hub
 from runs import save_study
-from training import ablate_prx
 
-# Calls scripts one after the other and tells how each ended; "draws" is what a pipeline does by itself.
+# Calls scripts one after the other and prints how each ended.
 DRIVER = """
 import contextlib, io, json, os, sys
 from importlib import import_module
@@ -55,7 +52,7 @@ for step in json.loads(sys.argv[1]):
 
 
 def drive(server: Hub, home: Path, *steps: tuple[str, list[str], str]) -> list[dict]:
-    """Call scripts with arguments and a token, in one new process."""
+    """Call scripts with arguments and a token in one new process."""
     listed = [{"script": script, "argv": list(map(str, argv)), "token": token} for script, argv, token in steps]
     environment = server.environment(home) | {"PYTHONPATH": f"{runs.ROOT / 'src'}:{runs.ROOT}"}
     command = [sys.executable, "-W", "ignore", "-c", DRIVER, json.dumps(listed)]
@@ -70,10 +67,10 @@ def publish(server: Hub, home: Path, *flags: str, token: str = TOKEN) -> dict:
     return ended
 
 
-def contents(folder: Path, *left_out: str) -> dict[str, bytes]:
-    """What has to arrive: every file of a folder, but for some that are named by how they begin."""
+def contents(folder: Path, *excluded: str) -> dict[str, bytes]:
+    """Return every file of a folder by name, except names that start with an excluded prefix."""
     files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    return {name: file.read_bytes() for name, file in files.items() if not name.startswith(left_out)}
+    return {name: file.read_bytes() for name, file in files.items() if not name.startswith(excluded)}
 
 
 @pytest.fixture
@@ -82,14 +79,13 @@ def server():
         yield running
 
 
-# Runs of training/train_prx.py, in one process
+# --- training/train_prx.py
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Five runs and what the server then had: a token that is none, one that may only read, a namespace of others, one
-    whose upload fails half-way, and that one again, which is finished and only exports; then `push_to_hub`, and an
-    adapter of a pipeline."""
+    """Runs with an invalid token, a read-only token, a foreign namespace, an upload that fails half-way and its
+    repetition, which only exports; then `push_to_hub` of a pipeline, and the training of an adapter."""
     folder = tmp_path_factory.mktemp("trained")
     values = runs.settings(
         "unused", text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=300, max_train_steps=2,
@@ -102,7 +98,7 @@ def trained(tmp_path_factory):
         flags = ["--output_dir", str(folder / name), "--hub_model_id", repo_id, "--resume_from_checkpoint", "latest"]
         return "training.train_prx", ["--config", str(folder / "recipe.yaml"), *flags], token
 
-    # not `run`, whose blocks change nothing yet after two steps: no adapter of theirs would learn
+    # not `run`: after two steps its blocks are still the identity, and no adapter would learn
     base = runs.nets(PRXXPredictionScheduler(shift=2.0)).pipeline(runs.config(max_sequence_length=40))
     base.save_pretrained(folder / "base")
     adapter = [
@@ -129,18 +125,18 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "name", "message"),
     [
-        (0, "no_token", "error: The Hub was asked whose token this is: Invalid user token"),
-        (1, "reader", "'me/prx' cannot be written to with this token, whose namespaces are ['me', 'our-lab']"),
-        (2, "others", "rights to create a model under the namespace 'nobody'"),
+        (0, "no_token", "Invalid user token"),
+        (1, "reader", "`repo_id` is 'me/prx'"),
+        (2, "others", "under the namespace 'nobody'"),
     ],
 )
-def test_what_cannot_be_written_to_is_said_before_any_training(trained, number, name, message):
+def test_repositories_without_write_access_are_refused_before_training(trained, number, name, message):
     folder, _, ended = trained
     assert message in ended[number]["code"]  # sys.exit with a text: exit code 1
     assert not [file for file in (folder / name).rglob("*") if file.suffix in (".safetensors", ".json")]
 
 
-def test_an_upload_that_fails_loses_nothing_and_says_how_to_go_on(trained):
+def test_failed_upload_keeps_all_files_and_names_the_command_to_retry(trained):
     folder, _, ended = trained
     assert ended[3]["code"] == EXIT_NOT_UPLOADED
     assert f"saved to {folder / 'run'}" in ended[3]["out"]
@@ -150,22 +146,21 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_go_on(trained):
     assert (folder / "run" / "checkpoint-2" / "complete.json").is_file()
 
 
-def test_the_same_run_again_completes_the_upload_byte_for_byte(trained):
+def test_repeated_run_completes_the_upload_byte_for_byte(trained):
     folder, server, ended = trained
     assert ended[4]["code"] == 0
     assert f"uploaded to {server.url}/me/prx" in ended[4]["out"]
-    left_out = ("checkpoint-2", "logs/", "validation/", ".")
-    wanted = contents(folder / "run", *left_out)
-    assert {"README.md", "training.json", "loss_curve.png", "widget/1.png", "model_index.json"} <= wanted.keys()
-    assert server.repositories["model", "me/prx"] == wanted
+    expected = contents(folder / "run", "checkpoint-2", "logs/", "validation/", ".")
+    assert {"README.md", "training.json", "loss_curve.png", "widget/1.png", "model_index.json"} <= expected.keys()
+    assert server.repositories["model", "me/prx"] == expected
     assert "transformer/diffusion_pytorch_model.safetensors" in server.large
     assert {"README.md", "model_index.json"} <= server.regular
-    assert ModelCard(wanted["README.md"].decode()).text.count('from_pretrained("me/prx")') == 1
-    # large files went over the line once, those of the first attempt too
+    assert ModelCard(expected["README.md"].decode()).text.count('from_pretrained("me/prx")') == 1
+    # large files are sent once, including those of the failed attempt
     assert server.sent == sum(map(len, server.objects.values()))
 
 
-def test_a_pipeline_pushes_itself(trained):
+def test_push_to_hub_of_a_pipeline(trained):
     folder, server, ended = trained
     assert ended[5]["code"] == 0
     arrived = dict(server.repositories["model", "me/direct"])
@@ -173,8 +168,7 @@ def test_a_pipeline_pushes_itself(trained):
     assert arrived == contents(folder / "saved")
 
 
-def test_an_adapter_arrives_as_it_was_trained(trained, tmp_path):
-    """Without its base, which is said before the training."""
+def test_adapter_is_uploaded_without_its_base(trained, tmp_path):
     folder, server, ended = trained
     assert ended[6]["code"] == 0, ended[6]
     warned, trained_by_then = ended[6]["out"].index(UNPUBLISHED_BASE), ended[6]["out"].index(f"saved to {folder}/lora")
@@ -184,24 +178,24 @@ def test_an_adapter_arrives_as_it_was_trained(trained, tmp_path):
     assert arrived == contents(folder / "lora", "checkpoint-2", ".")
     assert arrived.keys() == {"README.md", "training.json", "loss_curve.png", "pytorch_lora_weights.safetensors"}
     assert "pytorch_lora_weights.safetensors" in server.large
-    card = arrived["README.md"].decode()
-    assert ADAPTER_LOADED_FROM.findall(card) == ["our-lab/lora"]
-    assert LOADED_FROM.findall(card) == [str(folder / "base")]
-    # what arrived is an adapter of that pipeline, and has learnt
+    card = ModelCard(arrived["README.md"].decode())
+    assert card.data["load_from"] == "our-lab/lora"
+    assert '"our-lab/lora", weight_name' in card.text
+    assert f'from_pretrained("{folder / "base"}")' in card.text
+    # the uploaded files are a trained adapter of that pipeline
     for name, content in arrived.items():
         (tmp_path / name).write_bytes(content)
     pipeline = PRXPixelPipeline.from_pretrained(folder / "base")
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="mine")
     assert pipeline.get_list_adapters() == {"transformer": ["mine"]}
-    learnt = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert all(value.abs().max() > 0 for name, value in learnt.items() if ".lora_B." in name)  # zero at the start
+    learned = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(value.abs().max() > 0 for name, value in learned.items() if ".lora_B." in name)  # zero before training
 
 
-# training/publish_prx.py
+# --- training/publish_prx.py
 
 
-def test_a_space_a_report_and_a_lora(server, tmp_path):
-    """What each of them is is seen by its files; what was left behind by running it stays here."""
+def test_spaces_reports_and_loras_are_recognized_and_published(server, tmp_path):
     space = tmp_path / "space"
     (space / "__pycache__").mkdir(parents=True)
     (space / "README.md").write_text("---\ntitle: PRX\nsdk: gradio\napp_file: app.py\n---\n")
@@ -241,19 +235,21 @@ def test_a_space_a_report_and_a_lora(server, tmp_path):
     card = DatasetCard((report / "README.md").read_text())
     assert (card.data.pretty_name, card.data.viewer) == ("Study of nothing", False)
     assert "![curves](pictures/curves.png)" in card.text
-    assert server.repositories["model", "me/lora"] == contents(lora, "checkpoint-5")  # somebody's own card stays
+    assert server.repositories["model", "me/lora"] == contents(lora, "checkpoint-5")  # the user's card is kept
     assert server.large == {"picture.png", "pictures/curves.png", "pytorch_lora_weights.safetensors"}
     assert server.calls.count("POST /api/datasets/me/study/commit/main") == 1
-    assert ended[2]["out"].startswith(f"warning: {UNPUBLISHED_BASE}\n")  # which names no base
-    assert "holds nothing that is published. Known by their files: pipeline: model_index.json; " in ended[4]["code"]
+    assert ended[2]["out"].startswith(f"warning: {UNPUBLISHED_BASE}\n")  # the card names no base
+    assert "`folder`" in ended[4]["code"]
 
 
-def test_a_pipeline_that_is_there_already(server, tmp_path):
-    """Only a card that we wrote is changed to load from the repository; an upload that fails is tried again."""
+def test_published_pipeline_loads_from_its_repository(server, tmp_path):
+    """The generated card is updated, and a failed upload can be repeated."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
-    (folder / "README.md").write_text(f'x = PRXPipeline.from_pretrained("{folder}")\n{CARD_MARKER}\n')
+    (folder / "README.md").write_text(
+        f'---\nload_from: {folder}\n---\nx = PRXPipeline.from_pretrained("{folder}")\n{CARD_MARKER}\n'
+    )
     for number in range(3):
         (folder / f"{number}.safetensors").write_bytes(bytes([number]) * 3000)
     server.fails_after = 2
@@ -266,11 +262,12 @@ def test_a_pipeline_that_is_there_already(server, tmp_path):
     assert done["code"] == 0
     assert server.sent == 9000 > before
     assert server.repositories["model", "our-lab/prx"] == contents(folder)
-    assert (folder / "README.md").read_text().startswith('x = PRXPipeline.from_pretrained("our-lab/prx")\n')
+    card = (folder / "README.md").read_text()
+    assert card.startswith('---\nload_from: our-lab/prx\n---\nx = PRXPipeline.from_pretrained("our-lab/prx")\n')
 
 
-def test_a_repository_that_is_there_but_may_only_be_read(server, tmp_path):
-    """`create_repo` with `exist_ok` would take it."""
+def test_existing_repository_without_write_access_is_refused(server, tmp_path):
+    """`create_repo` with `exist_ok` would accept it."""
     (tmp_path / "model_index.json").write_text("{}")
     server.repositories["model", "me/there"] = {}
     ended = publish(server, tmp_path / "home", "--folder", str(tmp_path), "--repo_id", "me/there", token=READER)
@@ -279,8 +276,8 @@ def test_a_repository_that_is_there_but_may_only_be_read(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away(tmp_path):
-    """In the middle of an upload, and before it: huggingface_hub tries for half a minute each."""
+def test_server_that_disappears(tmp_path):
+    """It disappears during an upload, and before one; huggingface_hub retries for half a minute each time."""
     (tmp_path / "model_index.json").write_text("{}")
     for number in range(2):
         (tmp_path / f"{number}.safetensors").write_bytes(bytes([number]) * 3000)
@@ -295,7 +292,7 @@ def test_a_server_that_goes_away(tmp_path):
     assert "error: The Hub was asked whose token this is: " in publish(server, tmp_path / "home", *flags)["code"]
 
 
-# training/ablate_prx.py
+# --- training/ablate_prx.py
 
 
 def test_the_report_of_a_study(server, tmp_path):
@@ -318,8 +315,8 @@ def test_the_report_of_a_study(server, tmp_path):
         step(*none),
         step("--dry_run", "--hub_model_id", "nobody/mine"),
     )
-    assert "error: The repository 'our-lab/mine' cannot be written to with this token" in refused["code"]
-    assert not (tmp_path / "refused" / "report").exists()  # no plan: nothing has begun
+    assert "`repo_id` is 'our-lab/mine'" in refused["code"]
+    assert not (tmp_path / "refused" / "report").exists()  # no plan was registered
     report = out / "report"
     assert failed["code"] == EXIT_NOT_UPLOADED
     assert f"report: {report / 'report.md'}" in failed["out"]
@@ -333,20 +330,14 @@ def test_the_report_of_a_study(server, tmp_path):
     assert DatasetCard((report / "README.md").read_text()).data.viewer is False
     assert named["code"] == 0
     assert server.repositories["dataset", "me/tiny"].keys() == arrived.keys()  # the study's name
-    assert dry["code"] == 0  # asks nobody
+    assert dry["code"] == 0  # does not contact the Hub
     assert server.repositories.keys() == {("dataset", "our-lab/mine"), ("dataset", "me/tiny")}
 
 
-def test_a_repository_without_a_push_is_a_mistake(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        ablate_prx.parse_args(["--study", "x.yaml", "--hub_model_id", "me/mine"])
-    assert "--hub_model_id is 'me/mine', but --push_to_hub is not set" in capsys.readouterr().err
+# --- without a server
 
 
-# What needs no server
-
-
-def test_names_are_looked_at_without_the_hub():
+def test_repository_names_are_checked_offline():
     check_name("me/prx-512")
     for name in ("a/b/c", "-prx", "me/prx..1", "a name"):
         with pytest.raises(ValueError, match="cannot be called so"):
@@ -357,12 +348,12 @@ def test_names_are_looked_at_without_the_hub():
         runs.config(push_to_hub=True).__class__(**runs.settings("runs/--x", "unused", push_to_hub=True))
 
 
-def test_no_two_kinds_have_the_same_files(tmp_path):
-    for number, kind in enumerate(KINDS):
+def test_folder_kinds_are_distinguished_by_their_files(tmp_path):
+    for number, kind in enumerate(FOLDER_KINDS):
         folder = tmp_path / str(number)
         folder.mkdir()
         for file in kind.files:
             (folder / file).touch()
         assert kind_of(folder) is kind
-    assert {kind.repo_type for kind in KINDS} == {"model", "dataset", "space"}
-    assert "checkpoint-*" in OF_A_RUN
+    assert {kind.repo_type for kind in FOLDER_KINDS} == {"model", "dataset", "space"}
+    assert "checkpoint-*" in RUN_FILES

@@ -1,4 +1,4 @@
-"""How well images fit their captions by CLIP (arXiv 2104.08718). torchmetrics' own fails under transformers 5."""
+"""CLIP score: agreement of images and captions (arXiv 2104.08718). torchmetrics' own fails with transformers 5."""
 
 from typing import Any
 
@@ -15,14 +15,22 @@ DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 class CLIPScore(Metric):
-    """The mean of 100 max(cos, 0) between the embeddings of each image and its caption.
+    """Mean of 100 max(cos, 0) between the embeddings of each image and its caption.
 
     Args:
-        extractor: gives CLIP's projected image embeddings.
-        text_model, tokenizer: the other half of the same CLIP.
+        extractor: extractor of CLIP's projected image embeddings.
+        text_model: text model of the same CLIP.
+        tokenizer: tokenizer of the same CLIP.
 
     Attributes:
-        name: as it stands in reports.
+        name: name in reports.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_prx.evaluation.clip_score import load_clip_score
+        >>> metric = load_clip_score()
+        >>> metric.update(torch.zeros(1, 3, 336, 336, dtype=torch.uint8), ["a black image"])
+        >>> metric.compute()
     """
 
     is_differentiable = False
@@ -30,7 +38,7 @@ class CLIPScore(Metric):
     full_state_update = False
 
     scores: list[torch.Tensor]
-    cut: torch.Tensor
+    truncated: torch.Tensor
 
     def __init__(self, extractor: FeatureExtractor, text_model: Any, tokenizer: Any):
         super().__init__()
@@ -40,27 +48,31 @@ class CLIPScore(Metric):
         self.max_tokens: int = text_model.config.max_position_embeddings
         self.name = "CLIP score" if extractor.name == DEFAULT_CLIP else f"CLIP score ({extractor.name})"
         self.add_state("scores", [], dist_reduce_fx="cat")
-        self.scores.append(torch.zeros(0, dtype=torch.float64))  # a process without images has to join the others
-        self.add_state("cut", torch.tensor(0), dist_reduce_fx="sum")
+        self.scores.append(
+            torch.zeros(0, dtype=torch.float64)
+        )  # a process without images takes part in the synchronization
+        self.add_state("truncated", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, images: torch.Tensor, captions: list[str]) -> None:
-        """Add images and the caption of each. What a caption has beyond CLIP's 77 tokens is cut, and counted.
+        """Add images and their captions. Captions beyond CLIP's 77 tokens are truncated and counted.
 
         Args:
-            images: uint8 (B, 3, H, W).
-            captions: B of them.
+            images: images, uint8 (B, 3, H, W).
+            captions: B captions.
 
         Raises:
-            ValueError: for images that are not as described, or another number of captions.
+            ValueError: if the images are not as described, or the number of captions differs.
         """
         embeds = self.extractor(images)  # (B, E)
         if len(captions) != len(images):
-            raise ValueError(f"`captions` has {len(captions)} entries for {len(images)} images.")
+            raise ValueError(
+                f"`captions` has {len(captions)} entries; accepted: one for each of {len(images)} images."
+            )
         encoded = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         full = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        self.cut = self.cut + sum(len(ids) > self.max_tokens for ids in full)
+        self.truncated = self.truncated + sum(len(ids) > self.max_tokens for ids in full)
         text = self.text_model(
             input_ids=encoded["input_ids"].to(images.device),
             attention_mask=encoded["attention_mask"].to(images.device),
@@ -69,20 +81,20 @@ class CLIPScore(Metric):
         self.scores.append(100 * cosine.clamp(min=0))
 
     def compute(self) -> torch.Tensor:
-        """The mean over all processes, a float64 scalar; raises `ValueError` without images."""
+        """Return the mean over all processes, a float64 scalar. Raises `ValueError` without images."""
         return self._all().mean()
 
     def details(self, resamples: int = 0, seed: int = 0) -> dict[str, Any]:
-        """As `FeatureDistance.details`, with "captions_cut" in place of the reference."""
+        """Return the same entries as `FeatureDistance.details`, with "captions_cut" instead of "num_reference"."""
         with self.sync_context():
             scores = self._all()
             value, interval = scores.mean().item(), None
             if resamples:
                 counts = resampled_counts(len(scores), resamples, seed)
-                # in order, so that the interval does not depend on which process had which image
+                # sorted, so that the interval does not depend on the distribution over processes
                 interval = list(centered_interval(value, counts @ scores.sort().values.cpu() / len(scores)))
-            cut = int(self.cut)
-        return {"value": value, "interval": interval, "num_images": len(scores), "captions_cut": cut}
+            truncated = int(self.truncated)
+        return {"value": value, "interval": interval, "num_images": len(scores), "captions_cut": truncated}
 
     def reset(self) -> None:
         super().reset()
@@ -95,23 +107,23 @@ class CLIPScore(Metric):
         return scores.double()
 
     def describe(self) -> dict[str, Any]:
-        """For reports."""
+        """Return the facts about the model for reports."""
         return {**self.extractor.describe(), "text_fingerprint": fingerprint(self.text_model)}
 
 
 def load_clip_score(name_or_path: str = DEFAULT_CLIP, revision: str | None = None) -> CLIPScore:
-    """CLIP score with a CLIP model and its tokenizer, on the CPU.
+    """Load a CLIP model and its tokenizer on the CPU as a metric.
 
     Args:
-        name_or_path: a folder that holds both, with its preprocessor_config.json, or a Hub id.
-        revision: on the Hub.
+        name_or_path: Hub id, or folder with model, tokenizer and preprocessor_config.json.
+        revision: revision on the Hub.
 
     Raises:
-        OSError: if there is no such folder or repository.
-        ValueError: if it holds no CLIP.
+        OSError: if the folder or repository does not exist.
+        ValueError: if it is not a CLIP with projections.
     """
     extractor = load_extractor(name_or_path, revision)
-    refusal = f"{name_or_path!r} holds no CLIP with projections of images and of text."
+    refusal = f"`metrics` has {name_or_path!r}; accepted: a CLIP with projections of images and text."
     if not isinstance(extractor, VisionExtractor) or not hasattr(extractor.model, "visual_projection"):
         raise ValueError(refusal)
     cls: Any = CLIPTextModelWithProjection
@@ -122,6 +134,6 @@ def load_clip_score(name_or_path: str = DEFAULT_CLIP, revision: str | None = Non
         output_loading_info=True,
         **projection_width(AutoConfig.from_pretrained(name_or_path, revision=revision)),
     )
-    if report["missing_keys"]:  # transformers draws them at random and only warns
+    if report["missing_keys"]:  # transformers initializes them at random and only warns
         raise ValueError(refusal)
     return CLIPScore(extractor, text_model, AutoTokenizer.from_pretrained(name_or_path, revision=revision))

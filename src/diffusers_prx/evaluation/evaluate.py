@@ -374,7 +374,7 @@ def scenes_part(settings: EvaluationSettings, graded: tuple[list[GradedScene], l
     """What a report says of prompt following."""
     heldout, novel = graded
     intervals = {
-        f"scene_accuracy{suffix}_interval": list(share_interval(sum(g.right for g in part), len(part)))
+        f"scene_accuracy{suffix}_interval": list(share_interval(sum(g.correct for g in part), len(part)))
         for suffix, part in (("", heldout), ("_novel", novel))
     }
     return {

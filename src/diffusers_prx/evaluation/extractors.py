@@ -1,15 +1,15 @@
-"""Networks that turn images into the features that metrics compare.
+"""Feature extractors: frozen networks whose features metrics compare.
 
-| name | network | features | what it is for |
+| name | network | features | metric |
 |---|---|---|---|
-| `inception` | Inception-v3 of torch-fidelity, 299 pixels | the 2048 of the last pooling | FID |
-| `clip` | CLIP ViT-L/14 at 336 pixels | the projected image embedding, of unit length | CMMD |
-| `dinov2` | DINOv2 ViT-L/14 with registers at 518 pixels | the class token, of unit length | DINO-MMD |
-| folder or Hub id | a vision transformer of transformers at its own size | as `clip` or `dinov2` | |
+| `inception` | Inception-v3 of torch-fidelity, 299 pixels | 2048 features of the last pooling | FID |
+| `clip` | CLIP ViT-L/14 at 336 pixels | projected image embedding, normalized | CMMD |
+| `dinov2` | DINOv2 ViT-L/14 with registers at 518 pixels | class token, normalized | DINO-MMD |
+| folder or Hub id | vision transformer of transformers at its own size | as `clip` or `dinov2` | |
 | file ending in .pth | weights for `inception` | as `inception` | |
 
-B images of H x W pixels in a batch, E features of each. Every extractor takes what its `forward` is given through
-`check_images`, so that floats, or images in another range or layout, end in an error and not in a number.
+Shapes: B images of H x W pixels, E features each. Every extractor checks its input with `check_images`, so that floats
+and other ranges or layouts raise an error instead of giving a wrong number.
 """
 
 import hashlib
@@ -28,61 +28,59 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 from ..files import hash_tensors
 from ..fingerprints import fingerprint, read_normalization
 
-# name -> Hub id, side in pixels at which the study looks at images
-NAMED = {
+# name -> (Hub id, image size of the study in pixels)
+NAMED_EXTRACTORS = {
     "clip": ("openai/clip-vit-large-patch14-336", 336),
     "dinov2": ("facebook/dinov2-with-registers-large", 518),
 }
 INCEPTION = "inception"
-# how the SHA-256 of torch-fidelity's weights begins, as the name of their file says
+# Start of the SHA-256 of torch-fidelity's weights, which is part of their file name.
 INCEPTION_SHA256 = "6726825d"
 
 
 def check_images(images: Any) -> None:
-    """The one door for images: uint8 (B, 3, H, W), 0 to 255.
+    """Check that images are uint8 (B, 3, H, W) in [0, 255].
 
     Raises:
-        ValueError: for anything else; the message says what came.
+        ValueError: for any other type, dtype or shape.
     """
     if not isinstance(images, torch.Tensor):
         raise ValueError(f"`images` must be a torch tensor of uint8, got {type(images).__name__}.")
     if images.dtype != torch.uint8:
         raise ValueError(
-            f"`images` must be uint8 from 0 to 255, got {images.dtype}. Of floats in [0, 1] make "
+            f"`images` must be uint8 from 0 to 255, got {images.dtype}. Convert floats in [0, 1] with "
             "(images * 255).round().clamp(0, 255).to(torch.uint8)."
         )
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"`images` must have the shape (B, 3, H, W), got {tuple(images.shape)}.")
     if 0 in images.shape:
-        raise ValueError(f"`images` has the shape {tuple(images.shape)}: there is no pixel in it.")
+        raise ValueError(f"`images` is empty, with the shape {tuple(images.shape)}; pass at least one image.")
 
 
 def wrap_colors(images: torch.Tensor) -> torch.Tensor:
-    """What the study's public code gives to Inception: uint8 images times 255, which wraps to 256 - x (0 stays 0).
+    """Invert images as the study's public code does for FID: uint8 times 255 wraps around to 256 - x (0 stays 0).
 
-    It tells `FrechetInceptionDistance` that images are in [0, 1], and gives it 0 to 255: they come out inverted.
+    That code declares images in [0, 1] to `FrechetInceptionDistance`, but passes values from 0 to 255.
     """
     check_images(images)
     return (images * 255).to(torch.uint8)
 
 
 def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize images so that the shorter side is `size`, antialiased and bicubic, and cut out the middle.
-
-    As CLIP's own processor does: uint8 in, and rounded to whole values again.
+    """Resize the shorter side to `size` (bicubic, antialiased) and crop the center, like CLIP's own processor.
 
     Args:
-        images: uint8 (B, 3, H, W).
-        size: in pixels.
+        images: images, uint8 (B, 3, H, W).
+        size: target size in pixels.
 
     Returns:
-        (B, 3, size, size) float32, whole numbers from 0 to 255.
+        Images, float32 (B, 3, size, size), rounded to integers in [0, 255].
     """
     height, width = images.shape[2:]
     short = min(height, width)
     shape = int(size * height / short), int(size * width / short)
     pixels = images.float()  # (B, 3, H, W)
-    # First the rows, then the columns, each rounded and clamped (bicubic weights overshoot), as in Pillow.
+    # first the rows, then the columns, each rounded and clamped (bicubic weights overshoot), as in Pillow
     for step in ((height, shape[1]), shape):
         if step != tuple(pixels.shape[2:]):
             pixels = F.interpolate(pixels, step, mode="bicubic", antialias=True).round().clamp(0, 255)  # (B, 3, h, w)
@@ -91,15 +89,15 @@ def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """A frozen network from uint8 images to features, and all that a report has to say of it.
+    """A frozen network from uint8 images to features.
 
     Attributes:
-        name: what stands in the names of metrics.
-        source: where the weights are from.
-        size: side in pixels of what the network sees.
-        resizing: how images get there, in words.
-        num_features: E.
-        fingerprint: a hash of all that the features depend on.
+        name: name in the names of metrics.
+        source: origin of the weights.
+        size: input size of the network in pixels.
+        resizing: description of the resizing, for reports.
+        num_features: number of features, E.
+        fingerprint: hash of everything that the features depend on.
     """
 
     name: str
@@ -111,18 +109,18 @@ class FeatureExtractor(nn.Module, ABC):
     @cached_property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of all that the features depend on."""
+        """Hash of everything that the features depend on."""
 
     @abstractmethod
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, E), float32, of uint8 images (B, 3, H, W). Raises `ValueError` as `check_images` does."""
+        """Return features, float32 (B, E), of images, uint8 (B, 3, H, W). Raises `ValueError` like `check_images`."""
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Stays in evaluation mode whatever is asked."""
+        """Keep evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:
-        """For reports."""
+        """Return the facts about the extractor for reports."""
         return {
             "name": self.name,
             "source": self.source,
@@ -134,13 +132,13 @@ class FeatureExtractor(nn.Module, ABC):
 
 
 class InceptionExtractor(FeatureExtractor):
-    """Inception-v3 with the weights of the original FID, by torch-fidelity; resized as torchmetrics does, antialiased.
+    """Inception-v3 with the weights of the original FID (torch-fidelity), and antialiased resizing as in torchmetrics.
 
     Args:
-        weights: the file weights-inception-2015-12-05-6726825d.pth; None: torch.hub's cache, or a download of 91 MB.
+        weights: file weights-inception-2015-12-05-6726825d.pth; None: torch.hub's cache, or a download of 91 MB.
 
     Raises:
-        ValueError: without torch-fidelity, or if the weights are not there.
+        ValueError: if torch-fidelity or the weights are missing.
     """
 
     size, num_features = 299, 2048
@@ -151,21 +149,23 @@ class InceptionExtractor(FeatureExtractor):
         from torchmetrics.image.fid import _TORCH_FIDELITY_AVAILABLE, NoTrainInceptionV3
 
         if not _TORCH_FIDELITY_AVAILABLE:
-            raise ValueError("FID with Inception needs torch-fidelity: pip install -e '.[evaluation]'.")
+            raise ValueError("`metrics` has `fid`, which needs torch-fidelity. Run pip install -e '.[evaluation]'.")
         if weights is not None and not Path(weights).is_file():
-            raise ValueError(f"`weights` is {str(weights)!r}, which is no file.")
+            raise ValueError(f"`weights` is {str(weights)!r}, which is not a file.")
         try:
             self.network = NoTrainInceptionV3(
                 "inception-v3-compat", ["2048"], None if weights is None else str(weights), antialias=True
             )
         except OSError as error:
             raise ValueError(
-                f"Inception's weights could not be downloaded ({error}). On a machine with a network get "
+                f"Inception's weights could not be downloaded ({error}). On a machine with a network, download "
                 "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-"
-                "6726825d.pth, and give its path in place of `inception`."
+                "6726825d.pth, and pass `fid:PATH`."
             ) from error
-        except RuntimeError as error:  # what load_state_dict raises
-            raise ValueError(f"`weights` {str(weights)!r} holds no Inception-v3 of torch-fidelity: {error}") from error
+        except RuntimeError as error:  # from load_state_dict
+            raise ValueError(
+                f"`weights` {str(weights)!r} is not an Inception-v3 of torch-fidelity: {error}"
+            ) from error
         self.requires_grad_(False).eval()
         original = weights is None or _sha256(Path(weights)).startswith(INCEPTION_SHA256)
         self.name = INCEPTION if original else Path(str(weights)).stem
@@ -184,19 +184,21 @@ class InceptionExtractor(FeatureExtractor):
 
 
 class VisionExtractor(FeatureExtractor):
-    """A vision transformer of transformers, in float32: one vector of unit length per image.
+    """A vision transformer of transformers in float32: one normalized vector per image.
+
+    The vector is `image_embeds` if the model returns it (CLIPVisionModelWithProjection), else the class token (DINOv2,
+    DINOv3, ViT), else `pooler_output` (SigLIP).
 
     Args:
-        model: one that gives `image_embeds` (CLIPVisionModelWithProjection), which are taken; or one whose
-            `last_hidden_state` begins with a class token (DINOv2, DINOv3, ViT), which is taken; or one without class
-            token but with a `pooler_output` (the vision half of SigLIP).
-        mean, std: the model's own normalization, per channel, for pixels in [0, 1].
-        size: side in pixels of what it is given; more or less than in training, its positions are interpolated.
-        name: what stands in the names of metrics.
-        source: where it is from.
+        model: vision transformer.
+        mean: mean per channel of the model's normalization, for pixels in [0, 1].
+        std: standard deviation per channel of the model's normalization, for pixels in [0, 1].
+        size: input size in pixels; positions are interpolated if it differs from that of training.
+        name: name in the names of metrics.
+        source: origin of the weights.
 
     Raises:
-        ValueError: if the size is no multiple of the model's patches.
+        ValueError: if the size is not a multiple of the patch size.
     """
 
     mean: torch.Tensor
@@ -209,16 +211,16 @@ class VisionExtractor(FeatureExtractor):
         patch: Any = getattr(model.config, "patch_size", None)
         if not isinstance(patch, int) or size < patch or size % patch:
             raise ValueError(
-                f"`size` is {size}, the patches of {source!r} ({type(model).__name__}) have {patch} pixels: accepted "
-                "are vision transformers with square patches, and multiples of them."
+                f"`size` is {size}, and the patch size of {source!r} ({type(model).__name__}) is {patch}; accepted: "
+                "vision transformers with square patches, and multiples of the patch size."
             )
         self.name, self.source, self.size = name, source, size
         self.resizing = f"bicubic, antialiased, shorter side to {size}, center crop"
         self.patches = (size // patch) ** 2
         self.registers: int = getattr(model.config, "num_register_tokens", 0)
-        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        changed = size != getattr(model.config, "image_size", size)
-        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if asks and changed else {}
+        has_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        is_changed = size != getattr(model.config, "image_size", size)
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if has_option and is_changed else {}
         self.model = model.requires_grad_(False)
         for key, values in (("mean", mean), ("std", std)):
             self.register_buffer(key, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -233,15 +235,15 @@ class VisionExtractor(FeatureExtractor):
         return digest.hexdigest()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """As above; raises `ValueError` also if the model has neither embedding, class token nor pooled output."""
+        """Return features (B, E). Also raises `ValueError` without embedding, class token and pooled output."""
         check_images(images)
         with torch.autocast(images.device.type, enabled=False):
             pixels = resize_and_crop(images, self.size) / 255  # (B, 3, size, size) in [0, 1]
             pixels = (pixels - self.mean) / self.std  # (B, 3, size, size)
-            features = self._pick(self.model(pixels, **self.options))  # (B, E)
+            features = self._select_vector(self.model(pixels, **self.options))  # (B, E)
             return F.normalize(features.float(), dim=-1)  # (B, E)
 
-    def _pick(self, output: Any) -> torch.Tensor:
+    def _select_vector(self, output: Any) -> torch.Tensor:
         if (embeds := getattr(output, "image_embeds", None)) is not None:
             return embeds  # (B, E)
         leading = output.last_hidden_state.shape[1] - self.patches
@@ -250,54 +252,59 @@ class VisionExtractor(FeatureExtractor):
         if leading == self.registers and (pooled := getattr(output, "pooler_output", None)) is not None:
             return pooled  # (B, E)
         raise ValueError(
-            f"The encoder {self.source!r} gives {output.last_hidden_state.shape[1]} tokens for {self.patches} patches "
-            f"and {self.registers} registers, and nothing that stands for the whole image."
+            f"`metrics` has the encoder {self.source!r}, which returns {output.last_hidden_state.shape[1]} tokens for "
+            f"{self.patches} patches and {self.registers} registers; accepted: encoders with a class token, a pooled "
+            "output or an image embedding."
         )
 
 
 def load_extractor(name_or_path: str | Path, revision: str | None = None) -> FeatureExtractor:
-    """An extractor by the table above, on the CPU.
+    """Load an extractor of the table above on the CPU.
 
     Args:
-        name_or_path: see there; a folder is in transformers' format, with its preprocessor_config.json.
-        revision: on the Hub.
+        name_or_path: name, file or Hub id of the table, or folder in transformers' format with
+            preprocessor_config.json.
+        revision: revision on the Hub.
 
     Raises:
-        OSError: if there is no such folder or repository.
-        ValueError: if it is no vision transformer, weights are missing, or its normalization is not stated.
+        OSError: if the folder or repository does not exist.
+        ValueError: if it is not a vision transformer, or weights or normalization are missing.
+
+    Example:
+        >>> from diffusers_prx.evaluation.extractors import load_extractor
+        >>> load_extractor("dinov2").num_features  # 1024
     """
     name = str(name_or_path)
     if name == INCEPTION:
         return InceptionExtractor()
     if name.endswith(".pth"):
         return InceptionExtractor(name)
-    source, size = NAMED.get(name, (name, None))
+    source, size = NAMED_EXTRACTORS.get(name, (name, None))
     mean, std = read_normalization(source, revision, "encoder")
     config = AutoConfig.from_pretrained(source, revision=revision)
-    # AutoModel would make a CLIPVisionModel of it and drop the projection
+    # AutoModel would load a CLIPVisionModel and drop the projection
     cls: Any = CLIPVisionModelWithProjection if config.model_type in ("clip", "clip_vision_model") else AutoModel
     model, report = cls.from_pretrained(
         source, revision=revision, dtype=torch.float32, output_loading_info=True, **projection_width(config)
     )
-    siglip = cls is AutoModel and hasattr(model, "vision_model")
-    prefix = "vision_model." if siglip else ""
+    is_siglip = cls is AutoModel and hasattr(model, "vision_model")
+    prefix = "vision_model." if is_siglip else ""
     keys = [key for key in report["missing_keys"] if key.startswith(prefix)]
-    missing = sorted(
-        key for key in keys if not key.startswith("pooler.")
-    )  # the pooler after a class token is not used
-    if missing:  # transformers draws them at random and only warns
-        raise ValueError(f"The checkpoint of the encoder {source!r} lacks the weights {missing}.")
-    model = model.vision_model if siglip else model
+    # the pooler after a class token is not used
+    missing = sorted(key for key in keys if not key.startswith("pooler."))
+    if missing:  # transformers initializes them at random and only warns
+        raise ValueError(f"`metrics` has the encoder {source!r}, whose checkpoint lacks the weights {missing}.")
+    model = model.vision_model if is_siglip else model
     if size is None:
         size = getattr(model.config, "image_size", None)
     if not isinstance(size, int):
-        raise ValueError(f"The encoder {source!r} states no square `image_size`, but {size}.")
-    label = name if name in NAMED or not Path(name).is_dir() else Path(name).resolve().name
+        raise ValueError(f"`metrics` has the encoder {source!r} with `image_size` {size}; accepted: one integer.")
+    label = name if name in NAMED_EXTRACTORS or not Path(name).is_dir() else Path(name).resolve().name
     return VisionExtractor(model, mean, std, size, label, source)
 
 
 def projection_width(config: Any) -> dict[str, int]:
-    """What the halves of a whole CLIP have to be told: the width of its projections stands outside of their parts."""
+    """Return the projection width of a whole CLIP, which its parts do not have in their configurations."""
     return {"projection_dim": config.projection_dim} if config.model_type == "clip" else {}
 
 

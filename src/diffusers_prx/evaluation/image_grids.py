@@ -24,14 +24,6 @@ def image_grid(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
     return grid
 
 
-def pictures_of_grid(grid: PIL.Image.Image, count: int) -> list[PIL.Image.Image]:
-    """The `count` pictures that `image_grid` made a grid of."""
-    columns = min(GRID_COLUMNS, count)
-    width, height = grid.width // columns, grid.height // -(-count // columns)
-    places = [(place % columns * width, place // columns * height) for place in range(count)]
-    return [grid.crop((left, top, left + width, top + height)) for left, top in places]
-
-
 def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int = 4) -> None:
     """Draw a sheet of graded pictures, each under its prompt.
 
@@ -43,12 +35,12 @@ def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int 
     for place, scene in enumerate(graded):
         axes = figure.add_subplot(rows, columns, place + 1, xticks=[], yticks=[])
         axes.imshow(scene.image, interpolation="nearest")
-        verdict, color = ("right", RIGHT) if scene.right else ("wrong", WRONG)
+        verdict, color = ("right", RIGHT) if scene.correct else ("wrong", WRONG)
         text = f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]"
         axes.set_title(text, fontsize=6.5, color=color, parse_math=False)
-        if not scene.right:
+        if not scene.correct:
             axes.set_xlabel(
-                textwrap.fill(f"read: {scene.read_instead}", 44), fontsize=6.5, color=color, parse_math=False
+                textwrap.fill(f"read: {scene.differences}", 44), fontsize=6.5, color=color, parse_math=False
             )
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=3)

@@ -1,4 +1,4 @@
-"""FID and MMD as torchmetrics: images in, one number out, the same whatever the batches and processes were.
+"""FID and MMD as torchmetrics.
 
 ```python
 metric = FrechetDistance(load_extractor("inception")).to("cuda")
@@ -7,9 +7,10 @@ metric.update(generated, real=False)
 metric.compute()
 ```
 
-Under torch.distributed each process updates with its own share of the images, each image once in all; `compute` joins
-the shares. The sums are float64: the order of batches and processes moves a result by rounding of the 16th digit, and
-the batch size by what it does to the float32 features.
+Under torch.distributed, each process updates with its own share of the images, and `compute` joins the shares. Sums
+are
+float64: the order of batches and processes changes only the 16th digit, and the batch size changes a result only
+through the float32 features.
 """
 
 from abc import abstractmethod
@@ -35,16 +36,16 @@ from .extractors import INCEPTION, FeatureExtractor, check_images, wrap_colors
 logger = logging.get_logger(__name__)
 
 PHOTOROOM = "photoroom"
-# the extractors whose MMD has a name of its own
+# Extractor -> established name of its MMD.
 MMD_NAMES = {"clip": "CMMD", "dinov2": "DINO-MMD"}
 
 
 class FeatureDistance(Metric):
-    """What the two distances share: the door for images, and how many there were.
+    """Base of distances between the features of generated and reference images.
 
     Args:
-        extractor: from `load_extractor`; shared with other metrics it is one network.
-        compat: None, or "photoroom" for what the study's public code does to images on their way to this metric.
+        extractor: return value of `load_extractor`; metrics may share it.
+        compat: "photoroom" to treat images as the study's public code does; None otherwise.
 
     Raises:
         ValueError: for another `compat`.
@@ -54,8 +55,8 @@ class FeatureDistance(Metric):
     higher_is_better = False
     full_state_update = False
 
-    kind: ClassVar[str]  # of what is kept of the reference
-    least_images: ClassVar[int] = 2
+    kind: ClassVar[str]  # of the reference statistics
+    min_images: ClassVar[int] = 2
 
     generated_peak: torch.Tensor
     reference_peak: torch.Tensor
@@ -72,28 +73,28 @@ class FeatureDistance(Metric):
     @property
     @abstractmethod
     def name(self) -> str:
-        """As it stands in reports: with the encoder's name, unless it is the metric's standard one."""
+        """Name in reports, with that of the encoder unless it is the standard one."""
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, E) of uint8 images (B, 3, H, W)."""
+        """Return features (B, E) of images, uint8 (B, 3, H, W)."""
         return self.extractor(images)
 
     def update(self, images: torch.Tensor, real: bool, features: torch.Tensor | None = None) -> None:
         """Add images.
 
         Args:
-            images: uint8 (B, 3, H, W).
-            real: whether they belong to the reference.
-            features: (B, E), what `extract` made of these images, where several metrics share the work.
+            images: images, uint8 (B, 3, H, W).
+            real: True for reference images.
+            features: return value of `extract` for these images, (B, E), if it exists already.
 
         Raises:
-            ValueError: for images that are not as described, or another number of features.
+            ValueError: if images or features are not as described.
         """
         check_images(images)
         features = self.extract(images) if features is None else features
         if features.shape != (len(images), self.extractor.num_features):
             raise ValueError(
-                f"`features` has the shape {tuple(features.shape)}; for these images it has to be "
+                f"`features` has the shape {tuple(features.shape)}; accepted: "
                 f"{(len(images), self.extractor.num_features)}."
             )
         side = "reference" if real else "generated"
@@ -102,23 +103,23 @@ class FeatureDistance(Metric):
         self._add(side, features.detach())
 
     def compute(self) -> torch.Tensor:
-        """The distance over all processes, a float64 scalar.
+        """Return the distance over all processes, a float64 scalar.
 
         Raises:
-            ValueError: for fewer than two images on a side, or if no pixel of a side is above 1.
+            ValueError: if a side has fewer than two images, or no pixel above 1.
         """
         self._check()
         return self._distance()
 
     def details(self, resamples: int = 0, seed: int = 0) -> dict[str, Any]:
-        """The distance with what belongs to it, as plain numbers; all processes have to call it.
+        """Return the distance and related numbers. All processes must call this method.
 
         Args:
-            resamples: of the bootstrap over the generated images; 0: no interval.
-            seed: of the resamples.
+            resamples: number of bootstrap resamples of the generated images; 0: no interval.
+            seed: seed of the resamples.
 
         Returns:
-            "value", "interval" (95%, low and high, or None), "num_images", "num_reference"; more for MMD.
+            "value", "interval" (bounds of the 95% interval, or None), "num_images", "num_reference"; more for MMD.
         """
         with self.sync_context():
             self._check()
@@ -127,62 +128,67 @@ class FeatureDistance(Metric):
             }
 
     def reference_state(self) -> dict[str, torch.Tensor]:
-        """What is kept of the reference, of all processes, on the CPU: enough to go without its images next time."""
+        """Return the reference statistics of all processes on the CPU, for `load_reference_state`."""
         with self.sync_context():
-            kept = {"peak": self.reference_peak, **self._reference()}
-            return {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
+            statistics = {"peak": self.reference_peak, **self._reference()}
+            return {name: tensor.detach().cpu().clone() for name, tensor in statistics.items()}
 
     def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Start from a reference that was seen before. Under torch.distributed one process does it, and only one."""
+        """Load reference statistics instead of images. Under torch.distributed, exactly one process must call this."""
         self.reference_peak = state["peak"].to(self.device)
         self._load_reference({name: tensor.to(self.device) for name, tensor in state.items()})
 
     def _check(self) -> None:
         for side in ("generated", "reference"):
-            if self._count(side) < self.least_images:
+            if self._count(side) < self.min_images:
                 raise ValueError(
-                    f"{self.name} needs at least {self.least_images} {side} images, got {self._count(side)}."
+                    f"{self.name} needs at least {self.min_images} {side} images, got {self._count(side)}."
                 )
             if getattr(self, f"{side}_peak") == 1:
                 raise ValueError(
-                    f"The largest value in all {self._count(side)} {side} images is 1: they seem to be pixels in "
-                    "[0, 1], cast to uint8 without a factor of 255."
+                    f"`images`: the largest value in all {self._count(side)} {side} images is 1. They seem to be in "
+                    "[0, 1]; multiply by 255 before the conversion to uint8."
                 )
 
     @abstractmethod
     def _add(self, side: str, features: torch.Tensor) -> None:
-        """Keep of features (B, E) what the distance needs."""
+        """Add features (B, E) to the statistics."""
 
     @abstractmethod
     def _count(self, side: str) -> int:
-        """Images of a side so far."""
+        """Return the number of images of a side."""
 
     @abstractmethod
     def _distance(self) -> torch.Tensor:
-        """A float64 scalar."""
+        """Return the distance, a float64 scalar."""
 
     @abstractmethod
     def _details(self, resamples: int, seed: int) -> dict[str, Any]:
-        """What else a report says of this kind of distance."""
+        """Return the entries of `details`, except the numbers of images."""
 
     @abstractmethod
     def _reference(self) -> dict[str, torch.Tensor]:
-        """What is known of the reference, to be kept."""
+        """Return the reference statistics."""
 
     @abstractmethod
     def _load_reference(self, state: dict[str, torch.Tensor]) -> None:
-        """Take what `_reference` gave."""
+        """Load the return value of `_reference`."""
 
 
 class FrechetDistance(FeatureDistance):
-    """The Frechet distance of features (FID with Inception, arXiv 1706.08500), from streamed float64 sums.
+    """Frechet distance of features (FID with Inception, arXiv 1706.08500) from streamed float64 sums.
 
-    Memory does not grow with the number of images, unless `keep_features`.
+    Memory does not grow with the number of images, unless `keep_features` is set.
 
     Args:
-        extractor: from `load_extractor`.
-        compat: "photoroom": colors are inverted on both sides, as the study's public code does for FID.
-        keep_features: keep those of the generated images, which the interval of `details` needs.
+        extractor: return value of `load_extractor`.
+        compat: "photoroom" to invert the colors of all images, as the study's public code does for FID.
+        keep_features: keep the features of generated images, which the interval of `details` needs.
+
+    Example:
+        >>> from diffusers_prx.evaluation.extractors import load_extractor
+        >>> from diffusers_prx.evaluation.metrics import FrechetDistance
+        >>> fid = FrechetDistance(load_extractor("inception"))
     """
 
     kind = "moments"
@@ -199,7 +205,7 @@ class FrechetDistance(FeatureDistance):
             self.add_state(f"{side}_outer", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
         if keep_features:
             self.add_state("generated_features", [], dist_reduce_fx="cat")
-            _begin(self, "generated_features")
+            _append_empty(self, "generated_features")
 
     @property
     def name(self) -> str:
@@ -213,7 +219,7 @@ class FrechetDistance(FeatureDistance):
     def reset(self) -> None:
         super().reset()
         if self.keep_features:
-            _begin(self, "generated_features")
+            _append_empty(self, "generated_features")
 
     def _add(self, side: str, features: torch.Tensor) -> None:
         double = features.double()  # (B, E)
@@ -232,8 +238,8 @@ class FrechetDistance(FeatureDistance):
         fewest = min(self._count("generated"), self._count("reference"))
         if fewest <= self.extractor.num_features:
             logger.warning(
-                f"{self.name} of {fewest} images with {self.extractor.num_features} features each: a covariance has "
-                "not its full rank, and the distance is far above that of many images."
+                f"{self.name} is computed from {fewest} images with {self.extractor.num_features} features each: the "
+                "covariance does not have full rank, and the distance is far above that of many images."
             )
         return frechet_distance(self._moments("generated"), self._moments("reference"))
 
@@ -242,8 +248,8 @@ class FrechetDistance(FeatureDistance):
         if not resamples:
             return {"value": value, "interval": None}
         if not self.keep_features:
-            raise ValueError("`resamples` needs the features: make the metric with keep_features=True.")
-        generated = in_order(_joined(self.generated_features))  # (n, E)
+            raise ValueError("`resamples` needs features: create the metric with keep_features=True.")
+        generated = sort_features(_concatenate(self.generated_features))  # (n, E)
         counts = resampled_counts(len(generated), resamples, seed)
         replicates = bootstrap_frechet(generated, self._moments("reference"), counts)
         return {"value": value, "interval": list(centered_interval(value, replicates))}
@@ -257,17 +263,22 @@ class FrechetDistance(FeatureDistance):
 
 
 class MaximumMeanDiscrepancy(FeatureDistance):
-    """The squared MMD of features with the study's Gaussian kernel (CMMD and DINO-MMD; arXiv 2401.09603).
+    """Squared MMD of features with the study's Gaussian kernel (CMMD and DINO-MMD, arXiv 2401.09603).
 
-    Keeps every feature: 31 MB for 10,000 images of CLIP ViT-L. `details` has the estimator of the study and the
-    unbiased one.
+    All features are kept: 31 MB for 10,000 images of CLIP ViT-L. `details` has the study's estimator and the unbiased
+    one.
 
     Args:
-        extractor: from `load_extractor`.
-        compat: "photoroom" changes nothing here: the study's public code treats these images as they are.
-        unbiased: which of the two `compute` gives.
+        extractor: return value of `load_extractor`.
+        compat: "photoroom" has no effect here, because the study's public code does not change these images.
+        unbiased: use the unbiased estimator in `compute`.
         sigma: width of the kernel.
         scale: factor on the result.
+
+    Example:
+        >>> from diffusers_prx.evaluation.extractors import load_extractor
+        >>> from diffusers_prx.evaluation.metrics import MaximumMeanDiscrepancy
+        >>> cmmd = MaximumMeanDiscrepancy(load_extractor("clip"))
     """
 
     kind = "features"
@@ -291,7 +302,7 @@ class MaximumMeanDiscrepancy(FeatureDistance):
         self.scale = scale
         for side in ("generated", "reference"):
             self.add_state(f"{side}_features", [], dist_reduce_fx="cat")
-            _begin(self, f"{side}_features")
+            _append_empty(self, f"{side}_features")
 
     @property
     def name(self) -> str:
@@ -300,13 +311,13 @@ class MaximumMeanDiscrepancy(FeatureDistance):
     def reset(self) -> None:
         super().reset()
         for side in ("generated", "reference"):
-            _begin(self, f"{side}_features")
+            _append_empty(self, f"{side}_features")
 
     def _add(self, side: str, features: torch.Tensor) -> None:
         getattr(self, f"{side}_features").append(features.float())
 
     def _features(self, side: str) -> torch.Tensor:
-        return _joined(getattr(self, f"{side}_features"))
+        return _concatenate(getattr(self, f"{side}_features"))
 
     def _count(self, side: str) -> int:
         return len(self._features(side))
@@ -319,16 +330,16 @@ class MaximumMeanDiscrepancy(FeatureDistance):
         return maximum_mean_discrepancy(*sets, unbiased, self.sigma, self.scale)
 
     def _details(self, resamples: int, seed: int) -> dict[str, Any]:
-        generated, reference = in_order(self._features("generated")), self._features("reference")
-        found: dict[str, Any] = {}
+        generated, reference = sort_features(self._features("generated")), self._features("reference")
+        details: dict[str, Any] = {}
         for key, unbiased in (("", False), ("unbiased_", True)):
             value = self._estimate(unbiased).item()
-            found[f"{key}value"], found[f"{key}interval"] = value, None
+            details[f"{key}value"], details[f"{key}interval"] = value, None
             if resamples:
                 counts = resampled_counts(len(generated), resamples, seed)
                 replicates = bootstrap_mmd(generated, reference, counts, unbiased, self.sigma, self.scale)
-                found[f"{key}interval"] = list(centered_interval(value, replicates))
-        return {**found, "kernel": {"sigma": self.sigma, "scale": self.scale}}
+                details[f"{key}interval"] = list(centered_interval(value, replicates))
+        return {**details, "kernel": {"sigma": self.sigma, "scale": self.scale}}
 
     def _reference(self) -> dict[str, torch.Tensor]:
         return {"features": self._features("reference")}
@@ -338,17 +349,16 @@ class MaximumMeanDiscrepancy(FeatureDistance):
         self.reference_features.append(state["features"])
 
 
-def in_order(features: torch.Tensor) -> torch.Tensor:
-    """Features (n, E) in an order of their own. The bootstrap draws places: with the order in which processes had the
-    images, an interval would depend on how many there were."""
+def sort_features(features: torch.Tensor) -> torch.Tensor:
+    """Sort features (n, E), so that bootstrap resamples do not depend on the distribution over processes."""
     return features[features[:, 0].argsort(stable=True)]
 
 
-def _begin(metric: FeatureDistance, name: str) -> None:
-    """An empty list as (0, E): a process without a single image has to join the others with a tensor of their rank."""
+def _append_empty(metric: FeatureDistance, name: str) -> None:
+    """Append an empty (0, E) tensor, so that a process without images can take part in the synchronization."""
     getattr(metric, name).append(torch.zeros(0, metric.extractor.num_features, device=metric.device))
 
 
-def _joined(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """(n, E) of a list state, which is a tensor once the processes were joined."""
+def _concatenate(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """Return a list state as (n, E); it is a tensor after synchronization."""
     return features if isinstance(features, torch.Tensor) else torch.cat(features)

@@ -1,4 +1,4 @@
-"""The images that generated ones are compared with: read, fitted, hashed; and what is kept of them for next time."""
+"""Reference images: reading, resizing and hashing them, and a cache of their statistics."""
 
 import hashlib
 import random
@@ -17,7 +17,7 @@ from ..data.captioned import ListedImages
 from ..data.images import UnreadableSample
 from ..data.samples import fit_image
 from ..files import read_hashed_tensors, write_hashed_tensors
-from .generation import PictureFolder, Prompt, share_batches
+from .generation import PictureFolder, Prompt, batches_of_process
 from .metrics import FeatureDistance
 
 logger = logging.get_logger(__name__)
@@ -26,12 +26,12 @@ FITTING = "resized to cover the resolution of the generated images (Lanczos, ant
 
 
 class ReferenceImages(Dataset):
-    """The first images of a source as uint8 (3, resolution, resolution), or the reason why not, as text.
+    """The first images of a source as uint8 (3, resolution, resolution); an error message for unreadable images.
 
     Args:
         source: captioned images.
-        resolution: side in pixels, that of the generated images.
-        size: how many of the source's samples; None: all.
+        resolution: side length of the generated images in pixels.
+        size: number of samples; None: all.
     """
 
     def __init__(self, source: ListedImages, resolution: int, size: int | None = None):
@@ -51,7 +51,11 @@ class ReferenceImages(Dataset):
         return torch.from_numpy(np.array(fitted, dtype=np.uint8)).permute(2, 0, 1)  # (3, H, W)
 
     def prompts(self, count: int) -> tuple[list[Prompt], list[str]]:
-        """The first `count` captions with their indices, and a message for every sample that has none."""
+        """Return the first `count` captions with their indices, and a message for every sample without a caption.
+
+        Raises:
+            ValueError: if no sample has a caption.
+        """
         prompts: list[Prompt] = []
         unreadable: list[str] = []
         for index in range(len(self.source)):
@@ -62,54 +66,58 @@ class ReferenceImages(Dataset):
             except UnreadableSample as error:
                 unreadable.append(str(error))
         if not prompts:
-            raise ValueError(f"None of {len(unreadable)} samples of the reference has a caption; the first: "
-                             f"{unreadable[0] if unreadable else 'there is none'}.")  # fmt: skip
+            first = unreadable[0] if unreadable else "the reference is empty"
+            raise ValueError(f"`reference`: none of {len(unreadable)} samples has a caption. First message: {first}.")
         return prompts, unreadable
 
 
 class GeneratedImages(Dataset):
-    """Pictures of a folder by the place of their prompt, uint8 (3, H, W)."""
+    """Generated images of a list of prompts, uint8 (3, H, W)."""
 
     def __init__(self, pictures: PictureFolder, prompts: Sequence[Prompt]):
         self.pictures = pictures
-        self.all_prompts = prompts
+        self.prompts = prompts
 
     def __len__(self) -> int:
-        return len(self.all_prompts)
+        return len(self.prompts)
 
-    def __getitem__(self, place: int) -> torch.Tensor:
-        return torch.from_numpy(self.pictures.read(self.all_prompts[place])).permute(2, 0, 1)  # (3, H, W)
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.pictures.read(self.prompts[index])).permute(2, 0, 1)  # (3, H, W)
 
 
 def image_batches(
     images: ReferenceImages | GeneratedImages, batch_size: int, num_workers: int, label: str
 ) -> Iterator[tuple[list[int], torch.Tensor, list[str]]]:
-    """This process's share of some images, each once: places, uint8 (B, 3, H, W), and messages of unreadable ones.
+    """Yield this process's share of the images: indices, images uint8 (B, 3, H, W), and messages of unreadable images.
 
-    A batch of which nothing can be read has no image; it is left out, but for its messages.
+    A batch without a readable image is an empty tensor.
     """
-    batches = share_batches(range(len(images)), batch_size, PartialState())
+    batches = batches_of_process(range(len(images)), batch_size, PartialState())
     loader = DataLoader(
-        _Numbered(images), batch_sampler=[list(batch) for batch in batches], collate_fn=list, num_workers=num_workers
+        _Indexed(images), batch_sampler=[list(batch) for batch in batches], collate_fn=list, num_workers=num_workers
     )
     for samples in tqdm(loader, desc=label, unit="batch"):
-        read = [(place, image) for place, image in samples if isinstance(image, torch.Tensor)]
+        readable = [(index, image) for index, image in samples if isinstance(image, torch.Tensor)]
         unreadable = [image for _, image in samples if isinstance(image, str)]
-        tensor = torch.stack([image for _, image in read]) if read else torch.empty(0, dtype=torch.uint8)
-        yield [place for place, _ in read], tensor, unreadable
+        tensor = torch.stack([image for _, image in readable]) if readable else torch.empty(0, dtype=torch.uint8)
+        yield [index for index, _ in readable], tensor, unreadable
 
 
-class _Numbered(Dataset):
+class _Indexed(Dataset):
+    """Dataset of (index, sample)."""
+
     def __init__(self, images: Dataset):
         self.images = images
 
-    def __getitem__(self, place: int) -> tuple[int, Any]:
-        return place, self.images[place]
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.images[index]
 
 
 def content_hash(images: ReferenceImages, batch_size: int, num_workers: int) -> tuple[str, list[str]]:
-    """A hash of the fitted pixels of all images, in whatever order and on however many processes, and the messages of
-    those that cannot be read."""
+    """Return a hash of the pixels of all images, and the messages of unreadable ones.
+
+    The hash does not depend on the order of the images or the number of processes.
+    """
     total, count, unreadable = 0, 0, []
     for _, batch, messages in image_batches(images, batch_size, num_workers, "Hashing the reference"):
         for image in batch:
@@ -118,45 +126,44 @@ def content_hash(images: ReferenceImages, batch_size: int, num_workers: int) -> 
         count += len(batch)
         unreadable += messages
     gathered = gather_object([(total, count, unreadable)])
-    # a sum, not the exclusive or: two equal images must not cancel
+    # a sum, not XOR: two equal images must not cancel
     total, count = sum(part[0] for part in gathered) % 2**512, sum(part[1] for part in gathered)
     digest = hashlib.blake2b(f"{count} {total:x}".encode(), digest_size=16).hexdigest()
     return digest, [message for part in gathered for message in part[2]]
 
 
 class ReferenceCache:
-    """What metrics keep of a reference, on disk, by all that it depends on.
+    """Cache of reference statistics on disk, keyed by everything that they depend on.
 
     Args:
-        folder: of the cache; made when something is written.
+        folder: folder of the cache, created on the first write.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def path(self, metric: FeatureDistance, content: str) -> Path:
-        """The file for a metric and a reference with this `content_hash`."""
+        """Return the cache file for a metric and a reference with this `content_hash`."""
         extractor = metric.extractor
-        treated = metric.compat if metric.kind == "moments" else None  # an MMD's images are not changed
-        key = f"{content} {extractor.fingerprint} {extractor.resizing} {treated}"
+        compat = metric.compat if metric.kind == "moments" else None  # it does not change the images of an MMD
+        key = f"{content} {extractor.fingerprint} {extractor.resizing} {compat}"
         return self.folder / f"{metric.kind}-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
     def load(self, metric: FeatureDistance, content: str) -> bool:
-        """Whether the metric's reference is there; then one process has it."""
+        """Load the reference of a metric on the main process. Return True on all processes if it was cached."""
         path, state = self.path(metric, content), PartialState()
-        found: list[dict[str, torch.Tensor] | None] = [None]
+        statistics: dict[str, torch.Tensor] | None = None
         if state.is_main_process and path.is_file():
             try:
-                found = [read_hashed_tensors(path)]
+                statistics = read_hashed_tensors(path)
             except ValueError as error:
-                logger.warning(f"{error} The statistics of the reference are computed anew.")
-        if found[0] is not None:
-            metric.load_reference_state(found[0])
-        # every process has to take the same way, whatever its own view of the disk is
-        return any(gather_object([found[0] is not None]))
+                logger.warning(f"{error} The statistics of the reference are computed again.")
+        if statistics is not None:
+            metric.load_reference_state(statistics)
+        return any(gather_object([statistics is not None]))
 
     def save(self, metric: FeatureDistance, content: str) -> None:
-        """Write what all processes know of the reference, once."""
+        """Write the reference statistics of all processes on the main process."""
         state = metric.reference_state()
         if PartialState().is_main_process:
             write_hashed_tensors(self.path(metric, content), state)

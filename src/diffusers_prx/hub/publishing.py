@@ -1,10 +1,9 @@
-"""Sending folders that are whole on this disk to the Hub; huggingface_hub does the work.
+"""Upload of complete local folders to the Hugging Face Hub.
 
-Nothing is removed here, so that an upload that failed is tried again with the same command: files that the Hub has
-already are not sent twice.
+Local files are never removed. After a failed upload, run the same command again: files that the Hub already has are
+not sent twice.
 """
 
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,71 +15,68 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.training_config import check_name
 
-EXIT_NOT_UPLOADED = 69  # "service unavailable" of sysexits.h: what was trained is on this disk, not on the Hub
+EXIT_NOT_UPLOADED = 69  # "service unavailable" in sysexits.h: the results are on disk, but not on the Hub
 CARD_FILE = "README.md"
-# Cards that carry this line are written again when there is more to tell; those without it are somebody's own.
+# Cards with this line are rewritten when there are new results; cards without it belong to the user.
 CARD_MARKER = "<!-- Written by diffusers-prx. Remove this line to keep your own changes. -->"
-LOADED_FROM = re.compile(r'(?<=\.from_pretrained\(")[^"]*(?="\))')
-ADAPTER_LOADED_FROM = re.compile(r'(?<=\.load_lora_weights\(\n    ")[^"]*(?=")')
-# said of a LoRA that is published while nothing says where on the Hub its base is
+# Key in a card's metadata: the folder or repository that the card's code loads.
+LOAD_FROM_KEY = "load_from"
 UNPUBLISHED_BASE = (
-    "the adapter's base is no repository of the Hub, so nobody else can run the code in its card: publish the base "
-    "(training/publish_prx.py) and train on its name, or put that into the adapter's README.md, as `base_model` and "
-    "in `from_pretrained`"
+    "the base of the adapter is not a Hub repository, so nobody else can run the code in its card. Publish the base "
+    "(training/publish_prx.py) and train on its repository, or name the repository in the adapter's README.md, as "
+    "`base_model` and in `from_pretrained`"
 )
 
 
 @dataclass(frozen=True)
-class Kind:
+class FolderKind:
     """A kind of folder that can be published.
 
     Args:
-        name: for messages.
-        files: that tell it from others.
-        repo_type: of the Hub: model, dataset or space.
-        left_out: patterns of files that stay here.
+        name: name in messages.
+        files: files that identify the kind.
+        repo_type: "model", "dataset" or "space".
+        excluded: patterns of files that are not uploaded.
     """
 
     name: str
     files: tuple[str, ...]
     repo_type: str
-    left_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
 
-# ".*": the lock of a run names a host
-OF_A_RUN = ("checkpoint-*", "logs/*", "validation/*", "pictures/*", "non_finite/*", "preempted.json", ".*")
-# the first that fits counts
-KINDS = (
-    Kind("pipeline", ("model_index.json",), "model", OF_A_RUN),
-    Kind("LoRA", ("pytorch_lora_weights.safetensors",), "model", OF_A_RUN),
-    Kind("Space", ("app.py", "requirements.txt"), "space", ("*__pycache__*", "outputs/*")),
-    Kind("report of a study", ("plan.json", "report.md"), "dataset"),
+# Files of a training run that are not part of the model. ".*": the lock file names a host.
+RUN_FILES = ("checkpoint-*", "logs/*", "validation/*", "pictures/*", "non_finite/*", "preempted.json", ".*")
+# The first match counts.
+FOLDER_KINDS = (
+    FolderKind("pipeline", ("model_index.json",), "model", RUN_FILES),
+    FolderKind("LoRA", ("pytorch_lora_weights.safetensors",), "model", RUN_FILES),
+    FolderKind("Space", ("app.py", "requirements.txt"), "space", ("*__pycache__*", "outputs/*")),
+    FolderKind("report of a study", ("plan.json", "report.md"), "dataset"),
 )
-# What an evaluation has left in a folder is of the weights that were there before, when a run ends.
-OF_AN_EVALUATION = ("report.json", "report.md", "samples.png", "comparison.png")
+# When a run ends, these files belong to an evaluation of the previous weights.
+EVALUATION_FILES = ("report.json", "report.md", "samples.png", "comparison.png")
 
 
 class UploadError(RuntimeError):
-    """An upload failed; the message says how to try again. Everything is still on this disk."""
+    """An upload failed. The message contains the command that tries again; all files are still on disk."""
 
 
-def kind_of(folder: Path) -> Kind:
-    """What a folder holds, by its files.
+def kind_of(folder: Path) -> FolderKind:
+    """Return the kind of a folder, identified by its files.
 
     Raises:
-        ValueError: if it is nothing that can be published.
+        ValueError: if the folder matches no kind.
     """
-    for kind in KINDS:
+    for kind in FOLDER_KINDS:
         if all((folder / file).is_file() for file in kind.files):
             return kind
-    known = "; ".join(f"{kind.name}: {' and '.join(kind.files)}" for kind in KINDS)
-    raise ValueError(
-        f"`folder` is {str(folder)!r}, which holds nothing that is published. Known by their files: {known}."
-    )
+    known = "; ".join(f"{kind.name}: {' and '.join(kind.files)}" for kind in FOLDER_KINDS)
+    raise ValueError(f"`folder` {folder} cannot be published; accepted kinds and their files: {known}.")
 
 
 def hub_id(name: str | None) -> str | None:
-    """A name if it is one of the Hub: namespace/name, and no folder here."""
+    """Return a name if it is a Hub repository (namespace/name) and not a local path, else None."""
     if name is None or name.count("/") != 1 or Path(name).exists():
         return None
     try:
@@ -91,63 +87,66 @@ def hub_id(name: str | None) -> str | None:
 
 
 def require_token() -> None:
-    """Raise `ValueError` if there is no token of the Hub on this machine; whether it is a good one is not asked."""
+    """Raise `ValueError` if this machine has no Hub token. The token itself is not checked."""
     if huggingface_hub.get_token() is None:
-        raise ValueError("`push_to_hub` needs a token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN.")
+        raise ValueError("`push_to_hub` needs a Hugging Face token. Run `hf auth login`, or set HF_TOKEN.")
 
 
 def repository(repo_id: str, repo_type: str = "model", space_sdk: str | None = None, private: bool = False) -> str:
-    """Find a repository on the Hub, or create it, and make sure that the token may write to it.
+    """Find or create a Hub repository, and check that the token may write to it.
 
     Args:
-        repo_id: its name, or namespace/name; without a namespace it is the token's own.
-        repo_type: model, dataset or space.
-        space_sdk: of a new Space.
-        private: of a new repository; one that is there stays as it is.
+        repo_id: name or namespace/name; the default namespace is the token's own.
+        repo_type: "model", "dataset" or "space".
+        space_sdk: SDK of a new Space.
+        private: visibility of a new repository; that of an existing one does not change.
 
     Returns:
         namespace/name.
 
     Raises:
-        ValueError: if the name cannot be one, there is no token, the Hub does not know it, or it may not write there.
+        ValueError: if the name is invalid, or the token is missing, invalid or lacks write access.
+
+    Example:
+        >>> from diffusers_prx.hub.publishing import repository
+        >>> repository("prx-quickstart", private=True)  # "me/prx-quickstart"
     """
     check_name(repo_id)
     require_token()
-    # which errors these calls raise changes with the HTTP library of huggingface_hub's version
+    # the exception types of these calls depend on the version of huggingface_hub
     try:
         account = huggingface_hub.whoami()
     except Exception as error:
-        raise ValueError(f"The Hub was asked whose token this is: {_told(error)}") from error
+        raise ValueError(f"The Hub refused the token: {_one_line(error)}") from error
     try:
         full_id = huggingface_hub.create_repo(
             repo_id, repo_type=repo_type, space_sdk=space_sdk, private=private or None, exist_ok=True
         ).repo_id
-        # `exist_ok` also accepts a repository of somebody else
+        # `exist_ok` also accepts repositories without write access
         huggingface_hub.auth_check(full_id, repo_type=repo_type, write=True)
     except Exception as error:
         own = sorted({account["name"], *(organization["name"] for organization in account.get("orgs", []))})
         raise ValueError(
-            f"The repository {repo_id!r} cannot be written to with this token, whose namespaces are {own}: "
-            f"{_told(error)}"
+            f"`repo_id` is {repo_id!r}, to which this token cannot write; its namespaces are {own}: {_one_line(error)}"
         ) from error
     return full_id
 
 
-def upload(folder: Path, repo_id: str, kind: Kind, message: str, left_out: tuple[str, ...] = ()) -> str:
-    """Send a folder to a repository that is there, as one commit.
+def upload(folder: Path, repo_id: str, kind: FolderKind, message: str, excluded: tuple[str, ...] = ()) -> str:
+    """Upload a folder to an existing repository as one commit.
 
     Args:
-        folder: of this kind.
-        repo_id: from `repository`.
-        kind: see `kind_of`.
-        message: of the commit.
-        left_out: patterns of more files that stay here.
+        folder: folder to upload.
+        repo_id: return value of `repository`.
+        kind: return value of `kind_of`.
+        message: commit message.
+        excluded: patterns of further files that are not uploaded.
 
     Returns:
-        The address of the repository.
+        URL of the repository.
 
     Raises:
-        UploadError: whatever fails.
+        UploadError: if anything fails.
     """
     try:
         huggingface_hub.upload_folder(
@@ -155,11 +154,11 @@ def upload(folder: Path, repo_id: str, kind: Kind, message: str, left_out: tuple
             repo_type=kind.repo_type,
             folder_path=folder,
             commit_message=message,
-            ignore_patterns=[*kind.left_out, *left_out],
+            ignore_patterns=[*kind.excluded, *excluded],
         )
-    except Exception as error:  # of the HTTP library, of threads that send files, of the disk
+    except Exception as error:  # from the HTTP library, upload threads or the disk
         raise UploadError(
-            f"not uploaded to {repo_id}: {_told(error)}. Nothing is lost: it is all in {folder}. Try again with "
+            f"not uploaded to {repo_id}: {_one_line(error)}. All files are still in {folder}. Try again with "
             f"`python training/publish_prx.py --folder {shlex.quote(str(folder))} --repo_id {repo_id}`."
         ) from error
     prefix = "" if kind.repo_type == "model" else f"{kind.repo_type}s/"
@@ -167,29 +166,34 @@ def upload(folder: Path, repo_id: str, kind: Kind, message: str, left_out: tuple
 
 
 def publish_folder(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Publish a pipeline, a LoRA, a Space or the report of a study that is there already.
+    """Publish a saved pipeline, LoRA, Space or study report.
+
+    The code in a generated model card is changed to load from the repository. A study report gets a card.
 
     Args:
-        folder: of it. Its card, where we wrote it, is changed to load the model from the repository; the report of a
-            study gets one.
-        repo_id: name, or namespace/name.
-        private: of a new repository.
+        folder: folder to publish.
+        repo_id: name or namespace/name.
+        private: visibility of a new repository.
 
     Returns:
-        The address of the repository.
+        URL of the repository.
 
     Raises:
-        ValueError: for a folder or a repository that does not do; nothing is sent.
-        UploadError: if sending fails.
+        ValueError: if the folder or the repository is invalid; nothing is uploaded.
+        UploadError: if the upload fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffusers_prx.hub.publishing import publish_folder
+        >>> publish_folder(Path("outputs/quickstart"), "me/prx-quickstart")
     """
     kind = kind_of(folder)
     space_sdk = _space_sdk(folder) if kind.repo_type == "space" else None
     full_id = repository(repo_id, kind.repo_type, space_sdk, private)
     card = folder / CARD_FILE
     if kind.repo_type == "model":
-        if is_ours(card):
-            loaded_from = ADAPTER_LOADED_FROM if kind.name == "LoRA" else LOADED_FROM  # an adapter's base stays
-            card.write_text(loaded_from.sub(full_id, card.read_text(encoding="utf-8")), encoding="utf-8")
+        if is_generated(card):
+            _load_from_repository(card, full_id)
         if kind.name == "LoRA" and _front_matter(card).get("base_model") is None:
             print(f"warning: {UNPUBLISHED_BASE}")
     elif kind.repo_type == "dataset":
@@ -197,9 +201,18 @@ def publish_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     return upload(folder, full_id, kind, f"Upload {kind.name}")
 
 
-def is_ours(card: Path) -> bool:
-    """Whether a card is there that we wrote and nobody has made their own."""
+def is_generated(card: Path) -> bool:
+    """True if a card exists, was generated by this package, and has not been claimed by the user."""
     return card.is_file() and CARD_MARKER in card.read_text(encoding="utf-8")
+
+
+def _load_from_repository(card: Path, repo_id: str) -> None:
+    """Change the code of a generated card, and the metadata that record what it loads, to a repository."""
+    before = _front_matter(card).get(LOAD_FROM_KEY)
+    if before is not None:
+        text = card.read_text(encoding="utf-8").replace(f'"{before}"', f'"{repo_id}"')
+        card.write_text(text, encoding="utf-8")
+        huggingface_hub.metadata_save(card, _front_matter(card) | {LOAD_FROM_KEY: repo_id})
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
@@ -209,17 +222,17 @@ def _front_matter(card: Path) -> dict[str, Any]:
 def _space_sdk(folder: Path) -> str:
     sdk = _front_matter(folder / CARD_FILE).get("sdk")
     if sdk is None:
-        raise ValueError(f"The Space in {folder} needs a {CARD_FILE} whose front matter names its `sdk`.")
+        raise ValueError(f"`folder` {folder} is a Space without `sdk` in the front matter of {CARD_FILE}. Add it.")
     return str(sdk)
 
 
 def write_report_card(folder: Path) -> None:
-    """Make the report of a study the page of a data set, beside it; somebody's own page stays.
+    """Write the report of a study as a data set card, unless the user has a card of their own.
 
-    `viewer` is false, since its files are no table.
+    `viewer` is false, because the files are not a table.
     """
     card = folder / CARD_FILE
-    if card.is_file() and not is_ours(card):
+    if card.is_file() and not is_generated(card):
         return
     report = (folder / "report.md").read_text(encoding="utf-8")
     title = report.partition("\n")[0].lstrip("# ")
@@ -227,10 +240,9 @@ def write_report_card(folder: Path) -> None:
     card.write_text(f"---\n{data.to_yaml()}\n---\n\n{report.rstrip()}\n\n{CARD_MARKER}\n", encoding="utf-8")
 
 
-def _told(error: BaseException) -> str:
-    """An error and what caused it, on one line."""
-    told = " ".join(str(error).split()) or repr(error)
-    cause = error.__cause__
-    return (
-        told if cause is None or isinstance(error, huggingface_hub.errors.HfHubHTTPError) else f"{told} {_told(cause)}"
-    )
+def _one_line(error: BaseException) -> str:
+    """Return an error and its causes on one line."""
+    text = " ".join(str(error).split()) or repr(error)
+    if error.__cause__ is None or isinstance(error, huggingface_hub.errors.HfHubHTTPError):
+        return text
+    return f"{text} {_one_line(error.__cause__)}"

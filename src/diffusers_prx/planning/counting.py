@@ -1,8 +1,8 @@
-"""Counting what a step computes and keeps, on tensors that have shapes and types but no values.
+"""Counts of the FLOPs and the memory of a training step, on tensors without values.
 
-Everything here runs inside `fake_tensors`: the real modules are made and called, and nothing is allocated. The
-tensors say that they are on the CPU, because PyTorch's autocast knows no meta device; what differs on a GPU is told
-where it does.
+Everything here runs inside `fake_tensors`: the real modules are built and called, and nothing is allocated. The fake
+tensors are on the CPU, because PyTorch's autocast does not support the meta device. Differences from a GPU are noted
+where they occur.
 """
 
 import weakref
@@ -42,7 +42,7 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# PyTorch's counter knows the fused attention of GPUs and takes that of CPUs for nothing; with these it counts the same
+# PyTorch's counter counts fused attention on GPUs, but takes it for zero on CPUs.
 FUSED_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -51,97 +51,99 @@ FUSED_ATTENTION = {
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors that are made here have shapes and types but no values (`FakeTensorMode`)."""
-    _forget_patches()
+    """Context in which new tensors have shapes and types but no values (`FakeTensorMode`)."""
+    _clear_patch_cache()
     try:
         with FakeTensorMode():
             yield
     finally:
-        _forget_patches()
+        _clear_patch_cache()
 
 
-def _forget_patches() -> None:
-    """DINOv3 remembers for all models of the process where the patches of 32 grids are; those with values and those
-    without must not meet. It has no way to clear that but to ask for others, of shapes that no square image has."""
+def _clear_patch_cache() -> None:
+    """Clear DINOv3's process-wide cache of patch coordinates, so that real and fake tensors do not mix.
+
+    The cache has 32 entries and no method to clear it. Requests for 32 grids that no square image has evict all
+    others.
+    """
     for columns in range(2, 34):
         get_patches_center_coordinates(1, columns, torch.float32, torch.device("cpu"))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still there.
+    """Count the bytes of live storages that operations allocate.
 
     Attributes:
-        now: bytes at this moment.
-        peak: the most there ever were.
+        current: bytes allocated now.
+        peak: most bytes allocated at any time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.current = self.peak = 0
         self.storages: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), given)
+                self._add(tensor.untyped_storage(), inputs)
         return result
 
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self.storages or place in given:  # a view, or changed in place
+    def _add(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self.storages or address in inputs:  # a view, or changed in place
             return
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self.storages[place] = weakref.ref(storage, lambda _: self._remove(place, size))
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        self.storages[address] = weakref.ref(storage, lambda _: self._remove(address, size))
 
-    def _remove(self, place: int, size: int) -> None:
-        self.now -= size
-        del self.storages[place]
+    def _remove(self, address: int, size: int) -> None:
+        self.current -= size
+        del self.storages[address]
 
 
 @dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one micro-batch, on one process.
+class Flops:
+    """Floating-point operations of one micro-batch on one process.
 
     Args:
-        forward, backward: without anything that is computed twice.
-        again: forward operations that the backward pass repeats, with gradient checkpointing.
+        forward: forward operations.
+        backward: backward operations, without recomputation.
+        recomputed: forward operations that gradient checkpointing repeats in the backward pass.
     """
 
     forward: int = 0
     backward: int = 0
-    again: int = 0
+    recomputed: int = 0
 
     @property
     def total(self) -> int:
-        return self.forward + self.backward + self.again
+        return self.forward + self.backward + self.recomputed
 
 
-def count(run: Callable[[], torch.Tensor]) -> Work:
-    """The operations of `run`, and those of the backward pass from what it returns, where that has one."""
+def count(run: Callable[[], torch.Tensor]) -> Flops:
+    """Count the operations of a function, and of the backward pass from its result if that requires gradients."""
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as forward:
         result = run()
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as backward:
         if result.requires_grad:
             result.sum().backward()
-    return Work(forward.get_total_flops(), backward.get_total_flops())
+    return Flops(forward.get_total_flops(), backward.get_total_flops())
 
 
 def build_meta_networks(cfg: TrainingConfig) -> Nets:
-    """Every network of a run with its configuration and no values, frozen or to be trained as in the run.
+    """Build every network of a run on fake tensors, frozen or trainable as in the run.
 
     Raises:
-        ValueError: for a network whose configuration is neither known nor can be read, or that does not fit; for an
-            adapter, which is not counted.
+        ValueError: if the configuration of a network is unknown and cannot be read, or does not fit, or if the run
+            trains an adapter, which is not supported.
     """
     if cfg.lora_rank is not None:
-        raise ValueError(
-            f"`lora_rank` is {cfg.lora_rank}: only the training of whole networks is planned; leave it out."
-        )
-    made = meta_networks(cfg, "cpu", tables=True)
-    transformer = made.transformer
+        raise ValueError(f"`lora_rank` is {cfg.lora_rank}; the planner supports full training only. Omit `lora_rank`.")
+    networks = meta_networks(cfg, "cpu", tables=True)
+    transformer = networks.transformer
     if cfg.text_encoder_config:
         config = encoder_only(T5GemmaModuleConfig(**cfg.text_encoder_config, vocab_size=cfg.tokenizer_vocab_size))
     elif cfg.text_encoder_name_or_path is not None:
@@ -149,7 +151,9 @@ def build_meta_networks(cfg: TrainingConfig) -> Nets:
     else:
         config = text_config(str(cfg.pretrained_model_name_or_path), "text_encoder")
     scheduler = PRXFlowMatchScheduler() if cfg.prediction_type == "velocity" else PRXXPredictionScheduler()
-    nets = Nets(transformer, meta_text_encoder(config), None, made.vae, scheduler, transformer.config["patch_size"])
+    nets = Nets(
+        transformer, meta_text_encoder(config), None, networks.vae, scheduler, transformer.config["patch_size"]
+    )
     for stage in cfg.stage_configs():
         _add_techniques(nets, stage)
     frozen = (nets.text_encoder, nets.vae, nets.lpips)
@@ -159,28 +163,28 @@ def build_meta_networks(cfg: TrainingConfig) -> Nets:
     for module in nets.trainable(cfg).values():
         module.requires_grad_(True).train()
     if cfg.weights_dtype == "bf16":
-        for module in transformer.modules():  # by hand: `to` swaps tensors, which those without values refuse
+        for module in transformer.modules():  # not `to`, which fake tensors do not support
             for name, weight in list(module.named_parameters(recurse=False)):
                 module.register_parameter(name, nn.Parameter(weight.detach().bfloat16()))
     transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
-    if cfg.attention_backend == "_native_math":  # the others compute what the default does
+    if cfg.attention_backend == "_native_math":  # the others count as the default
         transformer.set_attention_backend(cfg.attention_backend)
     return nets
 
 
 def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
-    """Outlines of what the losses of a stage need."""
+    """Add the networks that the losses of a stage need."""
     if cfg.repa_weight:
         nets.teacher = nets.teacher or _teacher("repa_teacher", str(cfg.repa_teacher))
         nets.projector = nets.projector or new_projector(cfg, nets.transformer, nets.teacher.hidden_size)
     if cfg.lpips_weight and nets.lpips is None:
-        # here, not above: a torchvision that does not fit torch fails at import, and only this loss needs it
+        # imported here: a torchvision that does not match torch fails at import, and only this loss needs it
         from torchvision.models import vgg16
 
         nets.lpips = LPIPSLoss(cfg.lpips_scale, vgg16(weights=None, init_weights=False).state_dict())
     if cfg.dino_weight and nets.dino is None:
-        same = nets.teacher is not None and nets.teacher.name == cfg.dino_teacher
-        nets.dino = nets.teacher if same else _teacher("dino_teacher", str(cfg.dino_teacher))
+        is_shared = nets.teacher is not None and nets.teacher.name == cfg.dino_teacher
+        nets.dino = nets.teacher if is_shared else _teacher("dino_teacher", str(cfg.dino_teacher))
 
 
 def _teacher(setting: str, name: str) -> VisionTeacher:
@@ -189,12 +193,12 @@ def _teacher(setting: str, name: str) -> VisionTeacher:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of one stage as the step would see it, and what is done with it.
+    """A micro-batch of one stage as the training step sees it.
 
     Args:
-        nets: outlines; without a projector nothing is aligned, and so on, as in `train_step`.
-        cfg: of the stage.
-        text_tokens: tokens of its longest caption, L.
+        nets: networks on fake tensors, from `Nets.for_losses`.
+        cfg: settings of the stage.
+        text_tokens: length of the longest caption, L.
     """
 
     nets: Nets
@@ -236,7 +240,7 @@ class MicroBatch:
             return self.nets.teacher(self.pixels(), self.grid)  # (B, N, E)
 
     def inputs(self) -> StepInputs:
-        """The inputs of the losses, encoded as the step encodes them; captions count as if some were padded."""
+        """Return the inputs of the losses, encoded as in the training step, with padded captions."""
         cfg, nets, batch = self.cfg, self.nets, self.cfg.train_batch_size
         tokens = self.grid[0] * self.grid[1]
         pixels = self.pixels()
@@ -265,28 +269,28 @@ class MicroBatch:
         )
 
     def loss(self) -> torch.Tensor:
-        """The loss of a whole step: inputs, forward and losses."""
+        """Return the loss of a whole step, including the encoding of its inputs."""
         losses, _ = compute_losses(self.inputs(), self.nets, self.cfg)
         return weighted_sum(losses, self.cfg)
 
-    def work(self) -> dict[str, Work]:
-        """The operations by part; what `again` says is as the gradient checkpointing of `cfg`."""
+    def flops(self) -> dict[str, Flops]:
+        """Return the FLOPs by part; `recomputed` follows `cfg.gradient_checkpointing`."""
         nets = self.nets
         with self.autocast():
-            parts = self._work_beside()
+            parts = self._flops_besides_transformer()
             nets.transformer.disable_gradient_checkpointing()
             whole = count(self.loss)
-            again = 0
+            recomputed = 0
             if self.cfg.gradient_checkpointing:
                 nets.transformer.enable_gradient_checkpointing()
-                again = count(self.loss).backward - whole.backward
+                recomputed = count(self.loss).backward - whole.backward
         clear_gradients(nets, self.cfg)
         forward = whole.forward - sum(part.forward for part in parts.values())
         backward = whole.backward - sum(part.backward for part in parts.values())
-        return {"transformer": Work(forward, backward, again)} | parts
+        return {"transformer": Flops(forward, backward, recomputed)} | parts
 
-    def _work_beside(self) -> dict[str, Work]:
-        """The operations of all but the transformer, each by itself."""
+    def _flops_besides_transformer(self) -> dict[str, Flops]:
+        """Return the FLOPs of every part but the transformer."""
         nets, parts = self.nets, {}
         if not self.cached:
             if nets.vae is not None:
@@ -320,10 +324,10 @@ class MicroBatch:
         return parts
 
     def activations(self, checkpointing: bool) -> int:
-        """Bytes above what stays from step to step, at the worst moment of forward and backward.
+        """Return the peak bytes of forward and backward pass beyond weights, gradients and optimizer state.
 
-        Among them are the batch, what the backward pass needs, temporary tensors, and autocast's copies of the
-        weights in bf16. Gradients of an earlier micro-batch are taken to be there.
+        They include the batch, saved activations, temporary tensors, and autocast's bf16 copies of the weights.
+        Gradients of an earlier micro-batch are assumed to exist.
         """
         transformer = self.nets.transformer
         if checkpointing:
@@ -350,13 +354,16 @@ def clear_gradients(nets: Nets, cfg: TrainingConfig) -> None:
 
 
 def optimizer_bytes(nets: Nets, cfg: TrainingConfig) -> tuple[int, int]:
-    """Bytes of temporary tensors at the worst moment of an optimizer step on one process: as the outlines show it, and
-    what AdamW takes more on a GPU, where it works on all weights at once and holds a root of each second moment
-    (PyTorch's `foreach`)."""
+    """Return the peak bytes of temporary tensors in an optimizer step on one process.
+
+    Returns:
+        Bytes counted on the CPU, and additional bytes of AdamW on a GPU: there it updates all weights at once and
+        holds the square root of every second moment (PyTorch's `foreach`).
+    """
     optimizer = build_optimizer(replace(cfg, stages=[]), nets.trainable(cfg))
     for weight in trained_weights(nets, cfg):
         weight.grad = torch.zeros_like(weight)
-    optimizer.step()  # makes the state
+    optimizer.step()  # creates the state
     with LiveBytes() as live:
         optimizer.step()
     clear_gradients(nets, cfg)
@@ -365,6 +372,6 @@ def optimizer_bytes(nets: Nets, cfg: TrainingConfig) -> tuple[int, int]:
 
 
 def stored_bytes(modules: list[Any]) -> int:
-    """Bytes of weights and buffers; a module that stands in the list twice counts once."""
+    """Return the bytes of weights and buffers; a module that is listed twice counts once."""
     tensors = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     return sum(tensors.values())

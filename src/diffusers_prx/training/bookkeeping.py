@@ -11,7 +11,7 @@ import torch
 
 from ..evaluation.image_grids import image_grid
 from ..hub.cards import validation_sheet
-from ..hub.publishing import EXIT_NOT_UPLOADED, OF_AN_EVALUATION, UploadError, kind_of, upload
+from ..hub.publishing import EVALUATION_FILES, EXIT_NOT_UPLOADED, UploadError, kind_of, upload
 from .checkpoints import named_tensors
 from .distributed import gather_full_module
 from .export import export_run, write_record
@@ -88,9 +88,11 @@ def validate(run: Run, stage: Stage) -> None:
         if cfg.validation_prompts:
             images = run.communicator.merge(run.trained(validation_images, run.nets, cfg, rank, processes))
             if accelerator.is_main_process:
-                grid = image_grid([image for _, image in sorted(images.items())])
                 sheet = validation_sheet(run.output_dir, state.step)
-                sheet.parent.mkdir(parents=True, exist_ok=True)
+                sheet.with_suffix("").mkdir(parents=True, exist_ok=True)
+                for index, image in images.items():
+                    image.save(sheet.with_suffix("") / f"{index}.png")
+                grid = image_grid([image for _, image in sorted(images.items())])
                 grid.save(sheet)
                 run.tracking.image("validation/images", grid, state.step)
     run.trained.train()
@@ -186,7 +188,7 @@ def finish(run: Run) -> None:
     run.tracking.end()
     if run.repo_id is not None:
         try:
-            url = upload(run.output_dir, run.repo_id, kind_of(run.output_dir), "End of training", OF_AN_EVALUATION)
+            url = upload(run.output_dir, run.repo_id, kind_of(run.output_dir), "End of training", EVALUATION_FILES)
         except UploadError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_NOT_UPLOADED)
