@@ -13,7 +13,7 @@ FLOORS: tuple[set[str], ...] = (
     {"models", "schedulers", "latents", "text", "files", "resolution_bins", "prompt_cleaning"},
     {"cli", "config", "fingerprints"},
     {"pipelines"},
-    {"convert", "data", "techniques"},
+    {"checkpoint_files", "convert", "data", "techniques"},
     {"evaluation"},
     {"hub"},
     {"training"},

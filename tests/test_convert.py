@@ -1,7 +1,7 @@
-"""Conversion of original checkpoints, against a network that is written from what the original computes.
+"""Conversion of original checkpoints, compared with an independent implementation of the original.
 
-`OriginalPRX` has the original's names and arithmetic, in float32 and one step after the other. It shares no code with
-the package; a checkpoint of it, converted, has to predict the same.
+`OriginalPRX` has the original's names and arithmetic in float32, written step by step. It shares no code with the
+package. A converted checkpoint of it must give the same predictions.
 """
 
 import json
@@ -26,7 +26,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tiny
 import zoo
-from diffusers_prx.convert import convert_transformer, find_network, list_tensors, main, read_config
+from diffusers_prx.checkpoint_files import list_tensors
+from diffusers_prx.convert import convert_transformer, find_network, main, read_config
 from diffusers_prx.models.token_routing import TokenRoute
 from diffusers_prx.pipelines import PRXPipeline, PRXPixelPipeline
 
@@ -36,13 +37,13 @@ HIDDEN, HEADS, DEPTH, MLP, HEIGHT, WIDTH, TOKENS = 32, 2, 4, 72, 8, 12, 5
 
 
 def waves(values: torch.Tensor, size: int, factor: float) -> torch.Tensor:
-    """(B,) -> (B, size): cosines, then sines, of falling frequencies, rounded as there: angles go up to 1000."""
+    """Return cosines, then sines, of decreasing frequencies, (B,) -> (B, size), with the original's rounding."""
     frequencies = (torch.arange(size // 2) * -math.log(10_000) / (size // 2)).exp()
     angles = factor * values.float().reshape(-1, 1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-def normed(x: torch.Tensor) -> torch.Tensor:
+def normalize(x: torch.Tensor) -> torch.Tensor:
     centered = x - x.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -83,10 +84,10 @@ class OriginalBlock(nn.Module):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
             part[:, None] for part in self.modulation["lin"](vec * torch.sigmoid(vec)).split(HIDDEN, dim=1)
         )
-        x = normed(img) * (1 + scale) + shift
+        x = normalize(img) * (1 + scale) + shift
         query, key, value = (self.heads(part) for part in self.img_qkv_proj(x).split(HIDDEN, dim=2))
         text_key, text_value = (self.heads(part) for part in self.txt_kv_proj(txt).split(HIDDEN, dim=2))
-        query, key = turned(self.qk_norm["query_norm"](query), places), turned(self.qk_norm["key_norm"](key), places)
+        query, key = rotate(self.qk_norm["query_norm"](query), places), rotate(self.qk_norm["key_norm"](key), places)
         key = torch.cat((self.k_norm(text_key), key), dim=2)
         value = torch.cat((text_value, value), dim=2)
         logits = torch.einsum("bhqd,bhkd->bhqk", query, key) / math.sqrt(HIDDEN // HEADS)
@@ -94,7 +95,7 @@ class OriginalBlock(nn.Module):
         weights = logits.masked_fill(~seen[:, None, None, :], -1e30).softmax(dim=-1)
         x = torch.einsum("bhqk,bhkd->bqhd", weights, value).reshape(img.shape)
         img = img + gate * self.attn_out(x)
-        x = normed(img) * (1 + scale_mlp) + shift_mlp
+        x = normalize(img) * (1 + scale_mlp) + shift_mlp
         gated = self.gate_proj(x)
         gated = 0.5 * gated * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gated + 0.044715 * gated**3)))
         return img + gate_mlp * self.down_proj(gated * self.up_proj(x))
@@ -104,8 +105,8 @@ class OriginalBlock(nn.Module):
         return torch.stack(x.split(HIDDEN // HEADS, dim=2), dim=1)  # (B, h, N, d)
 
 
-def turned(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """x (B, h, N, d), by the row (first half of the features) and the column of each token, `places` (B, N, 2)."""
+def rotate(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, h, N, d) by row (first half of the features) and column of each token, `places` (B, N, 2)."""
     out = torch.empty_like(x)
     half = x.shape[-1] // 2
     for axis in range(2):
@@ -119,7 +120,7 @@ def turned(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 class OriginalPRX(nn.Module):
-    """`sprint` is the original's (route_start, route_end): both ends are routed blocks."""
+    """The network; `sprint` is the original's (route_start, route_end), both inclusive."""
 
     def __init__(self, channels=4, patch=2, bottleneck=None, sprint=None):
         super().__init__()
@@ -165,7 +166,7 @@ class OriginalPRX(nn.Module):
                         deep[row, kept] = tokens
                 img, places = self.sprint_fuse(torch.cat((dense, deep), dim=2)), all_places
         shift, scale = self.final_layer["adaLN_modulation"](vec)[:, None].split(HIDDEN, dim=2)
-        patches = self.final_layer["linear"](normed(img) * (1 + scale) + shift)
+        patches = self.final_layer["linear"](normalize(img) * (1 + scale) + shift)
         return nn.functional.fold(patches.transpose(1, 2), (height, width), p, stride=p)
 
 
@@ -193,7 +194,7 @@ class Averaged(nn.Module):
 
 
 class Run(nn.Module):
-    """What the original trains: the network, beside it its moving average, the resolution embedder and a projector."""
+    """The modules of an original run: network, moving average, resolution embedder and projector."""
 
     def __init__(self, resolution=None, active=True, **changes):
         super().__init__()
@@ -205,9 +206,9 @@ class Run(nn.Module):
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                around = 1.0 if name.endswith(".scale") else 0.0
+                center = 1.0 if name.endswith(".scale") else 0.0
                 size = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-                parameter.copy_(around + size * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(center + size * torch.randn(parameter.shape, generator=generator))
 
     def predict(self, network, **changes):
         with torch.no_grad():
@@ -216,7 +217,7 @@ class Run(nn.Module):
             )
 
     def checkpoint(self) -> dict:
-        """The nested dictionary that the trainer saves."""
+        """Return the nested dictionary that the trainer saves."""
         moments = {name: {"step": torch.tensor(3.0), "exp_avg": p.detach()} for name, p in self.named_parameters()}
         return {"state": {"model": self.state_dict(), "optimizers": {"AdamW": {"state": moments}}, "run_name": "a"}}
 
@@ -227,8 +228,8 @@ def inputs(channels=4):
     mask[1, 3:] = False
     return {
         "image": torch.randn(2, channels, HEIGHT, WIDTH, generator=generator),
-        # powers of two: (1000 t) w of the original and 1000 (t w) of diffusers then round alike, which elsewhere moves
-        # angles of up to 1000 by 1e-4 and predictions by 1e-5
+        # powers of two, for which (1000 t) w of the original and 1000 (t w) of diffusers round equally; otherwise
+        # angles of up to 1000 differ by 1e-4 and predictions by 1e-5
         "t": torch.tensor([0.25, 0.5]),
         "text": torch.randn(2, TOKENS, tiny.TEXT_WIDTH, generator=generator),
         "mask": mask,
@@ -245,8 +246,8 @@ def difference(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def saved(run: Run, folder: Path, form: str) -> Path:
-    """The checkpoint in one of the forms that are read."""
+def save_run(run: Run, folder: Path, form: str) -> Path:
+    """Save the checkpoint in one of the supported formats."""
     if form == "folder":
         dcp.save(run.checkpoint(), checkpoint_id=folder / "folder", no_dist=True)
         return folder / "folder"
@@ -257,7 +258,7 @@ def saved(run: Run, folder: Path, form: str) -> Path:
         torch.save({"state_dict": run.state_dict()}, folder / form, _use_new_zipfile_serialization=False)
     elif form == "flat.safetensors":
         save_file({f"state.model.{name}": tensor for name, tensor in run.state_dict().items()}, folder / form)
-    else:  # the network alone
+    else:  # only the network
         save_file(run.denoiser.state_dict(), folder / form)
     return folder / form
 
@@ -272,15 +273,19 @@ VARIANTS = {
 TOLERANCE = 2e-6  # relative, float32; measured: 2e-7 to 5e-7
 
 
-# --- the same predictions
+# --- equal predictions
 
 
-@pytest.mark.parametrize("form", ["nested.pt", "flat.safetensors", "folder"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_converted_network_predicts_what_the_original_does(variant, form, tmp_path):
+FORMS = ["nested.pt", "flat.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "form"), [*((variant, "folder") for variant in VARIANTS), *(("resolution", form) for form in FORMS)]
+)
+def test_converted_networks_predict_like_the_original(variant, form, tmp_path):
     settings, given = VARIANTS[variant]
     run = Run(**settings)
-    path = saved(run, tmp_path, form)
+    path = save_run(run, tmp_path, form)
     for ema in (False, True):
         network = run.ema_denoiser.model if ema else run.denoiser
         transformer = convert_transformer(path, ema, in_channels=settings.get("channels", 4), **given)
@@ -289,22 +294,22 @@ def test_a_converted_network_predicts_what_the_original_does(variant, form, tmp_
 
 
 @pytest.mark.parametrize("form", ["old.pt", "alone.safetensors"])
-def test_other_files_are_read(form, tmp_path):
+def test_old_files_and_networks_alone_are_read(form, tmp_path):
     run = Run()
-    transformer = convert_transformer(saved(run, tmp_path, form), in_channels=4)
+    transformer = convert_transformer(save_run(run, tmp_path, form), in_channels=4)
     assert difference(converted_prediction(transformer), run.predict(run.denoiser)) < TOLERANCE
 
 
-def test_the_mask_token_of_sprint_is_converted(tmp_path):
+def test_mask_token_of_sprint_is_converted(tmp_path):
     run = Run(sprint=(1, 2))
-    transformer = convert_transformer(saved(run, tmp_path, "folder"), in_channels=4, fusion_range=(1, 3))
+    transformer = convert_transformer(save_run(run, tmp_path, "folder"), in_channels=4, fusion_range=(1, 3))
     visible = torch.tensor([[0, 3, 4, 20], [1, 2, 8, 23]])
     ours = converted_prediction(transformer, route=TokenRoute(1, 3, visible))
     assert difference(ours, run.predict(run.denoiser, visible=visible)) < TOLERANCE
 
 
-def test_the_comparison_feels_every_tensor():
-    """Another value in any one tensor of the original has to change its prediction by far more than the tolerance."""
+def test_every_tensor_affects_the_prediction():
+    """A change of any tensor changes the prediction by far more than the tolerance."""
     added = ("denoiser.img_in", "resolution_embedder", "denoiser.sprint")
     for settings, _ in VARIANTS.values():
         run = Run(**settings)
@@ -321,7 +326,7 @@ def test_the_comparison_feels_every_tensor():
                 parameter.copy_(kept)
 
 
-def test_norms_under_their_later_name(tmp_path):
+def test_later_names_of_norms(tmp_path):
     run = Run()
     save_file({k.removesuffix("scale") + "weight" if k.endswith(".scale") else k: v
                for k, v in run.denoiser.state_dict().items()}, tmp_path / "a.safetensors")  # fmt: skip
@@ -329,8 +334,8 @@ def test_norms_under_their_later_name(tmp_path):
     assert difference(converted_prediction(transformer), run.predict(run.denoiser)) < TOLERANCE
 
 
-def test_a_resolution_embedder_inside_the_network(tmp_path):
-    """So it is in the checkpoint of the released pixel model, and then has a moving average."""
+def test_resolution_embedder_inside_the_network(tmp_path):
+    """The released pixel model has it there, with a moving average."""
     run = Run(resolution="vec")
     state = run.state_dict()
     for name in [name for name in state if name.startswith("resolution_embedder.")]:
@@ -347,8 +352,8 @@ def test_a_resolution_embedder_inside_the_network(tmp_path):
 # --- configuration and dtype
 
 
-def test_the_configuration_of_the_study_is_read():
-    """Shapes of the 1.2B model and of the released 7B pixel model, see the figures of the study."""
+def test_configurations_of_the_released_models():
+    """Shapes of the 1.2B model and the 7B pixel model."""
     assert sizes(1792, 64, 6272, 16, 64, 2304, None, in_channels=16) == {
         "in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792, "mlp_ratio": 3.5,
         "num_heads": 28, "depth": 16, "axes_dim": [32, 32], "bottleneck_size": None, "resolution_embeds": False,
@@ -372,8 +377,8 @@ def sizes(hidden, head, mlp, depth, values, text, bottleneck, **given):
     return read_config(shapes, given)
 
 
-def test_any_mlp_size_survives_the_ratio():
-    """The model cuts hidden_size * mlp_ratio, which may fall below the size that the ratio was computed from."""
+def test_mlp_ratio_reproduces_every_mlp_size():
+    """The model truncates hidden_size * mlp_ratio."""
     for hidden in (32, 48, 96, 1792):
         for mlp in range(hidden, 4 * hidden, 7):
             assert int(hidden * sizes(hidden, 16, mlp, 1, 4, 8, None, patch_size=1)["mlp_ratio"]) == mlp
@@ -382,23 +387,22 @@ def test_any_mlp_size_survives_the_ratio():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, r"16 x 1\^2, 4 x 2\^2, 1 x 4\^2: give `in_channels` or `patch_size`"),
-        ({"in_channels": 3}, "`in_channels` 3 and `patch_size` None .* do not fit"),
-        ({"in_channels": 16, "patch_size": 2}, "do not fit"),
-        ({"patch_size": 2, "fusion_range": (1, 3)}, "no fusion layer"),
-        ({"patch_size": 2, "axes_dim": (8, 4)}, "`axes_dim` must be"),
+        ({}, r"16 x 1\^2, 4 x 2\^2, 1 x 4\^2.*`in_channels` or `patch_size`"),
+        ({"in_channels": 3}, "`in_channels` is 3"),
+        ({"patch_size": 2, "fusion_range": (1, 3)}, "`fusion_range`"),
+        ({"patch_size": 2, "axes_dim": (8, 4)}, "`axes_dim`"),
         ({"patch_size": 2, "axes": (8, 8)}, "axes"),
     ],
 )
-def test_what_shapes_do_not_tell_has_to_be_given(given, message, tmp_path):
-    path = saved(Run(), tmp_path, "alone.safetensors")
+def test_ambiguous_configurations_are_refused(given, message, tmp_path):
+    path = save_run(Run(), tmp_path, "alone.safetensors")
     with pytest.raises((ValueError, TypeError), match=message):
         convert_transformer(path, **given)
 
 
-def test_sprint_needs_its_range(tmp_path):
-    path = saved(Run(sprint=(1, 2)), tmp_path, "alone.safetensors")
-    with pytest.raises(ValueError, match=r"Give `fusion_range`.*`route_end` \+ 1"):
+def test_sprint_requires_its_range(tmp_path):
+    path = save_run(Run(sprint=(1, 2)), tmp_path, "alone.safetensors")
+    with pytest.raises(ValueError, match="`fusion_range`"):
         convert_transformer(path, in_channels=4)
 
 
@@ -406,20 +410,20 @@ def test_dtypes(tmp_path):
     run = Run(sprint=(1, 2))
     given = {"in_channels": 4, "fusion_range": (1, 3)}
     run.denoiser.to(torch.bfloat16)
-    path = saved(run, tmp_path, "nested.pt")
+    path = save_run(run, tmp_path, "nested.pt")
     assert convert_transformer(path, **given).dtype is torch.bfloat16
     widened = convert_transformer(path, dtype=torch.float32, **given)
     for name, tensor in convert_transformer(path, **given).state_dict().items():
         assert tensor.dtype is torch.bfloat16
         assert torch.equal(widened.state_dict()[name], tensor.float())
-    run.denoiser.sprint_fuse.float()  # as the original adds it to a bfloat16 network
-    path = saved(run, tmp_path, "folder")
-    with pytest.raises(ValueError, match=r"'bfloat16': .*'float32': 2.*say with `dtype`"):
+    run.denoiser.sprint_fuse.float()  # as in the original
+    path = save_run(run, tmp_path, "folder")
+    with pytest.raises(ValueError, match="`dtype`"):
         convert_transformer(path, **given)
     assert {t.dtype for t in convert_transformer(path, dtype=torch.float16, **given).parameters()} == {torch.float16}
     run.denoiser.txt_in.weight.data = run.denoiser.txt_in.weight.data.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=r"float8_e4m3fn.*accepted"):
-        convert_transformer(saved(run, tmp_path, "nested.pt"), dtype=torch.float32, **given)
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        convert_transformer(save_run(run, tmp_path, "nested.pt"), dtype=torch.float32, **given)
 
 
 # --- which network
@@ -433,32 +437,32 @@ def test_networks_are_found_by_their_tensors():
     assert find_network(listed, ema=True)["b"] == "a.ema_denoiser.model.b"
     assert find_network(listed, prefix="a.denoiser") == find_network(listed)
     assert find_network({"txt_in.weight": 0, "b": 0}) == {"txt_in.weight": "txt_in.weight", "b": "b"}
-    with pytest.raises(ValueError, match=r"several networks; `prefix` says which: one of .'a.denoiser.', 'teacher.'"):
+    with pytest.raises(ValueError, match=r"`prefix`.*'a.denoiser.', 'teacher.'"):
         find_network(listed | {"teacher.txt_in.weight": None})
-    with pytest.raises(ValueError, match=r"no `prefix` 'other'; it has networks under .'a.denoiser.'"):
+    with pytest.raises(ValueError, match=r"`prefix` is 'other'.*'a.denoiser.'"):
         find_network(listed, prefix="other")
-    with pytest.raises(ValueError, match=r"no moving average .`ema`.; it has networks under .''"):
+    with pytest.raises(ValueError, match="`ema` is True"):
         find_network({"txt_in.weight": 0}, ema=True)
-    with pytest.raises(ValueError, match=r"no trained weights"):
+    with pytest.raises(ValueError, match="`ema` is False"):
         find_network({"ema_denoiser.model.txt_in.weight": 0})
-    with pytest.raises(ValueError, match=r"There is no PRX in the checkpoint; it holds 2 entries: .'a', 'b'"):
+    with pytest.raises(ValueError, match=r"2 entries: .'a', 'b'"):
         find_network({"a": 0, "b": 0})
-    inside_and_beside = ["denoiser.resolution_embedder.mlp", "resolution_embedder.mlp"]
-    with pytest.raises(ValueError, match=r"a resolution embedder under denoiser. and one under"):
-        find_network(dict.fromkeys(["denoiser.txt_in.weight", *inside_and_beside]))
+    both_embedders = ["denoiser.resolution_embedder.mlp", "resolution_embedder.mlp"]
+    with pytest.raises(ValueError, match="resolution embedders"):
+        find_network(dict.fromkeys(["denoiser.txt_in.weight", *both_embedders]))
 
 
 @pytest.mark.parametrize("form", ["nested.pt", "folder"])
-def test_an_average_that_has_not_begun_is_refused(form, tmp_path):
-    path = saved(Run(active=False), tmp_path, form)
-    with pytest.raises(ValueError, match="the moving average had not begun"):
+def test_moving_average_that_has_not_begun_is_refused(form, tmp_path):
+    path = save_run(Run(active=False), tmp_path, form)
+    with pytest.raises(ValueError, match="`ema`"):
         convert_transformer(path, ema=True, in_channels=4)
     convert_transformer(path, in_channels=4)
 
 
-def test_what_is_left_out_is_counted(tmp_path, capsys):
+def test_entries_that_are_left_out_are_counted(tmp_path, capsys):
     run = Run(resolution="vec")
-    convert_transformer(saved(run, tmp_path, "folder"), ema=True, in_channels=4)
+    convert_transformer(save_run(run, tmp_path, "folder"), ema=True, in_channels=4)
     printed = capsys.readouterr().out
     network = len(run.denoiser.state_dict())
     assert f"network: {network + 4} tensors" in printed
@@ -466,10 +470,10 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert "left out: 1 entries under state.model.ema_denoiser\n" in printed  # the flag
     assert "left out: 2 entries under state.model.repa_loss\n" in printed
     assert f"left out: {2 * len(list(run.parameters()))} entries under state.optimizers.AdamW\n" in printed
-    assert "averages no resolution embedder: the trained one is taken (4 tensors)" in printed
+    assert "the resolution embedder has no moving average: using the trained one (4 tensors)" in printed
 
 
-# --- exactly a PRX
+# --- networks that differ from a PRX
 
 
 def edited(tmp_path, edit):
@@ -479,16 +483,15 @@ def edited(tmp_path, edit):
     return tmp_path / "edited.pt"
 
 
-def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
+def test_missing_unknown_and_misshapen_tensors_are_listed(tmp_path):
     def edit(state):
         del state["blocks.1.attn_out.weight"], state["time_in.in_layer.bias"]
         state["blocks.2.extra"] = torch.ones(3)
         state["txt_in.bias"] = torch.ones(HIDDEN + 1)
 
-    with pytest.raises(ValueError, match="not exactly a PRX") as caught:
+    with pytest.raises(ValueError, match="differs from a PRX") as caught:
         convert_transformer(edited(tmp_path, edit), in_channels=4)
-    assert str(caught.value).splitlines() == [
-        "The network in the checkpoint is not exactly a PRX:",
+    assert str(caught.value).splitlines()[1:] == [
         f"  missing: time_in.in_layer.bias [{HIDDEN}]",
         f"  missing: blocks.1.attention.to_out.0.weight [{HIDDEN}, {HIDDEN}]",
         "  unknown: blocks.2.extra [3]",
@@ -499,20 +502,17 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (
-            lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1.")],
-            "3 blocks, up to number 3: block 1 is missing",
-        ),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1.")], "block 1 is missing"),
         (lambda s: s.update({"blocks.99999999999.a": torch.ones(1)}), "block 4 is missing"),
-        (lambda s: s.pop("img_in.weight"), "lacks tensors that tell its configuration: .'img_in.weight'"),
-        (lambda s: s.update({"txt_in.weight": torch.ones(3)}), "impossible shapes: .'txt_in.weight': .3,."),
-        (lambda s: s.update({"blocks.0.qk_norm.query_norm.scale": torch.ones(5)}), "32 is no multiple of .* 5"),
-        (lambda s: s.update({"blocks.0.qk_norm.query_norm.weight": torch.ones(16)}), "are the same tensor"),
-        (lambda s: s.update({"txt_in.note": "text"}), "Not tensors, of the network: .'txt_in.note'"),
+        (lambda s: s.pop("img_in.weight"), "'img_in.weight'"),
+        (lambda s: s.update({"txt_in.weight": torch.ones(3)}), "'txt_in.weight': .3,."),
+        (lambda s: s.update({"blocks.0.qk_norm.query_norm.scale": torch.ones(5)}), "hidden size is 32"),
+        (lambda s: s.update({"blocks.0.qk_norm.query_norm.weight": torch.ones(16)}), "same tensor"),
+        (lambda s: s.update({"txt_in.note": "text"}), "'txt_in.note'"),
         (lambda s: s.update({"sprint_mask_token": torch.ones(HIDDEN)}), "unknown: sprint_mask_token"),
     ],
 )
-def test_a_wrong_network_is_refused(edit, message, tmp_path):
+def test_invalid_networks_are_refused(edit, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert_transformer(edited(tmp_path, edit), in_channels=4)
 
@@ -521,37 +521,37 @@ def test_a_wrong_network_is_refused(edit, message, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nested.pt", "old.pt", "flat.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_file_is_refused(form, share, tmp_path):
-    path = saved(Run(), tmp_path, form)
+@pytest.mark.parametrize("share", [0.0, 0.99])
+def test_truncated_files_are_refused(form, share, tmp_path):
+    path = save_run(Run(), tmp_path, form)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match="is broken or not a"):
+    with pytest.raises(ValueError, match="`checkpoint_path`"):
         convert_transformer(path, in_channels=4)
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-@pytest.mark.parametrize("share", [None, 0.0, 0.1])
-def test_a_broken_folder_is_refused(name, share, tmp_path):
-    path = saved(Run(), tmp_path, "folder")
+@pytest.mark.parametrize("share", [None, 0.1])
+def test_broken_folders_are_refused(name, share, tmp_path):
+    path = save_run(Run(), tmp_path, "folder")
     data = (path / name).read_bytes()
     (path / name).unlink() if share is None else (path / name).write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match=r"has no .metadata|is broken or not the index|is missing or broken"):
+    with pytest.raises(ValueError, match=r"\.metadata|__0_0\.distcp|broken"):
         convert_transformer(path, in_channels=4)
 
 
-def test_no_file_and_no_checkpoint(tmp_path):
+def test_missing_files_and_duplicate_names_are_refused(tmp_path):
     torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}, tmp_path / "twice.pt")
-    with pytest.raises(ValueError, match=r"two entries of one name: a\.b"):
+    with pytest.raises(ValueError, match=r"a\.b"):
         list_tensors(tmp_path / "twice.pt")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="`checkpoint_path`"):
         convert_transformer(tmp_path / "none.pt", in_channels=4)
-    with pytest.raises(ValueError, match=r"has no .metadata; accepted is"):
+    with pytest.raises(ValueError, match="`checkpoint_path`"):
         convert_transformer(tmp_path, in_channels=4)
 
 
 class Hostile:
-    """Unpickled without care it makes a folder."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -560,23 +560,25 @@ class Hostile:
         return os.mkdir, (self.folder,)
 
 
-def test_a_hostile_pickle_would_run(tmp_path):
-    """Else the tests below show nothing."""
+def test_hostile_pickle_runs_without_protection(tmp_path):
+    """Otherwise the following tests would prove nothing."""
     pickle.loads(pickle.dumps(Hostile(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("where", ["beside", "in the network", "alone"])
-def test_a_hostile_file_does_not_run(where, legacy, tmp_path):
+CASES = [("outside the network", False), ("in the network", False), ("alone", False), ("in the network", True)]
+
+
+@pytest.mark.parametrize(("where", "legacy"), CASES)
+def test_code_in_files_does_not_run(where, legacy, tmp_path):
     hostile = Hostile(tmp_path / "ran")
     state = Run().checkpoint()
-    if where == "beside":
+    if where == "outside the network":
         state["callbacks"] = hostile
     else:
         state["state"]["model"]["denoiser.txt_in.note"] = hostile
     torch.save(hostile if where == "alone" else state, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=r"holds a posix.mkdir. Only tensors and plain values are read"):
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
         convert_transformer(tmp_path / "a.pt", in_channels=4)
     assert not (tmp_path / "ran").exists()
 
@@ -591,51 +593,49 @@ def with_index(path, index):
 
 
 @pytest.mark.parametrize("where", ["alone", "inside", "method"])
-def test_a_hostile_index_does_not_run(where, tmp_path):
-    path, hostile = saved(Run(), tmp_path, "folder"), tmp_path / "ran"
+def test_code_in_an_index_does_not_run(where, tmp_path):
+    path, hostile = save_run(Run(), tmp_path, "folder"), tmp_path / "ran"
     index = index_of(path)
     if where == "inside":
         index.planner_data["x"] = Hostile(hostile)
     elif where == "alone":
         index = Hostile(hostile)
     with_index(path, index)
-    if where == "method":  # a dotted name would lead from an allowed class to anything
+    if where == "method":  # a dotted name could lead from an allowed class to any other
         words = "".join(f"\x8c{chr(len(word))}{word}" for word in ("torch", "serialization.os.mkdir"))
         argument = f"\x8c{chr(len(str(hostile)))}{hostile}"
         (path / ".metadata").write_bytes(f"\x80\x04{words}\x93{argument}\x85R.".encode("latin-1"))
-    with pytest.raises(
-        ValueError, match=r"it asks for (posix.mkdir|torch.serialization.os.mkdir), which no such index"
-    ):
+    with pytest.raises(ValueError, match=r"posix\.mkdir|torch\.serialization\.os\.mkdir"):
         convert_transformer(path, in_channels=4)
     assert not (tmp_path / "ran").exists()
 
 
-def test_hostile_data_behind_an_index_do_not_run(tmp_path):
-    """As a tensor they are refused; as the bytes of an object they are not even read."""
+def test_code_in_the_data_of_a_folder_does_not_run(tmp_path):
+    """As a tensor it is refused, and as the bytes of an object it is not read."""
     name, hostile = "state.model.denoiser.txt_in.weight", Hostile(tmp_path / "ran")
-    path = saved(Run(), tmp_path, "folder")
+    path = save_run(Run(), tmp_path, "folder")
     index = index_of(path)
-    torch.save([hostile, torch.zeros(HIDDEN, tiny.TEXT_WIDTH)], path / "hostile.distcp")  # as long as it should be
+    torch.save([hostile, torch.zeros(HIDDEN, tiny.TEXT_WIDTH)], path / "hostile.distcp")  # with the expected size
     size = (path / "hostile.distcp").stat().st_size
     index.storage_data = {
         key: _StorageInfo("hostile.distcp", 0, size) if key.fqn == name else info
         for key, info in index.storage_data.items()
     }
     with_index(path, index)
-    with pytest.raises(ValueError, match="is missing or broken: UnpicklingError"):
+    with pytest.raises(ValueError, match="UnpicklingError"):
         convert_transformer(path, in_channels=4)
     index.state_dict_metadata[name] = BytesStorageMetadata()
     index.storage_data[MetadataIndex(name)] = _StorageInfo("hostile.distcp", 0, size)
     with_index(path, index)
-    with pytest.raises(ValueError, match="Not tensors, of the network"):
+    with pytest.raises(ValueError, match="not tensors"):
         convert_transformer(path, in_channels=4)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tensor_in_two_files_is_put_together(tmp_path):
-    """As a sharded run leaves it: each process writes its rows to a file of its own."""
+def test_tensor_in_two_files_is_joined(tmp_path):
+    """Sharded runs write the rows of each process to a separate file."""
     run, name = Run(), "state.model.denoiser.txt_in.weight"
-    path = saved(run, tmp_path, "folder")
+    path = save_run(run, tmp_path, "folder")
     index, weight = index_of(path), run.denoiser.txt_in.weight.detach()
     index.storage_data = {key: info for key, info in index.storage_data.items() if key.fqn != name}
     chunks = index.state_dict_metadata[name].chunks
@@ -644,25 +644,25 @@ def test_a_tensor_in_two_files_is_put_together(tmp_path):
         torch.save(weight[first : first + rows].clone(), path / f"__{number + 1}_0.distcp")
         chunks.append(ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([rows, tiny.TEXT_WIDTH])))
         size = (path / f"__{number + 1}_0.distcp").stat().st_size
-        place = MetadataIndex(name, torch.Size([first, 0]), number)
-        index.storage_data[place] = _StorageInfo(f"__{number + 1}_0.distcp", 0, size)
+        entry = MetadataIndex(name, torch.Size([first, 0]), number)
+        index.storage_data[entry] = _StorageInfo(f"__{number + 1}_0.distcp", 0, size)
     transformer = convert_transformer(with_index(path, index), in_channels=4)
     assert torch.equal(transformer.txt_in.weight, weight)
     assert difference(converted_prediction(transformer), run.predict(run.denoiser)) < TOLERANCE
     (path / "__2_0.distcp").unlink()
-    with pytest.raises(ValueError, match=r"is missing or broken: __2_0\.distcp"):
+    with pytest.raises(ValueError, match=r"__2_0\.distcp"):
         convert_transformer(path, in_channels=4)
     chunks.pop()
-    with pytest.raises(ValueError, match=f"it does not list the whole of {name}"):
+    with pytest.raises(ValueError, match=name):
         list_tensors(with_index(path, index))
 
 
-def test_an_index_names_only_files_of_its_folder(tmp_path):
-    path = saved(Run(), tmp_path, "folder")
+def test_index_cannot_name_files_outside_its_folder(tmp_path):
+    path = save_run(Run(), tmp_path, "folder")
     index = index_of(path)
     for name in ("../a.pt", "/etc/passwd", ".."):
         index.storage_data = {key: _StorageInfo(name, 0, 9) for key in index.storage_data}
-        with pytest.raises(ValueError, match=r"which is not inside the folder"):
+        with pytest.raises(ValueError, match="inside the folder"):
             list_tensors(with_index(path, index))
 
 
@@ -680,7 +680,7 @@ def nested(depth):
 
 
 def doubled(depth):
-    """2**depth entries in a few bytes."""
+    """Return 2**depth entries in a few bytes."""
     tree = {"a": 1, "b": 2}
     for _ in range(depth):
         tree = {"a": tree, "b": tree}
@@ -690,16 +690,16 @@ def doubled(depth):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (cyclic(), "contain themselves, or more than 64"),
-        (nested(300), "contain themselves, or more than 64"),
-        (doubled(40), "more than 1,000,000 entries"),
-        ({("a", 1): torch.ones(1)}, "by a tuple"),
-        ([torch.ones(1)], "There is no PRX"),
-        (None, "There is no PRX"),
+        (cyclic(), "contain themselves"),
+        (nested(300), "contain themselves"),
+        (doubled(40), "1,000,000 entries"),
+        ({("a", 1): torch.ones(1)}, "tuple"),
+        ([torch.ones(1)], "contains no PRX"),
+        (None, "contains no PRX"),
     ],
     ids=["cyclic", "nested", "doubled", "tuple", "list", "none"],
 )
-def test_an_absurd_file_is_a_sentence(tree, message, tmp_path):
+def test_absurd_files_are_refused(tree, message, tmp_path):
     torch.save(tree, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
         convert_transformer(tmp_path / "a.pt", in_channels=4)
@@ -708,44 +708,44 @@ def test_an_absurd_file_is_a_sentence(tree, message, tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(1).expand(HIDDEN, 2**50), r"txt_in.weight .* claims the shape .* only 4 bytes"),
-        (torch.empty(HIDDEN, tiny.TEXT_WIDTH, device="meta"), "no plain tensor"),
-        (torch.ones(HIDDEN, tiny.TEXT_WIDTH).to_sparse(), "no plain tensor"),
+        (torch.zeros(1).expand(HIDDEN, 2**50), r"txt_in.weight .* only 4 bytes"),
+        (torch.empty(HIDDEN, tiny.TEXT_WIDTH, device="meta"), "not a plain tensor"),
+        (torch.ones(HIDDEN, tiny.TEXT_WIDTH).to_sparse(), "not a plain tensor"),
         (torch.ones(HIDDEN, tiny.TEXT_WIDTH, dtype=torch.int64), "int64"),
         (torch.ones(HIDDEN, tiny.TEXT_WIDTH, dtype=torch.complex64), "complex64"),
-        (torch.full((HIDDEN, tiny.TEXT_WIDTH), torch.nan), r"NaN or infinite: .*txt_in.weight"),
+        (torch.full((HIDDEN, tiny.TEXT_WIDTH), torch.nan), "NaN or infinite.*txt_in.weight"),
     ],
     ids=["claimed", "meta", "sparse", "int", "complex", "nan"],
 )
-def test_a_tensor_that_no_network_has_is_named(tensor, message, tmp_path):
+def test_impossible_tensors_are_refused(tensor, message, tmp_path):
     torch.save(Run().denoiser.state_dict() | {"txt_in.weight": tensor}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
         convert_transformer(tmp_path / "a.pt", in_channels=4)
 
 
-def test_values_that_a_type_cannot_hold_are_named(tmp_path):
+def test_values_outside_the_range_of_a_dtype_are_refused(tmp_path):
     torch.save(Run().denoiser.state_dict() | {"txt_in.bias": torch.full((HIDDEN,), 1e6)}, tmp_path / "a.pt")
     convert_transformer(tmp_path / "a.pt", in_channels=4)
-    with pytest.raises(ValueError, match=r"NaN or infinite in torch.float16: .*txt_in.bias"):
+    with pytest.raises(ValueError, match=r"torch\.float16: .*txt_in\.bias"):
         convert_transformer(tmp_path / "a.pt", dtype=torch.float16, in_channels=4)
 
 
-def test_a_compressed_file_is_refused(tmp_path):
-    path = saved(Run(), tmp_path, "nested.pt")
+def test_compressed_files_are_refused(tmp_path):
+    path = save_run(Run(), tmp_path, "nested.pt")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    with pytest.raises(ValueError, match="is compressed or claims"):
+    with pytest.raises(ValueError, match="compressed"):
         convert_transformer(tmp_path / "a.pt", in_channels=4)
 
 
-def test_an_absurd_index_is_a_sentence(tmp_path):
-    path, name = saved(Run(), tmp_path, "folder"), "state.model.denoiser.txt_in.weight"
+def test_absurd_indices_are_refused(tmp_path):
+    path, name = save_run(Run(), tmp_path, "folder"), "state.model.denoiser.txt_in.weight"
     whole = (path / ".metadata").read_bytes()
     for size, message in (
         ((2**40, 2**40), "impossible size"),
         ((-1, 5), "impossible size"),
-        ((2**30, 2**10), "claims"),
+        ((2**30, 2**10), "bytes are stored"),
     ):
         index = index_of(path)
         entry = index.state_dict_metadata[name]
@@ -757,16 +757,16 @@ def test_an_absurd_index_is_a_sentence(tmp_path):
     for wrong in ({}, [], 3, None):
         index = index_of(path)
         index.state_dict_metadata = wrong
-        with pytest.raises(ValueError, match=r"not the index|no PRX"):
+        with pytest.raises(ValueError, match=r"not an index|no PRX"):
             convert_transformer(with_index(path, index), in_channels=4)
         (path / ".metadata").write_bytes(whole)
     index = index_of(path)
     index.state_dict_metadata[name].properties.dtype = "float32"
-    with pytest.raises(ValueError, match="has no type"):
+    with pytest.raises(ValueError, match="dtype of"):
         convert_transformer(with_index(path, index), in_channels=4)
-    # `None` is put at place 2**31 - 1 of the memo: 34 GB in the unpickler that is written in C
+    # index 2**31 - 1 of the memo would take 34 GB in the C unpickler
     (path / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
-    with pytest.raises(ValueError, match="it is a NoneType"):
+    with pytest.raises(ValueError, match="NoneType"):
         convert_transformer(path, in_channels=4)
 
 
@@ -775,7 +775,7 @@ def test_an_absurd_index_is_a_sentence(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folders of a T5Gemma, a whole Qwen3-VL, a VAE, and two PRX pipelines."""
+    """Save T5Gemma, a whole Qwen3-VL, VAEs and PRX pipelines."""
     root = tmp_path_factory.mktemp("parts")
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32,
               "deepstack_visual_indexes": [0]}  # fmt: skip
@@ -790,7 +790,7 @@ def parts(tmp_path_factory):
     tiny.pixel_pipeline().save_pretrained(root / "pixel_pipeline")
     pipeline = tiny.latent_pipeline()
     pipeline.text_encoder.to(torch.bfloat16)
-    pipeline.save_pretrained(root / "published")  # but for the text encoder: that of a T5GemmaModel, alone
+    pipeline.save_pretrained(root / "published")  # with the encoder of a T5GemmaModel alone, as published
     shutil.rmtree(root / "published" / "text_encoder")
     pipeline.text_encoder.encoder.save_pretrained(root / "published" / "text_encoder")
     index = json.loads((root / "published" / "model_index.json").read_text())
@@ -808,10 +808,10 @@ def convert(path, out, *more):
 DRAW = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np", "height": 16, "width": 24}
 
 
-def test_a_pipeline_in_latents_that_stock_diffusers_loads(parts, tmp_path, capsys):
+def test_latent_pipeline_loads_in_stock_diffusers(parts, tmp_path, capsys):
     run = Run()
     convert(
-        saved(run, tmp_path, "nested.pt"), tmp_path / "out", "--vae_name_or_path", parts / "vae",
+        save_run(run, tmp_path, "nested.pt"), tmp_path / "out", "--vae_name_or_path", parts / "vae",
         "--text_encoder_name_or_path", parts / "t5gemma", "--shift", 1.5, "--resolution", 32,
         "--max_sequence_length", 9,
     )  # fmt: skip
@@ -827,14 +827,14 @@ def test_a_pipeline_in_latents_that_stock_diffusers_loads(parts, tmp_path, capsy
     stock = diffusers.PRXPipeline.from_pretrained(tmp_path / "out")
     given = inputs()
     with torch.no_grad():
-        stock_says = stock.transformer(given["image"], given["t"], given["text"], given["mask"]).sample
-    assert difference(stock_says, run.predict(run.denoiser)) < TOLERANCE
+        stock_prediction = stock.transformer(given["image"], given["t"], given["text"], given["mask"]).sample
+    assert difference(stock_prediction, run.predict(run.denoiser)) < TOLERANCE
 
 
-def test_a_pipeline_in_pixels_with_the_text_tower_of_qwen(parts, tmp_path):
+def test_pixel_pipeline_with_the_text_tower_of_qwen(parts, tmp_path):
     run = Run(channels=3, patch=4, bottleneck=6, resolution="vec")
     convert(
-        saved(run, tmp_path, "folder"), tmp_path / "out", "--ema", "--pixel_space", "--noise_scale", 2, "--dtype",
+        save_run(run, tmp_path, "folder"), tmp_path / "out", "--ema", "--pixel_space", "--noise_scale", 2, "--dtype",
         "bfloat16", "--text_encoder_name_or_path", parts / "qwen",
     )  # fmt: skip
     pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out")
@@ -848,71 +848,70 @@ def test_a_pipeline_in_pixels_with_the_text_tower_of_qwen(parts, tmp_path):
     assert isinstance(diffusers.PRXPixelPipeline.from_pretrained(tmp_path / "out"), diffusers.PRXPixelPipeline)
 
 
-def test_parts_of_a_saved_pipeline(parts, tmp_path):
+def test_components_of_a_saved_pipeline(parts, tmp_path):
     run = Run(sprint=(1, 2))
     convert(
-        saved(run, tmp_path, "folder"), tmp_path / "out", "--components_from", parts / "pipeline", "--prediction_type",
-        "x_prediction", "--fusion_range", 1, 3, "--token_route", 1, 3, 0.75,
+        save_run(run, tmp_path, "folder"), tmp_path / "out", "--components_from", parts / "pipeline",
+        "--prediction_type", "x_prediction", "--fusion_range", 1, 3, "--token_route", 1, 3, 0.75,
     )  # fmt: skip
     pipeline = PRXPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.config["token_route"] == (1, 3, 0.75)
     assert pipeline.config["prediction_type"] == "x_prediction"
     assert pipeline.vae.config["scaling_factor"] == tiny.vae_kl().config["scaling_factor"]
     assert difference(converted_prediction(pipeline.transformer), run.predict(run.denoiser)) < TOLERANCE
-    convert(saved(Run(), tmp_path, "nested.pt"), tmp_path / "out1", "--components_from", parts / "published")
+    convert(save_run(Run(), tmp_path, "nested.pt"), tmp_path / "out1", "--components_from", parts / "published")
     stored = diffusers.PRXPipeline.from_pretrained(tmp_path / "out1", dtype={"text_encoder": "auto"})
-    assert stored.text_encoder.dtype is torch.bfloat16  # as it was
+    assert stored.text_encoder.dtype is torch.bfloat16  # as stored
     for name, tensor in tiny.text_encoder().state_dict().items():
         assert torch.equal(stored.text_encoder.state_dict()[name], tensor.to(torch.bfloat16))
 
     run = Run(channels=3, patch=4)
-    convert(saved(run, tmp_path, "flat.safetensors"), tmp_path / "out2", "--components_from", parts / "pixel_pipeline",
-            "--caption_cleaning", "full_v1")  # fmt: skip
+    path = save_run(run, tmp_path, "flat.safetensors")
+    flags = ["--components_from", parts / "pixel_pipeline", "--caption_cleaning", "full_v1"]
+    convert(path, tmp_path / "out2", *flags)
     pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out2")
     assert (pipeline.transformer.config["patch_size"], pipeline.caption_cleaning) == (4, "full_v1")
 
 
-def test_the_network_alone(tmp_path):
+def test_network_alone_loads_in_stock_diffusers(tmp_path):
     run = Run()
-    convert(saved(run, tmp_path, "nested.pt"), tmp_path / "out", "--transformer_only", "--patch_size", 2)
+    convert(save_run(run, tmp_path, "nested.pt"), tmp_path / "out", "--transformer_only", "--patch_size", 2)
     stock = diffusers.PRXTransformer2DModel.from_pretrained(tmp_path / "out").eval()
     given = inputs()
     with torch.no_grad():
-        stock_says = stock(given["image"], given["t"], given["text"], given["mask"]).sample
-    assert difference(stock_says, run.predict(run.denoiser)) < TOLERANCE
+        stock_prediction = stock(given["image"], given["t"], given["text"], given["mask"]).sample
+    assert difference(stock_prediction, run.predict(run.denoiser)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--transformer_only", "--shift", "2"], "which --shift is for"),
-        (["--transformer_only"], "give `in_channels` or `patch_size`"),
-        ([], "give one of --vae_name_or_path, --pixel_space"),
-        (["--pixel_space"], "give --text_encoder_name_or_path"),
-        (["--pixel_space", "--vae_name_or_path", "vae"], "give one of"),
-        (["--pixel_space", "--text_encoder_name_or_path", "t5gemma"], "`in_channels` 3 .* do not fit"),
-        (["--components_from", "vae"], "no file named model_index.json"),
-        (["--components_from", "other"], "is a StableDiffusionPipeline, not a PRX pipeline"),
+        (["--transformer_only", "--shift", "2"], "--shift"),
+        (["--transformer_only"], "`in_channels` or `patch_size`"),
+        ([], "--vae_name_or_path, --pixel_space"),
+        (["--pixel_space"], "--text_encoder_name_or_path"),
+        (["--pixel_space", "--vae_name_or_path", "vae"], "--vae_name_or_path, --pixel_space"),
+        (["--pixel_space", "--text_encoder_name_or_path", "t5gemma"], "`in_channels` is 3"),
+        (["--components_from", "vae"], "model_index.json"),
+        (["--components_from", "other"], "`components_from`.*StableDiffusionPipeline"),
         (["--components_from", "pipeline", "--prediction_type", "flow_matching"], "invalid choice"),
         (["--components_from", "pipeline", "--token_route", "1", "9", "0.5"], "token_route"),
-        (["--components_from", "pipeline", "--token_route", "1.5", "2", "0.5"], "whole numbers"),
-        (["--components_from", "pipeline", "--shift", "-1"], "`shift`"),
+        (["--components_from", "pipeline", "--token_route", "1.5", "2", "0.5"], "`token_route`"),
         (["--components_from", "pipeline", "--shift", "nan"], "`shift`"),
         (["--components_from", "pipeline", "--noise_scale", "nan"], "`noise_scale`"),
         (["--components_from", "pipeline", "--time_factor", "nan"], "`time_factor`"),
         (["--components_from", "pipeline", "--token_route", "nan", "2", "0.5"], "token_route"),
-        (["--components_from", "pipeline", "--token_route", "0", "1", "nan"], "token_route"),
         (["--components_from", "pipeline", "--theta", "0"], "`theta`"),
         (["--components_from", "pipeline", "--time_max_period", "-3"], "`time_max_period`"),
         (["--components_from", "pipeline", "--axes_dim", "3", "13"], "axes_dim"),
         (["--components_from", "pipeline", "--resolution", "-8"], "default_sample_size|resolution"),
-        (["--components_from", "pipeline", "--max_sequence_length", "0"], "must be at least 1"),
+        (["--components_from", "pipeline", "--max_sequence_length", "0"], "--max_sequence_length"),
         (["--vae_name_or_path", "t5gemma", "--text_encoder_name_or_path", "t5gemma"], "accepted: "),
-        (["--vae_name_or_path", "flux2", "--text_encoder_name_or_path", "t5gemma"], "32 channels times 0.18215"),
+        (["--vae_name_or_path", "flux2", "--text_encoder_name_or_path", "t5gemma"], "`vae_name_or_path`"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(arguments, message, parts, tmp_path, capsys):
-    path = saved(Run(), tmp_path, "alone.safetensors")
+def test_invalid_arguments_are_refused(arguments, message, parts, tmp_path, capsys):
+    path = save_run(Run(), tmp_path, "alone.safetensors")
     arguments = [str(parts / a) if (parts / a).exists() else a for a in arguments]
     with pytest.raises(SystemExit) as caught:
         convert(path, tmp_path / "out", *arguments)
@@ -921,15 +920,15 @@ def test_the_command_line_says_what_is_wrong(arguments, message, parts, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_text_of_another_width_is_refused(parts, tmp_path):
+def test_text_encoder_of_another_width_is_refused(parts, tmp_path):
     state = Run().denoiser.state_dict() | {"txt_in.weight": torch.ones(HIDDEN, 48)}
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(SystemExit, match=r"The text encoder is 32 wide; the network was trained on text of width 48"):
+    with pytest.raises(SystemExit, match=r"`text_encoder_name_or_path`.* 32; accepted: 48"):
         convert(tmp_path / "a.pt", tmp_path / "out", "--components_from", parts / "pipeline")
 
 
-def test_a_full_folder_is_not_written_to(parts, tmp_path, capsys):
-    path = saved(Run(), tmp_path, "alone.safetensors")
+def test_existing_files_are_not_overwritten(parts, tmp_path, capsys):
+    path = save_run(Run(), tmp_path, "alone.safetensors")
     with pytest.raises(SystemExit):
         convert(path, tmp_path, "--components_from", parts / "pipeline")
-    assert "must be a new or an empty folder" in capsys.readouterr().err
+    assert "--output_dir" in capsys.readouterr().err

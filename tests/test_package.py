@@ -48,8 +48,8 @@ USED_WITHOUT_IMPORT = {
 
 # What runs without the training extra: everything that draws images.
 CORE = (
-    "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py", "cli.py",
-    "files.py",
+    "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py",
+    "checkpoint_files.py", "cli.py", "files.py",
 )  # fmt: skip
 
 

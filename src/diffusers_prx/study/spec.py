@@ -178,9 +178,9 @@ class Study:
                 raise ValueError(f"`step_shares` of {name} must be positive numbers, or null for none, got {shares}.")
             seen.add(name)
         for name, finding in self.findings.items():
-            for arm in (finding.arm, finding.reference):
-                if arm not in self.arms:
-                    raise ValueError(f"`findings`: {name} names the arm {arm!r}; `arms` has {sorted(self.arms)}.")
+            for role in (finding.arm, finding.reference):
+                if role not in self.arms:
+                    raise ValueError(f"`findings`: {name} names the arm {role!r}; `arms` has {sorted(self.arms)}.")
             for metric in self.metrics_of(finding):
                 key = self.split_metric(metric)[1]
                 if key not in self.metrics:
