@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_prx.evaluation.distances import bootstrap_mmd, maximum_mean_discrepancy, resampled_counts
 from diffusers_prx.evaluation.extractors import FeatureExtractor, check_images, wrap_colors
-from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy, in_order
+from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy, sort_features
 
 
 class Colors(FeatureExtractor):
@@ -118,7 +118,7 @@ def test_mmd_equals_that_of_all_features():
     assert metric.compute().item() == pytest.approx(biased, rel=1e-11)
     details = metric.details(resamples=20, seed=1)
     assert (details["value"], details["unbiased_value"]) == pytest.approx((biased, unbiased), rel=1e-11)
-    sets, counts = (in_order(extractor(GENERATED)), extractor(REFERENCE)), resampled_counts(70, 20, seed=1)
+    sets, counts = (sort_features(extractor(GENERATED)), extractor(REFERENCE)), resampled_counts(70, 20, seed=1)
     for key, value in (("interval", biased), ("unbiased_interval", unbiased)):
         replicates = bootstrap_mmd(*sets, counts, unbiased=key == "unbiased_interval").numpy()
         spread = np.quantile(replicates - replicates.mean(), [0.025, 0.975])

@@ -35,7 +35,7 @@ from space_tools import counted, rests
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
 import gradio as gr
-from training.benchmarks.load_space import ask, draw_body, is_clear, load, main, malformed, send_malformed
+from load_space import ask, draw_body, is_clear, load, main, malformed, send_malformed
 
 import app
 import page_parts
@@ -133,7 +133,7 @@ def slow(steps: int = 50, seed: int = 0) -> list:
 def test_a_program_draws_through_the_page(served):
     port, cache, _ = served
     answer = ask(port, "draw", json.dumps({"data": ["a red cat", "", "pixels", SIZE, "exact", 3, 3.0, 5, 2]}).encode())
-    assert answer.kind == "answered", answer.said
+    assert answer.kind == "answered", answer.message
     pictures = answer.data[2]["value"]
     assert [picture["caption"] for picture in pictures] == ["Seed 5", "Seed 6"]
     path = pictures[0]["image"]["url"].partition(str(port))[2]
@@ -149,7 +149,7 @@ def test_a_program_draws_through_the_page(served):
 def test_two_ways_are_compared(port):
     data = ["a red cat", "", 3, "pixels", "exact", 3, 3.0, "latents", "fast", 4, 2.0]
     answer = ask(port, "compare", json.dumps({"data": data}).encode())
-    assert answer.kind == "answered", answer.said
+    assert answer.kind == "answered", answer.message
     status, first, about_first, second, about_second = answer.data
     assert "Done." in status
     assert "<img" in first
@@ -534,7 +534,7 @@ def test_on_zero_gpu_models_are_loaded_before_the_page_is_served(model_folder, m
     [(page, url)] = served
     for model in ("pixels", "latents", "pixels"):
         answer = ask(int(url.rstrip("/").rpartition(":")[2]), "draw", draw_body("a red cat", model, SIZE, 0, steps=2))
-        assert answer.kind == "answered", answer.said
+        assert answer.kind == "answered", answer.message
     page.close()
     assert sorted(loaded) == [("latents", zero), ("pixels", zero)]
 
@@ -607,9 +607,9 @@ def test_the_load_script_sees_what_is_unclear(port):
     """A right request is answered: `is_clear` has to call that unclear, and an inner error too."""
     answer = ask(port, "draw", draw_body("a red cat", "pixels", SIZE, 0, steps=1))
     assert not is_clear(answer)
-    answer.kind, answer.said = "failed", "Traceback (most recent call last)"
+    answer.kind, answer.message = "failed", "Traceback (most recent call last)"
     assert not is_clear(answer)
-    answer.said = "Steps: 900 came; a whole number is accepted."
+    answer.message = "Steps: 900 came; a whole number is accepted."
     assert is_clear(answer)
 
 

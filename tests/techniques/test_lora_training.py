@@ -422,7 +422,7 @@ def test_resume_with_another_base_is_refused(whole, base, tmp_path):
 
 def test_planned_memory_counts_the_adapter_only(base, tmp_path):
     cfg = TrainingConfig(**settings(tmp_path, base, use_ema=True, ema_update_every=1))
-    transformer = outline(cfg).transformer
+    transformer = meta_networks(cfg).transformer
     adapter = sum(p.numel() for name, p in transformer.named_parameters() if "lora_" in name)
     total = sum(p.numel() for p in transformer.parameters())
     assert 0 < adapter < total

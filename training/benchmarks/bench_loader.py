@@ -1,28 +1,30 @@
-"""Time the loading of data: samples per second by kind of source, and what a training run waits for them.
+"""Time the loading of data: samples per second by kind of source, and the share of a training run spent waiting.
 
     python training/benchmarks/bench_loader.py                      # everything
     python training/benchmarks/bench_loader.py --what sources --dataloader_num_workers 0
 
-- `sources`: the same 64 px pictures with long captions from a folder of PNGs, from parquet, from a WebDataset tar and
-  from the cache of `precompute_prx.py` (latents of 16 channels at an eighth of the side, text 384 wide), through the
-  loader of a training run. The clock starts with the first batch, so that the start of the workers does not count.
-  A number is the median over the repeats, in turns in random order.
-- `quickstart`: the first steps of `recipes/quickstart.yaml`, and what share of them is waiting for data.
+- `sources`: the same 64 px images with long captions from a folder of PNGs, from parquet, from a WebDataset tar and
+from
+  the cache of `precompute_prx.py` (latents with 16 channels at an eighth of the side, text of width 384), through the
+  loader of a training run. The clock starts after the first batch, so the start of the workers does not count. A
+  number is the median over the repeats, in random order.
+- `quickstart`: the first steps of `recipes/quickstart.yaml`, and the share of their time spent waiting for data.
 """
 
 import argparse
 import io
 import json
-import random
 import statistics
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
 from diffusers import AutoencoderKL
+from timing import alternate
 
 from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.data.scenes import ScenesDataset
@@ -38,33 +40,38 @@ RESOLUTION, BATCH_SIZE = 64, 32
 
 
 def write_sources(folder: Path, count: int) -> dict[str, Path]:
-    """The same samples in a folder, in a parquet file and in a tar; the name of each to train from."""
+    """Write the same samples as a folder, a parquet file and a tar file. Return the path of each."""
     scenes = ScenesDataset(level="medium", resolution=RESOLUTION, size=count)
-    names = {"folder": folder / "images", "parquet": folder / "all.parquet", "tar": folder / "all.tar"}
-    names["folder"].mkdir()
+    paths = {"folder": folder / "images", "parquet": folder / "all.parquet", "tar": folder / "all.tar"}
+    paths["folder"].mkdir()
     rows = []
-    with tarfile.open(names["tar"], "w") as tar:
+    with tarfile.open(paths["tar"], "w") as tar:
         for index in range(count):
             sample, png = scenes[index], io.BytesIO()
             sample["image"].save(png, "PNG")
             members = {"png": png.getvalue(), "txt": sample["caption"].encode()}
             for ending, content in members.items():
-                (names["folder"] / f"{index:05}.{ending}").write_bytes(content)
+                (paths["folder"] / f"{index:05}.{ending}").write_bytes(content)
                 member = tarfile.TarInfo(f"{index:05}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
             rows.append({"image": {"bytes": members["png"], "path": None}, "text": sample["caption"]})
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(names["parquet"])
-    return names
+    datasets.Dataset.from_list(rows, features=features).to_parquet(paths["parquet"])
+    return paths
 
 
 def write_networks(folder: Path) -> dict[str, str]:
-    """Small random networks to precompute with, as settings of a run."""
+    """Save small random networks for precomputing. Return them as settings of a run."""
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16,) * 4, norm_num_groups=8, latent_channels=16, scaling_factor=0.36, shift_factor=0.12,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16,) * 4,
+        norm_num_groups=8,
+        latent_channels=16,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+    )
     tokenizer = train_tokenizer([ScenesDataset(level="medium", size=9)[i]["caption"] for i in range(9)], 320, 128)
     text = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 6}
     text |= {"head_dim": 64, "intermediate_size": 384, "query_pre_attn_scalar": 64}
@@ -75,7 +82,7 @@ def write_networks(folder: Path) -> dict[str, str]:
 
 
 def open_stage(cfg: TrainingConfig) -> Stage:
-    """The data of a run, ready to be read."""
+    """Return the data of a run, ready to be read."""
     (stage,) = build_stages(cfg)
     stage.sort(8, 1)
     if cfg.precomputed_dir is not None:
@@ -107,7 +114,7 @@ def bench_sources(count: int, workers: int, repeats: int) -> None:
             "max_train_steps": count // BATCH_SIZE,
             "lr_warmup_steps": 0,
             "dataloader_num_workers": workers,
-        }  # fmt: skip
+        }
         cached = {"dataset_name": str(sources["parquet"]), "precomputed_dir": str(folder / "cache")}
         precompute(TrainingConfig(**settings | cached))
         stages = {
@@ -115,13 +122,15 @@ def bench_sources(count: int, workers: int, repeats: int) -> None:
             for kind, path in sources.items()
         }
         stages["cache"] = open_stage(TrainingConfig(**settings | cached))
-        order, rates = random.Random(0), {kind: [] for kind in stages}
-        for _ in range(repeats):
-            for kind in order.sample(list(stages), len(stages)):
-                rates[kind].append(samples_per_second(stages[kind]))
+        rates: dict[str, list[float]] = {kind: [] for kind in stages}
+        work = {
+            kind: partial(lambda kind, _: rates[kind].append(samples_per_second(stages[kind])), kind)
+            for kind in stages
+        }
+        alternate(work, lambda: None, repeats)
     print(f"\n{count} samples of {RESOLUTION} px, batch {BATCH_SIZE}, {workers} workers, n = {repeats}\n")
     print("| source | samples/s | slowest to fastest |\n|---|---|---|")
-    for kind, values in rates.items():
+    for kind, (_, *values) in rates.items():  # the first one warms up
         print(f"| {kind} | **{statistics.median(values):.0f}** | {min(values):.0f} to {max(values):.0f} |")
 
 
@@ -134,7 +143,7 @@ def measure_quickstart(steps: int) -> None:
         train(set_up_run(cfg, TRAINING.parent / "model_cards" / "template.md"))
         record = json.loads((Path(folder) / "training.json").read_text())
     share = 100 * record["history"][-1]["waiting_share"]
-    print(f"\nquickstart: of {record['seconds']:.1f} s for {steps} steps {share:.2f}% were waiting for data")
+    print(f"\nquickstart: {share:.2f}% of {record['seconds']:.1f} s for {steps} steps were spent waiting for data")
 
 
 def main() -> None:
@@ -143,7 +152,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--dataloader_num_workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="of the quickstart")
+    parser.add_argument("--steps", type=int, default=60, help="Steps of the quickstart.")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.what in ("sources", "all"):

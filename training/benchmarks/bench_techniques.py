@@ -1,28 +1,30 @@
-"""Time the study's techniques against the step without them, alternating in one process.
+"""Time steps with and without the study's techniques, alternating in one process.
 
     python training/benchmarks/bench_techniques.py                     # everything
     python training/benchmarks/bench_techniques.py --what route --repeats 9
 
-- `route`: forward and backward of a PRX with 16 blocks at 1024 image tokens: dense, TREAD (half of the tokens go
-  around the blocks [2, 13)) and SPRINT (three quarters are dropped there, and fused).
-- `repa`: a whole `train_step` with backward at 256 image tokens, hidden 512 and 8 blocks: without alignment, with REPA
-  from features on disk (a teacher 192 wide), and after the burn-in. Then, by counting and not timing, the projector's
-  share of the floating-point operations of PRX-1.2B with a teacher 1024 wide.
+- `route`: forward and backward of a PRX with 16 blocks at 1024 image tokens: dense, TREAD (half of the tokens bypass
+the
+  blocks [2, 13)) and SPRINT (three quarters are dropped there, and fused).
+- `repa`: `train_step` with backward at 256 image tokens, hidden size 512 and 8 blocks: without alignment, with REPA
+from
+  cached features (teacher of width 192), and after the burn-in. Also the projector's share of the FLOPs of PRX-1.2B
+  with a teacher of width 1024, which is counted, not timed.
 
-A number is the median over the repeats, in turns in random order; a ratio is a ratio of medians. bf16 autocast over
-float32 weights, as in training.
+A number is the median over the repeats; a ratio is a ratio of medians. bf16 autocast over float32 weights, as in
+training.
 """
 
 import argparse
-import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import alternate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -40,17 +42,8 @@ TEXT_TOKENS = 85
 ROUTE_RANGE = (2, 13)
 
 
-def alternate(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of every piece of work."""
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for run in work.values():  # warm up
-        run()
-    for _ in range(repeats):
-        for name in order.sample(list(work), len(work)):
-            start = time.perf_counter()
-            work[name]()
-            seconds[name].append(time.perf_counter() - start)
+def median_seconds(work: dict[str, Callable[[None], Any]], repeats: int) -> dict[str, float]:
+    seconds = alternate(work, lambda: None, repeats)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -68,11 +61,11 @@ def bench_route(repeats: int, batch: int) -> None:
         F.mse_loss(velocity.float(), latents).backward()
         model.zero_grad(set_to_none=True)
 
-    medians = alternate(
+    medians = median_seconds(
         {
-            "dense": lambda: step(dense, 0.0),
-            "TREAD 50%": lambda: step(dense, 0.5),
-            "SPRINT 75%": lambda: step(sprint, 0.75),
+            "dense": lambda _: step(dense, 0.0),
+            "TREAD 50%": lambda _: step(dense, 0.5),
+            "SPRINT 75%": lambda _: step(sprint, 0.75),
         },
         repeats,
     )
@@ -126,13 +119,13 @@ def bench_repa(repeats: int, batch: int) -> None:
         aligned = Nets(**vars(plain) | shared | {"projector": projector})
         aligned_wide = Nets(**vars(plain) | shared | {"projector": wide})
         uncached = Nets(**vars(plain) | {"teacher": teacher, "projector": projector})
-        medians = alternate(
+        medians = median_seconds(
             {
-                "without": lambda: step(plain),
-                "REPA, cached features": lambda: step(aligned),
-                "REPA, cached features, projector 2048 wide": lambda: step(aligned_wide),
-                "REPA, teacher in the step": lambda: step(uncached),
-                "after the burn-in": lambda: step(Nets(**vars(aligned) | {"projector": None})),
+                "without": lambda _: step(plain),
+                "REPA, cached features": lambda _: step(aligned),
+                "REPA, cached features, projector 2048 wide": lambda _: step(aligned_wide),
+                "REPA, teacher in the step": lambda _: step(uncached),
+                "after the burn-in": lambda _: step(Nets(**vars(aligned) | {"projector": None})),
             },
             repeats,
         )
@@ -143,7 +136,7 @@ def bench_repa(repeats: int, batch: int) -> None:
 
 
 def count_repa() -> None:
-    """The projector's share of the operations of PRX-1.2B, at 256 tokens in latents and with a teacher 1024 wide."""
+    """Print the projector's share of the FLOPs of PRX-1.2B at 256 latent tokens, with a teacher of width 1024."""
     with torch.device("meta"):
         transformer = PRXTransformer2DModel()
         projector = build_projector("mlp", 1792, 1024, hidden_size=1792)
@@ -154,18 +147,18 @@ def count_repa() -> None:
         with FlopCounterMode(display=False) as extra:
             projector(features, None, (16, 16)).sum().backward()
     share = extra.get_total_flops() / step.get_total_flops()
-    print(f"\nPRX-1.2B, 256 tokens: the projector adds {100 * share:.2f}% to the operations of a step's forward and")
-    print(
-        "backward; the teacher, unless its features are cached, comes on top (DINOv2 ViT-L: 0.3B parameters forward)."
-    )
+    print(f"\nPRX-1.2B, 256 tokens: the projector adds {share:.2%} to the FLOPs of forward and backward, without the")
+    print("teacher, whose features may be cached (DINOv2 ViT-L: 0.3B parameters forward).")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=["route", "repa", "all"], default="all")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--train_batch_size", type=int, default=2, help="of route; REPA takes eight times as many")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch; default: its own choice")
+    parser.add_argument(
+        "--train_batch_size", type=int, default=2, help="Batch size of `route`; `repa` uses eight times as many."
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="Number of repeats. Default: 7.")
+    parser.add_argument("--threads", type=int, help="Threads of PyTorch. Default: its own choice.")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

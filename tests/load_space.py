@@ -1,13 +1,13 @@
-"""Many people at once at the demo, and requests that make no sense: does each get a picture, or a sentence?
+"""Load test of the demo: many clients at once, and malformed requests.
 
     make demo &                                                  # or python spaces/prx/app.py
-    python training/benchmarks/load_space.py --model quickstart --size '32 x 32' --pid $!
+    python tests/load_space.py --model quickstart --size '32 x 32' --pid $!
 
-`--clients` people ask for pictures for `--seconds`, each for the next one as soon as the last is there; who is refused
-because the queue is full waits a second. Then `--malformed` requests that are wrong in one value or another are sent.
-The last line is JSON: how many were answered, refused and failed, how long they waited, how often the order of arrival
-was broken, memory of the server (`--pid`, on Linux) after the first quarter and at the end, and every answer to a
-malformed request that is no clear sentence. It speaks to this machine only.
+`--clients` clients request images for `--seconds`, one after the other; a client that is refused because the queue is
+full waits a second. Then `--malformed` requests follow that are wrong in one value. The last line is JSON: numbers of
+answered, refused and failed requests, waiting times, violations of the order of arrival, memory of the server
+(`--pid`, on Linux) after the first quarter and at the end, and every answer to a malformed request that is not a clear
+sentence. It contacts this machine only.
 """
 
 import argparse
@@ -29,10 +29,10 @@ TIMEOUT = 300.0  # seconds without a sign of life (gradio's heartbeats are one)
 
 @dataclass
 class Answer:
-    """What became of one request. Times are in seconds on one clock; `started` is when the first news of it came."""
+    """Result of one request. Times are in seconds of one clock; `started` is the time of the first event."""
 
     kind: str  # answered, refused (the queue is full), or failed
-    said: str = ""  # why not
+    message: str = ""  # error
     joined: float = 0.0
     started: float = 0.0
     ended: float = 0.0
@@ -59,9 +59,9 @@ def ask(port: int, endpoint: str, body: bytes) -> Answer:
                 if event != "heartbeat" and not answer.started:
                     answer.started = time.monotonic()
             elif name == "data" and event == "complete":
-                answer.kind, answer.said, answer.data = "answered", "", json.loads(value)
+                answer.kind, answer.message, answer.data = "answered", "", json.loads(value)
             elif name == "data" and event == "error":
-                answer.said = str((json.loads(value) or {}).get("error"))
+                answer.message = str((json.loads(value) or {}).get("error"))
         answer.ended = time.monotonic()
         return answer
     finally:
@@ -73,11 +73,11 @@ def draw_body(prompt: str, model: str, size: str, seed: int, steps: int = 10) ->
 
 
 def malformed(number: int, model: str, size: str) -> tuple[str, bytes]:
-    """An endpoint and a body that is wrong in one place, by a number."""
+    """Return the endpoint and the body of a malformed request, chosen by a number."""
     rng = random.Random(number)
     odd = [None, "", "abc", [], {}, [[1]], {"path": "/etc/passwd"}, True, -1, 0, 1e309, 10**30, 2.5, "x" * 5000]
     right = ["a red circle", "", model, size, "fast", 3, 4.0, 0, 1]
-    wrong = {  # by place: values that are not accepted there
+    wrong = {  # position -> values that are refused
         0: [None, "", "   ", 7, [], {}, "x" * 1001, "\ud800"],
         1: [7, [1], {"a": 1}, "x" * 1001, True],
         2: ["../../etc", "/etc/passwd", "<script>alert(1)</script>", *odd],
@@ -99,24 +99,24 @@ def malformed(number: int, model: str, size: str) -> tuple[str, bytes]:
         both = ["a red circle", "", 0, model, "fast", 3, 4.0, model, "fast", 3, 4.0]
         both[rng.choice([2, 3, 5, 7, 8, 9, 10])] = rng.choice([None, "abc", [], {}, -1, 1e309])
         return "compare", json.dumps({"data": both}).encode()
-    place = rng.randrange(9)
-    right[place] = rng.choice(wrong[place])
+    position = rng.randrange(9)
+    right[position] = rng.choice(wrong[position])
     return "draw", json.dumps({"data": right}).encode()
 
 
 def is_clear(answer: Answer) -> bool:
-    """Whether it says what was wrong, without showing the inside of the server."""
-    said = answer.said
-    inside = any(sign in said for sign in ("Traceback", 'File "', "site-packages", "object at 0x"))
-    return answer.kind == "failed" and len(said) > 10 and said != "None" and not inside
+    """True if an answer explains the error without internals of the server."""
+    text = answer.message
+    has_internals = any(sign in text for sign in ("Traceback", 'File "', "site-packages", "object at 0x"))
+    return answer.kind == "failed" and len(text) > 10 and text != "None" and not has_internals
 
 
 def broken_order(answers: list[Answer]) -> int:
-    """How many requests were overtaken: somebody came clearly later and was done before they had begun."""
+    """Return how many requests were overtaken by one that came clearly later and ended before they started."""
     done = sorted((answer for answer in answers if answer.kind == "answered"), key=lambda answer: answer.joined)
     return sum(
-        any(later.ended < answer.started for later in done[place + 1 :] if later.joined > answer.joined + 0.1)
-        for place, answer in enumerate(done)
+        any(later.ended < answer.started for later in done[index + 1 :] if later.joined > answer.joined + 0.1)
+        for index, answer in enumerate(done)
     )
 
 
@@ -128,11 +128,11 @@ def memory_mb(pid: int | None) -> float | None:
 
 
 def load(port: int, model: str, size: str, clients: int, seconds: float, pid: int | None = None) -> dict[str, Any]:
-    """Figures of many people at once."""
+    """Return the results of many clients at once."""
     answers: list[Answer] = []
     end = time.monotonic() + seconds
 
-    def person(number: int) -> None:
+    def client(number: int) -> None:
         for turn in range(10**6):
             if time.monotonic() > end:
                 return
@@ -141,7 +141,7 @@ def load(port: int, model: str, size: str, clients: int, seconds: float, pid: in
             if answer.kind == "refused":
                 time.sleep(1)
 
-    threads = [threading.Thread(target=person, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     time.sleep(seconds / 4)
@@ -154,7 +154,7 @@ def load(port: int, model: str, size: str, clients: int, seconds: float, pid: in
         "clients": clients,
         "seconds": seconds,
         **kinds,
-        "failures": sorted({answer.said for answer in answers if answer.kind == "failed"})[:5],
+        "failures": sorted({answer.message for answer in answers if answer.kind == "failed"})[:5],
         "median_seconds": round(statistics.median(waits), 2),
         "longest_seconds": round(max(waits), 2),
         "overtaken": broken_order(answers),
@@ -164,7 +164,7 @@ def load(port: int, model: str, size: str, clients: int, seconds: float, pid: in
 
 
 def send_malformed(port: int, model: str, size: str, count: int) -> dict[str, Any]:
-    """Figures of requests that make no sense, and a right one after them."""
+    """Return the results of malformed requests, and of a valid one after them."""
     unclear = []
     for number in range(count):
         endpoint, body = malformed(number, model, size)
@@ -178,14 +178,14 @@ def send_malformed(port: int, model: str, size: str, count: int) -> dict[str, An
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--model", default="quickstart", help="A model as the page names it.")
-    parser.add_argument("--size", default="32 x 32", help="One of its sizes, as the page writes it.")
+    parser.add_argument("--model", default="quickstart", help="Name of a model on the page.")
+    parser.add_argument("--size", default="32 x 32", help="Size as on the page.")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--malformed", type=int, default=200)
-    parser.add_argument("--pid", type=int, help="Of the server, to see its memory.")
+    parser.add_argument("--pid", type=int, help="Process id of the server, to measure its memory.")
     args = parser.parse_args(argv)
-    # the model is loaded, and every thread of the server started, before memory is looked at
+    # loads the model and starts the threads of the server before memory is measured
     ask(args.port, "draw", draw_body(PROMPT, args.model, args.size, 0))
     figures = load(args.port, args.model, args.size, args.clients, args.seconds, args.pid)
     print(json.dumps(figures | send_malformed(args.port, args.model, args.size, args.malformed)))
