@@ -35,11 +35,11 @@ from space_tools import counted, rests
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
 import gradio as gr
-from load_space import ask, draw_body, is_clear, load, main, malformed, send_malformed
 
 import app
 import page_parts
 import serving
+from load_space import ask, draw_body, is_clear, load, main, malformed, send_malformed
 from model_cache import ModelCache, find_models
 
 ROOT = Path(__file__).resolve().parents[2]

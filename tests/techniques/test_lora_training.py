@@ -30,7 +30,7 @@ from diffusers_prx.schedulers import PRXXPredictionScheduler
 from diffusers_prx.training.bookkeeping import validate
 from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.networks import saved_settings
-from diffusers_prx.training.preflight import memory, outline
+from diffusers_prx.training.preflight import memory, meta_networks
 from diffusers_prx.training.recipes import read_command_line
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state
