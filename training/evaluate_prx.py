@@ -1,13 +1,13 @@
-"""Grade a saved pipeline: `python training/evaluate_prx.py --model outputs/quickstart --scenes --seed 1`.
+"""Evaluate a saved pipeline: `python training/evaluate_prx.py --model outputs/quickstart --scenes --seed 1`.
 
-Or compare what it draws with a reference, by any metrics; on several processes with `accelerate launch` or torchrun:
+Or compare its images with a reference, on several processes with `accelerate launch` or torchrun:
 
 `accelerate launch training/evaluate_prx.py --model Photoroom/prx-512-t2i-sft --output_dir outputs/sft \\
    --reference 'photos/{000..009}.tar' --metrics fid cmmd dino_mmd --num_inference_steps 50 --guidance_scale 3.5`
 
-Killed, it goes on where it was when it is started again. The last line of the output is JSON with the scores;
-report.json, report.md and labeled pictures go to the output folder; where that is the folder of the run itself, its
-model card takes them in.
+If it is interrupted, run the same command again: it resumes. The last line of the output is JSON with the scores.
+report.json, report.md and labeled images go to the output folder. If this is the folder of the run, its model card is
+updated.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NOT_IN_LAST_LINE = ("config", "versions", "evaluation")
 
 
 def metric(text: str) -> str:
-    """Expand the path of an encoder behind the kind of a metric."""
+    """Expand the path of an encoder in KIND:ENCODER."""
     kind, colon, encoder = text.partition(":")
     return kind + colon + expand_path(encoder)
 
@@ -47,23 +47,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         group.add_argument(f"--{name}", type=kind, default=default[name], help=f"{text} Default: {default[name]}.")
 
     model = parser.add_argument_group("the model")
-    model.add_argument("--model", required=True, type=expand_path, help="A saved pipeline: a folder or a Hub id.")
-    model.add_argument("--revision", help="Of the model on the Hub.")
+    model.add_argument("--model", required=True, type=expand_path, help="Saved pipeline: a folder or a Hub id.")
+    model.add_argument("--revision", help="Revision of the model on the Hub.")
     model.add_argument(
-        "--stock", action="store_true", help="Load it with diffusers' own class: stock PRX, or another text-to-image."
+        "--stock",
+        action="store_true",
+        help="Load the pipeline with diffusers' own class: stock PRX, or another text-to-image pipeline.",
     )
-    model.add_argument("--dtype", choices=DTYPES, help="Of the weights. Default: what loading makes of them.")
-    number(model, "resolution", "Side of the pictures in pixels; None is the model's own.")
+    model.add_argument("--dtype", choices=DTYPES, help="Type of the weights. Default: that of from_pretrained.")
+    number(model, "resolution", "Side length in pixels; None: that of the model.")
     number(model, "num_inference_steps", "Denoising steps.")
-    number(model, "guidance_scale", "1 is none.", float)
-    number(model, "seed", "Of scenes, noise and bootstrap.")
-    number(model, "batch_size", "Prompts that are drawn at once.")
+    number(model, "guidance_scale", "Scale of classifier-free guidance; 1: none.", float)
+    number(model, "seed", "Seed of scenes, noise and bootstrap.")
+    number(model, "batch_size", "Prompts per call.")
 
     scenes = parser.add_argument_group("prompt following on the built-in scenes")
-    scenes.add_argument("--scenes", action="store_true", help="Grade it.")
+    scenes.add_argument("--scenes", action="store_true", help="Grade prompt following.")
     scenes.add_argument("--level", choices=list(LEVELS), default="easy", help="Difficulty of the prompts.")
-    scenes.add_argument("--caption", choices=CAPTIONS, default="long", help="Which caption is the prompt.")
-    number(scenes, "num_prompts", "Held-out prompts, and as many novel ones.")
+    scenes.add_argument("--caption", choices=CAPTIONS, default="long", help="Kind of the captions.")
+    number(scenes, "num_prompts", "Number of held-out prompts, and of novel ones.")
 
     metrics = parser.add_argument_group("distances to a reference")
     metrics.add_argument(
@@ -75,22 +77,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--reference",
         default="scenes",
         type=expand_path,
-        help="scenes (their held-out split), or a data set as for training.",
+        help="scenes (their held-out split), or a data set as for training. Default: scenes.",
     )
-    metrics.add_argument("--reference_config")
-    metrics.add_argument("--reference_split", default="train")
-    metrics.add_argument("--image_column", default="image")
-    metrics.add_argument("--caption_column", default="text", help="The prompts; of scenes it is --caption.")
-    number(metrics, "num_images", "Pictures to draw; the study draws 10,000.")
-    number(metrics, "num_reference", "Images of the reference; None is as many as are drawn.")
-    number(metrics, "bootstrap", "Resamples for the intervals; 0 is none.")
-    metrics.add_argument("--compat", choices=[PHOTOROOM], help="Do what the study's public code does.")
+    metrics.add_argument("--reference_config", help="Configuration of the data set.")
+    metrics.add_argument("--reference_split", default="train", help="Split of the data set. Default: train.")
+    metrics.add_argument("--image_column", default="image", help="Column of the images. Default: image.")
+    metrics.add_argument("--caption_column", default="text", help="Column of the prompts. Default: text.")
+    number(metrics, "num_images", "Number of images to generate; the study uses 10,000.")
+    number(metrics, "num_reference", "Number of reference images; None: as many as are generated.")
+    number(metrics, "bootstrap", "Resamples for the intervals; 0: no intervals.")
+    metrics.add_argument("--compat", choices=[PHOTOROOM], help="Evaluate like the study's public code.")
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--output_dir", type=path, help="Where the report goes; default: the model's folder.")
-    run.add_argument("--cache_dir", type=path, default=CACHE, help=f"Of what is kept of references. Default: {CACHE}.")
-    run.add_argument("--metric_batch_size", type=int, default=32, help="Images that an encoder sees at once.")
-    run.add_argument("--num_workers", type=int, default=0, help="Processes that read images.")
+    run.add_argument("--output_dir", type=path, help="Output folder. Default: folder of the model.")
+    run.add_argument("--cache_dir", type=path, default=CACHE, help=f"Cache of reference statistics. Default: {CACHE}.")
+    run.add_argument("--metric_batch_size", type=int, default=32, help="Images per batch of an encoder. Default: 32.")
+    run.add_argument("--num_workers", type=int, default=0, help="Processes that read images. Default: 0.")
     args = parse_flags(parser, argv)
     if args.metric_batch_size < 1:
         parser.error(f"--metric_batch_size must be at least 1, got {args.metric_batch_size}")

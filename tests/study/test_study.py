@@ -334,7 +334,7 @@ def test_table_of_findings(reported):
     tuned = table_row(text, "`tuned`: Tuning helps.")
     assert tuned[3:7] == ["0.25", "0.75", "+0.5 [one seed: no interval]", "1 of 3"]
     assert tuned[-1] == "**too few seeds** |"
-    assert "4 findings: 1 agrees, 1 undecided, 1 failed, 1 too few seeds." in text
+    assert "4 findings. agrees: 1, undecided: 1, failed: 1, too few seeds: 1." in text
     assert "about 0.1 of 2 intervals would exclude zero by chance; 1 do" in text
     assert "After Holm's correction for 2 questions, 1 remain: gain. 4 findings share" in text
 

@@ -2,14 +2,14 @@
 
 `python training/tools/train_scenes_teacher.py --output_dir outputs/tools/scenes_teacher`
 
-What DINOv2 is for the study, this is for runs without the Hub: alignment, the perceptual loss and the metrics take it
-by its folder. It is a Dinov2WithRegistersModel that learns to say what is where in a scene: every patch token the
-shape, color, size, texture and background at its place, the class token the same of every place of the grid. The
-linear heads that read this are thrown away.
+It replaces DINOv2 in runs without the Hub: alignment, the perceptual loss and the metrics load it from its folder. It
+is a Dinov2WithRegistersModel that learns to describe scenes: every patch token predicts shape, color, size, texture
+and background at its position, and the class token predicts them for every cell of the grid. The linear heads are
+discarded.
 
-The folder holds the model in transformers' format, preprocessor_config.json with the normalization of its input, and
-training.json with the settings and the accuracies on held-out and novel scenes, which are also printed. The same seed
-gives the same weights on the same machine with the same number of threads.
+The output folder contains the model in transformers' format, preprocessor_config.json, and training.json with the
+settings and the accuracies on held-out and novel scenes, which are also printed. The same seed gives the same weights
+on the same machine with the same number of threads.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from diffusers_prx.cli import parse_flags, path
 from diffusers_prx.data.scenes import LEVELS, Scene, ScenesDataset, cell_corner, get_level, object_mask
 from diffusers_prx.training.export import commit_of_this_package
 
-NOTHING = "nothing"
+EMPTY = "nothing"
 OBJECT_ATTRIBUTES = ("shape", "color", "size", "texture")
-# A patch belongs to the object that covers most of it, if that covers at least this share of it.
+# A patch belongs to the object that covers most of it, if that is at least this share.
 COVERED_SHARE = 0.25
-# Pixels in [-1, 1], as everywhere in the package.
+# Maps pixels to [-1, 1].
 PIXEL_MEAN = PIXEL_STD = [0.5, 0.5, 0.5]
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -41,20 +41,22 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=path, required=True, help="Folder of the teacher.")
-    parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Of the scenes.")
-    parser.add_argument("--resolution", type=int, default=32, help="Of the scenes, in pixels: 32 to 256.")
-    parser.add_argument("--patch_size", type=int, default=4, help="Side of a patch in pixels.")
+    parser.add_argument("--output_dir", type=path, required=True, help="Output folder.")
+    parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Level of the scenes.")
+    parser.add_argument("--resolution", type=int, default=32, help="Resolution of the scenes, 32 to 256 pixels.")
+    parser.add_argument("--patch_size", type=int, default=4, help="Patch size in pixels.")
     parser.add_argument("--hidden_size", type=int, default=128, help="Width of the features.")
     parser.add_argument("--num_layers", type=int, default=5)
     parser.add_argument("--num_heads", type=int, default=4)
     parser.add_argument("--num_registers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="The highest one of the cosine.")
-    parser.add_argument("--num_eval", type=int, default=512, help="Held-out scenes to grade, and as many novel ones.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights and the scenes.")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's.")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="Peak of the cosine schedule.")
+    parser.add_argument(
+        "--num_eval", type=int, default=512, help="Number of held-out scenes to grade, and of novel ones."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights and scenes.")
+    parser.add_argument("--threads", type=int, help="CPU threads. Default: that of PyTorch.")
     args = parse_flags(parser, argv)
     for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "steps", "batch_size", "num_eval", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -74,16 +76,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def attribute_values(level: str) -> list[tuple[str, ...]]:
-    """What each attribute can be, in the order of the labels: shape, color, size, texture, background."""
+    """Return the values of each attribute: shape, color, size, texture, background."""
     definition = get_level(level)
-    values = [(NOTHING, *getattr(definition, f"{name}s")) for name in OBJECT_ATTRIBUTES]
+    values = [(EMPTY, *getattr(definition, f"{name}s")) for name in OBJECT_ATTRIBUTES]
     return [*values, definition.backgrounds]
 
 
 def scene_labels(scene: Scene, resolution: int, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The right answers for a picture: of every patch (N, 5) and of every place of the grid (P, 5), both row by row.
+    """Return the labels of all patches (N, 5) and all cells of the grid (P, 5), both in row order.
 
-    Numbers are places in `attribute_values`. A patch is judged by the silhouette of an object, whatever its texture.
+    Labels are indices in `attribute_values`. A patch is labeled by the silhouette of an object, whatever its texture.
     """
     values, grid = attribute_values(scene.level), get_level(scene.level).grid
     background = values[-1].index(scene.background)
@@ -106,7 +108,7 @@ def scene_labels(scene: Scene, resolution: int, patch_size: int) -> tuple[torch.
 
 
 def scene_batches(args: argparse.Namespace, split: str, size: int) -> DataLoader:
-    """Batches of the split's first `size` scenes: pixels in [-1, 1] (B, 3, H, W), labels (B, N, 5) and (B, P, 5)."""
+    """Return batches of a split: pixels in [-1, 1] (B, 3, H, W), labels (B, N, 5) and (B, P, 5)."""
 
     def collate(items: list[dict]) -> Batch:
         pixels = torch.from_numpy(np.stack([np.asarray(item["image"]) for item in items]))  # (B, H, W, 3)
@@ -118,8 +120,8 @@ def scene_batches(args: argparse.Namespace, split: str, size: int) -> DataLoader
     return DataLoader(scenes, args.batch_size, collate_fn=collate)
 
 
-class Reader(nn.Module):
-    """The teacher with the two linear layers that read its tokens."""
+class TeacherWithHeads(nn.Module):
+    """The teacher with linear heads on its tokens."""
 
     def __init__(self, teacher: Dinov2WithRegistersModel, level: str):
         super().__init__()
@@ -132,7 +134,7 @@ class Reader(nn.Module):
         self.place_head = nn.Linear(width, self.places * sum(self.sizes))
 
     def forward(self, pixels_pm1: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Logits of every attribute for patches, 5 x (B, N, values), and for places, 5 x (B, P, values)."""
+        """Return logits of every attribute for patches, 5 x (B, N, values), and for cells, 5 x (B, P, values)."""
         tokens = self.teacher(pixels_pm1).last_hidden_state  # (B, 1 + registers + N, E)
         patches = self.patch_head(tokens[:, 1 + self.teacher.config.num_register_tokens :])  # (B, N, all values)
         places = self.place_head(tokens[:, 0]).unflatten(1, (self.places, -1))  # (B, P, all values)
@@ -140,30 +142,37 @@ class Reader(nn.Module):
 
 
 def label_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """The mean cross-entropy, summed over the attributes. Patches (or places) with an object and those without count
-    half each: without that the many that show nothing rule the loss, and shapes are learnt late."""
+    """Return the mean cross-entropy, summed over the attributes.
+
+    Patches (or cells) with and without an object have equal total weight. Otherwise empty ones dominate the loss, and
+    shapes are learned late.
+    """
     shown = (labels[..., 0] > 0).float().flatten()  # (B * N,)
     weight = (shown / shown.sum().clamp(min=1) + (1 - shown) / (1 - shown).sum().clamp(min=1)) / 2  # (B * N,)
     costs = [
-        F.cross_entropy(of.flatten(0, 1), labels[..., i].flatten(), reduction="none") for i, of in enumerate(logits)
+        F.cross_entropy(part.flatten(0, 1), labels[..., i].flatten(), reduction="none")
+        for i, part in enumerate(logits)
     ]  # 5 x (B * N,)
     return weight @ torch.stack(costs).sum(dim=0)
 
 
-def build_optimizers(reader: Reader, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest. After 120 steps (batch 64, easy level,
-    rates up to 2e-3) the class token knew no place with AdamW alone, and 73% of them with Muon."""
-    matrices = [parameter for parameter in reader.teacher.encoder.parameters() if parameter.ndim == 2]
+def build_optimizers(model: TeacherWithHeads, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for the rest.
+
+    After 120 steps (batch size 64, easy level, learning rate up to 2e-3), the class token predicted 73% of the cells
+    with Muon, and none with AdamW alone.
+    """
+    matrices = [parameter for parameter in model.teacher.encoder.parameters() if parameter.ndim == 2]
     ids = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in reader.parameters() if id(parameter) not in ids]
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     return [
         torch.optim.Muon(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, learning_rate, weight_decay=0.0),
     ]
 
 
-def train(reader: Reader, args: argparse.Namespace, run: Callable[[torch.Tensor], tuple]) -> None:
-    optimizers = build_optimizers(reader, args.learning_rate)
+def train(model: TeacherWithHeads, args: argparse.Namespace, run: Callable[[torch.Tensor], tuple]) -> None:
+    optimizers = build_optimizers(model, args.learning_rate)
     warmup = min(50, args.steps // 10)
     schedules = [get_cosine_schedule_with_warmup(optimizer, warmup, args.steps) for optimizer in optimizers]
     progress = tqdm(scene_batches(args, "train", args.steps * args.batch_size), desc="steps")
@@ -171,26 +180,29 @@ def train(reader: Reader, args: argparse.Namespace, run: Callable[[torch.Tensor]
         patch_logits, place_logits = run(pixels)
         device = patch_logits[0].device
         loss = label_loss(patch_logits, patches.to(device)) + label_loss(place_logits, places.to(device))
-        reader.zero_grad()
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        for stepped in (*optimizers, *schedules):
-            stepped.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*optimizers, *schedules):
+            part.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
 @torch.no_grad()
 def grade(args: argparse.Namespace, split: str, run: Callable[[torch.Tensor], tuple]) -> dict[str, float]:
-    """Shares of right answers, each 0..1. Wherever it is not an attribute alone, all five have to be right."""
-    right_patches: list[torch.Tensor] = []
-    right_places: list[torch.Tensor] = []
+    """Return accuracies in [0, 1]; those that do not name an attribute require all five to be correct."""
+    correct_patches: list[torch.Tensor] = []
+    correct_places: list[torch.Tensor] = []
     objects: list[torch.Tensor] = []
     for pixels, patches, places in scene_batches(args, split, args.num_eval):
         patch_logits, place_logits = run(pixels)
-        for logits, labels, right in ((patch_logits, patches, right_patches), (place_logits, places, right_places)):
-            right.append(torch.stack([of.argmax(-1).cpu() for of in logits], dim=-1) == labels)  # (B, N or P, 5)
+        for logits, labels, correct in (
+            (patch_logits, patches, correct_patches),
+            (place_logits, places, correct_places),
+        ):
+            correct.append(torch.stack([part.argmax(-1).cpu() for part in logits], dim=-1) == labels)  # (B, N or P, 5)
         objects.append(patches[..., 0] > 0)
-    patches, places, on_object = torch.cat(right_patches), torch.cat(right_places), torch.cat(objects)
+    patches, places, on_object = torch.cat(correct_patches), torch.cat(correct_places), torch.cat(objects)
     names = (*OBJECT_ATTRIBUTES, "background")
     return {
         "patches": patches.all(-1).float().mean().item(),
@@ -216,19 +228,21 @@ def main(argv: list[str] | None = None) -> None:
         image_size=args.resolution,
         initializer_range=args.hidden_size**-0.5,  # the default 0.02 is for widths of DINOv2
     )
-    # "eager": at this size its bf16 backward takes half the time of scaled_dot_product_attention's on a CPU
-    reader = Reader(Dinov2WithRegistersModel._from_config(config, attn_implementation="eager"), args.level).to(device)
+    # "eager": at this size, its bf16 backward takes half the time of scaled_dot_product_attention on a CPU
+    model = TeacherWithHeads(
+        Dinov2WithRegistersModel._from_config(config, attn_implementation="eager"), args.level
+    ).to(device)
 
     def run(pixels_pm1: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         with torch.autocast(device, torch.bfloat16):
-            return reader(pixels_pm1.to(device))
+            return model(pixels_pm1.to(device))
 
     start = time.perf_counter()
-    train(reader, args, run)
+    train(model, args, run)
     seconds = time.perf_counter() - start
     accuracy = {split: grade(args, split, run) for split in ("heldout", "novel")}
 
-    reader.teacher.save_pretrained(args.output_dir)
+    model.teacher.save_pretrained(args.output_dir)
     preprocessing = {
         "do_resize": True,
         "size": {"height": args.resolution, "width": args.resolution},

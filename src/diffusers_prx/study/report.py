@@ -216,7 +216,7 @@ def add_overview(page: Page, results: StudyResults, runs_before: dict[str, int])
     findings = results.findings
     page.heading(2, "Findings")
     counts = Counter(result.verdict for result in findings)
-    page.text(f"{len(findings)} findings: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()) + ".")
+    page.text(f"{len(findings)} findings. " + ", ".join(f"{name}: {n}" for name, n in counts.most_common()) + ".")
     tested = [result for result in findings if result.has_enough_seeds]
     if tested:
         decided = [result.name for result in tested if result.is_decided]
