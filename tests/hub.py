@@ -25,18 +25,19 @@ LFS_BATCH = re.compile(r"/(?:(dataset|space)s/)?([\w.-]+/[\w.-]+)\.git/info/lfs/
 
 
 class Hub(ThreadingHTTPServer):
-    """The server and what it has.
+    """Server with the contents of its repositories.
 
     Attributes:
-        repositories: (type, name) -> path of a file -> its bytes.
-        created: what `create_repo` said of each.
-        objects: large files by their sha256, whether or not a commit names them yet.
-        sent: number of bytes of large files that came in.
-        regular, large: paths that were committed as the one and the other.
-        fails_after: large files that are taken before all others are refused; the server comes back for the next
-            attempt, which begins with `create_repo`. None: all are taken.
-        silent: whether it then breaks the connection instead of refusing.
-        refused: whether one was.
+        repositories: (type, name) -> path of a file -> bytes.
+        created: arguments of `create_repo` by repository.
+        objects: large files by sha256, including those without a commit.
+        sent: received bytes of large files.
+        regular: paths committed as regular files.
+        large: paths committed as large files.
+        fails_after: number of large files after which others are refused, until the next `create_repo`; None: none are
+            refused.
+        silent: close the connection instead of refusing.
+        refused: True if a file was refused.
         calls: method and path of every request.
     """
 
@@ -61,7 +62,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Of a process that talks to this server."""
+        """Return the environment of a process that uses this server."""
         unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
         values = {name: value for name, value in os.environ.items() if name not in unset}
         values |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
@@ -69,13 +70,13 @@ class Hub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Only what huggingface_hub sends is known; anything else is 404."""
+    """Handler of one request; requests that huggingface_hub does not send are 404."""
 
     server: Hub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
     def answer(self, code: int, body: Any = None, message: str | None = None) -> None:
         content = json.dumps({"error": message} if message else body if body is not None else {}).encode()
@@ -105,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.read()
         with hub.lock:
             hub.calls.append(f"{self.command} {path}")
-            if path.startswith("/lfs/") and self.command == "PUT":  # where the storage is, no token is asked for
+            if path.startswith("/lfs/") and self.command == "PUT":  # the storage requires no token
                 return self.put(path.removeprefix("/lfs/"), body)
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if path == "/api/validate-yaml":
@@ -125,24 +126,24 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(200 if len(hub.objects.get(oid, b"")) == size else 404)
             if match := REPOSITORY.fullmatch(path):
                 return self.in_repository((match[1], match[2]), match[3], body, token)
-        return self.answer(404, message=f"{self.command} {path} is not known here")
+        return self.answer(404, message=f"{self.command} {path} is unknown")
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_one
 
-    def create(self, wanted: dict[str, Any], token: str) -> None:
+    def create(self, request: dict[str, Any], token: str) -> None:
         hub = self.server
         if hub.refused:
             hub.fails_after = None
-        namespace = wanted.get("organization") or "me"
-        key = (wanted.get("type", "model"), f"{namespace}/{wanted['name']}")
+        namespace = request.get("organization") or "me"
+        key = (request.get("type", "model"), f"{namespace}/{request['name']}")
         if namespace not in ("me", "our-lab") or token != TOKEN:
-            what = f"You don't have the rights to create a {key[0]} under the namespace {namespace!r}"
-            return self.answer(403, message=what)
+            message = f"You don't have the rights to create a {key[0]} under the namespace {namespace!r}"
+            return self.answer(403, message=message)
         prefix = "" if key[0] == "model" else f"{key[0]}s/"
         known = {"url": f"{hub.url}/{prefix}{key[1]}"}
         if key in hub.repositories:
             return self.answer(409, known)
-        hub.repositories[key], hub.created[key] = {}, wanted
+        hub.repositories[key], hub.created[key] = {}, request
         return self.answer(200, known)
 
     def in_repository(self, key: tuple[str, str], rest: str, body: bytes, token: str) -> None:
@@ -159,16 +160,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(key, [json.loads(line) for line in body.splitlines()])
         if rest in (None, "revision/main"):
             return self.answer(200, {"id": key[1], "sha": "0" * 40})
-        return self.answer(404, message=f"{rest} is not known here")
+        return self.answer(404, message=f"{rest} is unknown")
 
     def mode(self, files: dict[str, bytes], asked: dict[str, Any]) -> dict[str, Any]:
-        """How a file is to be sent, and what is there already."""
+        """Return how a file must be uploaded, and the hash of the existing file."""
         large = asked["size"] >= LFS_FROM and not asked["path"].endswith((".md", ".json"))
-        there = files.get(asked["path"])
+        existing = files.get(asked["path"])
         oid = None
-        if there is not None:
-            git = hashlib.sha1(f"blob {len(there)}\0".encode() + there).hexdigest()
-            oid = hashlib.sha256(there).hexdigest() if large else git
+        if existing is not None:
+            git = hashlib.sha1(f"blob {len(existing)}\0".encode() + existing).hexdigest()
+            oid = hashlib.sha256(existing).hexdigest() if large else git
         return {
             "path": asked["path"],
             "uploadMode": "lfs" if large else "regular",
@@ -176,12 +177,12 @@ class Handler(BaseHTTPRequestHandler):
             "oid": oid,
         }
 
-    def batch(self, key: tuple[str, str], wanted: dict[str, Any]) -> None:
+    def batch(self, key: tuple[str, str], request: dict[str, Any]) -> None:
         hub = self.server
         if key not in hub.repositories:
             return self.answer(404, message="Repository not found")
         objects = []
-        for asked in wanted["objects"]:
+        for asked in request["objects"]:
             actions = {
                 "upload": {"href": f"{hub.url}/lfs/{asked['oid']}"},
                 "verify": {"href": f"{hub.url}/lfs/verify/{asked['oid']}"},
@@ -196,17 +197,17 @@ class Handler(BaseHTTPRequestHandler):
             if hub.silent:
                 self.close_connection = True
                 return None
-            return self.answer(403, message="the storage is going down")  # 503 would be tried again for half a minute
+            return self.answer(403, message="the storage is going down")  # 503 would be retried for half a minute
         assert hashlib.sha256(content).hexdigest() == oid
         hub.objects[oid] = content
         hub.sent += len(content)
         return self.answer(200)
 
-    def validate(self, wanted: dict[str, Any]) -> None:
-        """The front matter has to be a mapping, as the Hub wants it."""
-        match = re.match(r"---\n(.*?)\n---\n", wanted["content"], re.DOTALL)
+    def validate(self, request: dict[str, Any]) -> None:
+        """Require the front matter to be a mapping, like the Hub."""
+        match = re.match(r"---\n(.*?)\n---\n", request["content"], re.DOTALL)
         if match and not isinstance(yaml.safe_load(match[1]), dict):
-            return self.answer(400, {"errors": [{"message": "no mapping"}], "warnings": []})
+            return self.answer(400, {"errors": [{"message": "not a mapping"}], "warnings": []})
         warnings = [] if match else [{"message": "empty or missing yaml metadata in repo card"}]
         return self.answer(200, {"errors": [], "warnings": warnings})
 

@@ -1,4 +1,4 @@
-"""What the Hub checks of a model card, as far as it can be checked without the Hub."""
+"""The Hub's checks of model cards, as far as they are possible offline."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,18 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffusers_prx.hub.cards import linked_files
 
-# of https://huggingface.co/docs/hub/repositories-licenses, those that weights of ours can have
+# Possible licenses of our weights, from https://huggingface.co/docs/hub/repositories-licenses.
 LICENSES = {
     "apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
     "cc-by-nc-4.0", "gemma", "other", "unknown",
 }  # fmt: skip
 PIPELINE_TAGS = {"text-to-image", "unconditional-image-generation", "image-to-image"}
-# what the Hub accepts as `dataset.type` of a result
+# Values that the Hub accepts as `dataset.type` of a result.
 DATASET_TYPE = re.compile(r"(?:[\w-]+/)?[\w.-]+")
 
 
 def check_card(file: Path) -> ModelCard:
-    """Read a card and check its metadata, its links and that nothing of the template is left."""
+    """Read a card, and check its metadata, its links and that no template syntax is left."""
     card = ModelCard.load(file)
     data = card.data
     assert data.library_name == "diffusers"
@@ -36,7 +36,7 @@ def check_card(file: Path) -> ModelCard:
         assert result.task_type == data.pipeline_tag
         assert DATASET_TYPE.fullmatch(result.dataset_type)
         assert isinstance(result.metric_value, float)
-        assert result.metric_args["num_inference_steps"] >= 1  # a number without its settings says nothing
+        assert result.metric_args["num_inference_steps"] >= 1
     if data.eval_results:
         index = eval_results_to_model_index(data.model_name, data.eval_results)
         assert model_index_to_eval_results(index) == (data.model_name, data.eval_results)
@@ -44,7 +44,7 @@ def check_card(file: Path) -> ModelCard:
         assert example["text"]
         assert set(example) <= {"text", "output"}
     for link in linked_files(card):
-        assert (file.parent / link).is_file(), f"{file} names {link}, which is not there"
+        assert (file.parent / link).is_file(), f"{file} links to {link}, which does not exist"
     assert not re.search(r"\{\{|\{%|\bNone\b|Undefined", card.text)
     for part in ("## Use", "## Training", "## Measured", "## Limits", "## License and attribution"):
         assert part in card.text
