@@ -68,7 +68,7 @@ def test_score_is_the_share_of_correct_images():
 
     scores, graded, _ = report(three_in_four, "easy")
     assert scores["scene_accuracy"] == 0.75
-    assert [g.correct for g in graded[:5]] == [False, True, True, True, False]
+    assert [g.right for g in graded[:5]] == [False, True, True, True, False]
     assert scores["right_place"] >= 0.75 > scores["right_background"] - 0.01
 
 
@@ -133,7 +133,7 @@ def test_dollar_signs_in_captions_are_not_parsed_as_formulas(tmp_path, monkeypat
     written = titles_and_labels(monkeypatch)
     text = r"price $\frac{1$ and $x$"
     (graded,) = grade(perfect("easy"), "easy", "heldout", 1)
-    graded = dataclasses.replace(graded, prompt=text, correct=False, differences=text)
+    graded = dataclasses.replace(graded, prompt=text, right=False, read_instead=text)
     scene_sheet([graded], text, tmp_path / "sheet.png")
     pair_sheet([(text, graded.image, graded.image)], text, tmp_path / "pairs.png")
     assert [title.split("\n")[0] for title, _ in written] == [text, text, ""]

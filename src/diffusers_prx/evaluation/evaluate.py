@@ -1,5 +1,7 @@
-"""One evaluation: a pipeline x a reference x metrics, on any number of processes; beside every number stands what
-changes it."""
+"""Evaluation of a pipeline with metrics and a reference, on any number of processes.
+
+The report records every setting that affects a score.
+"""
 
 import hashlib
 import json
@@ -40,61 +42,74 @@ LIBRARIES = (
     "pillow",
     "diffusers-prx",
 )
-# kind of metric -> its encoder, where it has a standard one
-KINDS: dict[str, str | None] = {"fid": INCEPTION, "mmd": None, "clip_score": DEFAULT_CLIP}
-# the study's names of two of them
-STANDARD = {"cmmd": ("mmd", "clip"), "dino_mmd": ("mmd", "dinov2")}
-PICTURES_SHOWN = 8
+# Kind of metric -> standard encoder, or None.
+METRIC_KINDS: dict[str, str | None] = {"fid": INCEPTION, "mmd": None, "clip_score": DEFAULT_CLIP}
+# Names of the study -> (kind, encoder).
+STUDY_METRICS = {"cmmd": ("mmd", "clip"), "dino_mmd": ("mmd", "dinov2")}
+NUM_SHOWN = 8  # images on a sheet
 DRAWN_FILE = "drawn.json"
 
 
 def parse_metric(text: str) -> tuple[str, str]:
-    """Kind and encoder of a metric as a user writes it: fid, cmmd, dino_mmd, clip_score, fid:ENCODER, mmd:ENCODER,
-    clip_score:ENCODER.
+    """Return (kind, encoder) of a metric.
+
+    Args:
+        text: fid, cmmd, dino_mmd, clip_score, fid:ENCODER, mmd:ENCODER or clip_score:ENCODER.
 
     Raises:
-        ValueError: for another one.
+        ValueError: for an unknown metric, or one without an encoder.
     """
     kind, colon, encoder = text.partition(":")
-    if kind in STANDARD and not colon:
-        return STANDARD[kind]
-    if kind in STANDARD:
-        raise ValueError(f"`metrics` has {text!r}, but {kind} is a name for one encoder: write mmd:{encoder}.")
-    if kind not in KINDS:
-        raise ValueError(f"`metrics` has {text!r}; accepted: {', '.join([*KINDS, *STANDARD])}, with :ENCODER.")
-    chosen = encoder or KINDS[kind]
+    if kind in STUDY_METRICS and not colon:
+        return STUDY_METRICS[kind]
+    if kind in STUDY_METRICS:
+        raise ValueError(f"`metrics` has {text!r}, but {kind} has a fixed encoder. Pass `mmd:{encoder}`.")
+    if kind not in METRIC_KINDS:
+        raise ValueError(
+            f"`metrics` has {text!r}; accepted: {', '.join([*METRIC_KINDS, *STUDY_METRICS])}, with :ENCODER."
+        )
+    chosen = encoder or METRIC_KINDS[kind]
     if chosen is None:
-        raise ValueError(f"`metrics` has {text!r}, which needs an encoder: {kind}:FOLDER, or cmmd or dino_mmd.")
+        raise ValueError(f"`metrics` has {text!r}, which needs an encoder. Pass `{kind}:FOLDER`, cmmd or dino_mmd.")
     return kind, chosen
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """All that the numbers of an evaluation depend on, besides the contents of what is named here.
+    """Settings of an evaluation.
 
     Args:
-        model: a saved pipeline: a folder or a Hub id.
-        revision: of the model on the Hub.
-        stock: load it with diffusers' own class.
-        dtype: of its weights: float32, bfloat16, float16; None: as `from_pretrained` does.
+        model: saved pipeline, a folder or a Hub id.
+        revision: revision of the model on the Hub.
+        stock: load the pipeline with diffusers' own class.
+        dtype: type of the weights: float32, bfloat16, float16; None: default of `from_pretrained`.
         scenes: grade prompt following on the built-in scenes.
-        metrics: see `parse_metric`.
-        reference: `scenes`, or the name of a data set that `data.sources.load_source` opens; its captions are the
-            prompts.
-        reference_config, reference_split, image_column, caption_column: of that data set.
-        level, caption: of the scenes.
-        num_prompts: scenes to grade: so many of the held-out split, and as many novel ones.
-        num_images: to generate for the metrics.
-        num_reference: images of the reference, from its first on; None: as many as are generated.
-        resolution: side in pixels; None: the pipeline's own.
-        num_inference_steps, guidance_scale: of the pipeline's call.
-        seed: of the scenes, the noise (seed + index of the prompt) and the bootstrap.
-        batch_size: prompts drawn at once; it changes the last bits of the pictures.
-        bootstrap: resamples for the intervals; 0: none.
-        compat: "photoroom": as the study's public code (colors inverted for FID, the same noise in each batch).
+        metrics: names of metrics, see `parse_metric`.
+        reference: "scenes", or a data set for `data.sources.load_source`; its captions are the prompts.
+        reference_config: configuration of the data set.
+        reference_split: split of the data set.
+        image_column: column of the images.
+        caption_column: column of the captions.
+        level: level of the scenes.
+        caption: kind of the captions of scenes.
+        num_prompts: number of held-out prompts to grade, and of novel ones.
+        num_images: number of images to generate for the metrics.
+        num_reference: number of reference images; None: as many as are generated.
+        resolution: side length in pixels; None: default of the pipeline.
+        num_inference_steps: denoising steps.
+        guidance_scale: scale of classifier-free guidance; 1: none.
+        seed: seed of the scenes, the noise (seed + index of the prompt) and the bootstrap.
+        batch_size: prompts per call; it changes the last bits of the images.
+        bootstrap: number of resamples for the intervals; 0: no intervals.
+        compat: "photoroom" to evaluate like the study's public code: inverted colors for FID, equal noise in each
+            batch.
 
     Raises:
-        ValueError: for a value out of range, or nothing to do.
+        ValueError: if a value is out of range, or neither `scenes` nor `metrics` is set.
+
+    Example:
+        >>> from diffusers_prx.evaluation.evaluate import EvaluationSettings
+        >>> EvaluationSettings("outputs/quickstart", scenes=True, num_prompts=128)
     """
 
     model: str
@@ -123,9 +138,9 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if not self.scenes and not self.metrics:
-            raise ValueError("Nothing is asked for: give `scenes`, `metrics` or both.")
-        least = {"num_prompts": 2, "num_images": 2, "num_reference": 2, "num_inference_steps": 1, "batch_size": 1}
-        for name, bound in {**least, "guidance_scale": 1, "bootstrap": 0, "resolution": 1}.items():
+            raise ValueError("`scenes` and `metrics` are empty. Pass at least one of them.")
+        minimums = {"num_prompts": 2, "num_images": 2, "num_reference": 2, "num_inference_steps": 1, "batch_size": 1}
+        for name, bound in {**minimums, "guidance_scale": 1, "bootstrap": 0, "resolution": 1}.items():
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ValueError(f"`{name}` must be at least {bound}, got {value}.")
@@ -137,13 +152,13 @@ class EvaluationSettings:
 
 @dataclass
 class Evaluation:
-    """What the main process has at the end.
+    """Result of an evaluation.
 
     Attributes:
-        report: what goes to report.json.
-        scenes: the graded scenes, held-out and novel; empty without `scenes`.
-        pairs: (prompt, reference image or None where it cannot be read, generated image) for the sheet of pictures;
-            images are uint8 (H, W, 3). Empty without metrics.
+        report: content of report.json.
+        scenes: graded scenes, held-out and novel; empty without `scenes`.
+        pairs: (prompt, reference image or None if unreadable, generated image); images are uint8 (H, W, 3). Empty
+            without metrics.
     """
 
     report: dict[str, Any]
@@ -159,23 +174,29 @@ def evaluate(
     num_workers: int = 0,
     commit: str | None = None,
 ) -> Evaluation | None:
-    """Draw what is missing, and compute every metric that is asked for.
+    """Generate missing images and compute all metrics.
 
-    May be killed and started again, also on another number of processes: pictures that are there are not drawn again.
+    If it is interrupted, call it again, also on another number of processes: existing images are reused.
 
     Args:
-        settings: what to do.
-        output_dir: pictures go to `pictures/` in it, in a folder for all that they depend on.
-        cache_dir: where what metrics keep of references is kept.
-        metric_batch_size: images that an encoder sees at once.
+        settings: settings of the evaluation.
+        output_dir: output folder; images go to `pictures/`, in a folder for everything that they depend on.
+        cache_dir: folder for statistics of references.
+        metric_batch_size: images per batch of an encoder.
         num_workers: processes that read images.
-        commit: of the code, for the report.
+        commit: commit of the code, for the report.
 
     Returns:
-        On the main process; None on the others.
+        Result on the main process; None on the others.
 
     Raises:
-        ValueError: for a model, a reference or an encoder that does not fit; the message says what would.
+        ValueError: if a model, reference or encoder is invalid or does not fit.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
+        >>> settings = EvaluationSettings("outputs/quickstart", scenes=True)
+        >>> evaluate(settings, Path("outputs/quickstart"), Path("cache")).report["scene_accuracy"]
     """
     start = time.perf_counter()
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -184,13 +205,14 @@ def evaluate(
     least = LEVELS[settings.level].min_resolution
     if settings.scenes and resolution < least:
         raise ValueError(
-            f"Pictures of level {settings.level} can be read from {least} pixels on; the model draws {resolution}."
+            f"`level` is {settings.level!r}, which needs at least {least} pixels, but the resolution is {resolution}."
         )
     metrics = build_metrics(settings)
     reference = open_reference(settings, resolution) if metrics else None
 
     drawn = sampling_settings(settings, pipeline, resolution)
-    drawn |= {"device": state.device.type, "commit": commit, "versions": installed_versions()}  # others draw anew
+    # another machine or version generates new images
+    drawn |= {"device": state.device.type, "commit": commit, "versions": installed_versions()}
     pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
     if state.is_main_process:
         write_json(pictures.folder / DRAWN_FILE, drawn)
@@ -205,9 +227,11 @@ def evaluate(
     if reference is not None:
         prompts, without = reference.prompts(settings.num_images)
         if len(prompts) < settings.num_images:
-            logger.warning(f"The reference has {len(prompts)} captions, fewer than `num_images`.")
+            logger.warning(
+                f"The reference has {len(prompts)} captions, fewer than `num_images` {settings.num_images}."
+            )
         draw_missing(draw, pictures, prompts, settings.batch_size, "Drawing")
-        del draw, pipeline  # the encoders take its place in memory
+        del draw, pipeline  # frees memory for the encoders
         reference.size = min(settings.num_reference or prompts[-1][0] + 1, reference.size)
         loading = {"batch_size": metric_batch_size, "num_workers": num_workers}
         report = measure(settings, metrics, reference, pictures, prompts, ReferenceCache(cache_dir), loading)
@@ -218,10 +242,10 @@ def evaluate(
     graded: tuple[list[GradedScene], list[GradedScene]] = ([], [])
     if settings.scenes:
         graded = (
-            grade_kept(settings, "heldout", pictures, splits["heldout"]),
-            grade_kept(settings, "novel", pictures, splits["novel"]),
+            grade_stored_images(settings, "heldout", pictures, splits["heldout"]),
+            grade_stored_images(settings, "novel", pictures, splits["novel"]),
         )
-        report = {**scenes_part(settings, graded), **report}
+        report = {**scenes_report(settings, graded), **report}
     report |= {
         "seed": settings.seed,
         "num_inference_steps": settings.num_inference_steps,
@@ -242,7 +266,7 @@ def evaluate(
 
 
 def sampling_settings(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
-    """All that a picture depends on, besides its prompt, its index and the code."""
+    """Return everything that an image depends on, except prompt, index and code."""
     return {
         "pipeline": f"{type(pipeline).__module__.partition('.')[0]}.{type(pipeline).__name__}",
         "pipeline_fingerprint": pipeline_fingerprint(pipeline),
@@ -268,13 +292,15 @@ def measure(
     cache: ReferenceCache,
     loading: dict[str, int],
 ) -> dict[str, Any]:
-    """What a report says of metrics and reference, from pictures that are all on disk.
+    """Compute the metrics of stored images. Return the report's entries for metrics and reference.
 
     Args:
-        settings: for the bootstrap and for names.
-        metrics: by what the user called them; they are moved to the device of this process.
-        reference, pictures, prompts: what is compared.
-        cache: of references.
+        settings: settings of the evaluation.
+        metrics: metrics by the user's names; they are moved to the device of this process.
+        reference: reference images.
+        pictures: folder of the generated images.
+        prompts: prompts of the generated images.
+        cache: cache of reference statistics.
         loading: `batch_size` and `num_workers` of `image_batches`.
     """
     for metric in metrics.values():
@@ -283,7 +309,7 @@ def measure(
     described: dict[str, Any] = {"name": settings.reference}
     if distances:  # CLIP score alone needs the captions only
         content, unreadable = content_hash(reference, **loading)
-        see_reference(distances, reference, content, cache, loading)
+        update_with_reference(distances, reference, content, cache, loading)
         described |= {
             "images": len(reference) - len(unreadable),
             "unreadable_images": len(unreadable),
@@ -292,7 +318,7 @@ def measure(
             "fitting": FITTING,
             "content_hash": content,
         }
-    see_generated(list(metrics.values()), pictures, prompts, loading)
+    update_with_generated(list(metrics.values()), pictures, prompts, loading)
     found = {}
     for text, metric in metrics.items():
         encoder = metric.describe() if isinstance(metric, CLIPScore) else metric.extractor.describe()
@@ -306,10 +332,10 @@ def measure(
 
 
 def build_metrics(settings: EvaluationSettings) -> dict[str, FeatureDistance | CLIPScore]:
-    """The metrics, by what the user called them; those with one encoder share it.
+    """Build the metrics by the user's names; metrics with the same encoder share it.
 
     Raises:
-        ValueError: if an encoder cannot be loaded, or two metrics would have one name.
+        ValueError: if an encoder cannot be loaded, or two metrics would have the same name.
     """
     extractors: dict[str, FeatureExtractor] = {}
     metrics: dict[str, FeatureDistance | CLIPScore] = {}
@@ -330,12 +356,12 @@ def build_metrics(settings: EvaluationSettings) -> dict[str, FeatureDistance | C
             metrics[text] = FrechetDistance(extractors[encoder], settings.compat, keep_features)
     names = [metric.name for metric in metrics.values()]
     if clash := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"`metrics` has several that would be called {sorted(clash)}: rename an encoder's folder.")
+        raise ValueError(f"`metrics` has several with the name {sorted(clash)}. Rename the folder of an encoder.")
     return metrics
 
 
 def open_reference(settings: EvaluationSettings, resolution: int) -> ReferenceImages:
-    """The reference's images at a resolution; raises `ValueError` for one that cannot be opened."""
+    """Open the reference images. Raises `ValueError` if that fails."""
     if settings.reference == SCENES:
         size = max(settings.num_images, settings.num_reference or 0)
         scenes = {"level": settings.level, "resolution": resolution, "seed": settings.seed, "split": "heldout"}
@@ -352,29 +378,29 @@ def open_reference(settings: EvaluationSettings, resolution: int) -> ReferenceIm
 
 
 def scene_prompts(settings: EvaluationSettings, split: str) -> list[Prompt]:
-    """The prompts that are graded of a split."""
-    resolution = LEVELS[settings.level].min_resolution  # of pictures that nobody looks at
+    """Return the prompts of a split that are graded."""
+    resolution = LEVELS[settings.level].min_resolution  # any: only the captions are used
     scenes = ScenesDataset(
         settings.level, resolution, settings.seed, split, settings.caption, size=settings.num_prompts
     )
     return [(index, scenes[index]["caption"]) for index in range(settings.num_prompts)]
 
 
-def grade_kept(
+def grade_stored_images(
     settings: EvaluationSettings, split: str, pictures: PictureFolder, prompts: Sequence[Prompt]
 ) -> list[GradedScene]:
-    """Grade the pictures of a split that are on disk, of the prompts of `scene_prompts`."""
+    """Grade the stored images of the prompts of `scene_prompts`."""
     images = map(pictures.read, prompts)
     graded = grade_scenes(images, settings.level, split, settings.seed, settings.num_prompts, settings.caption)
     assert [scene.prompt for scene in graded] == [text for _, text in prompts]
     return graded
 
 
-def scenes_part(settings: EvaluationSettings, graded: tuple[list[GradedScene], list[GradedScene]]) -> dict[str, Any]:
-    """What a report says of prompt following."""
+def scenes_report(settings: EvaluationSettings, graded: tuple[list[GradedScene], list[GradedScene]]) -> dict[str, Any]:
+    """Return the report's entries for prompt following."""
     heldout, novel = graded
     intervals = {
-        f"scene_accuracy{suffix}_interval": list(share_interval(sum(g.correct for g in part), len(part)))
+        f"scene_accuracy{suffix}_interval": list(share_interval(sum(g.right for g in part), len(part)))
         for suffix, part in (("", heldout), ("_novel", novel))
     }
     return {
@@ -387,53 +413,53 @@ def scenes_part(settings: EvaluationSettings, graded: tuple[list[GradedScene], l
 
 
 class _Features:
-    """The features of one batch, computed once for all metrics that see the same images with the same encoder."""
+    """Features of one batch, computed once per encoder."""
 
     def __init__(self, images: torch.Tensor):
         self.images = images
-        self.made: dict[tuple[str, str | None], torch.Tensor] = {}
+        self.computed: dict[tuple[str, str | None], torch.Tensor] = {}
 
     def of(self, metric: FeatureDistance) -> torch.Tensor:
-        treated = metric.compat if isinstance(metric, FrechetDistance) else None
-        key = (metric.extractor.fingerprint, treated)
-        if key not in self.made:
-            self.made[key] = metric.extract(self.images)
-        return self.made[key]
+        compat = metric.compat if isinstance(metric, FrechetDistance) else None
+        key = (metric.extractor.fingerprint, compat)
+        if key not in self.computed:
+            self.computed[key] = metric.extract(self.images)
+        return self.computed[key]
 
 
-def see_reference(
+def update_with_reference(
     metrics: Sequence[FeatureDistance],
     reference: ReferenceImages,
     content: str,
     cache: ReferenceCache,
     loading: dict[str, int],
 ) -> None:
-    """Give every metric its reference: from the cache, or from the images, which are then looked at once."""
+    """Load the reference statistics of every metric from the cache, or compute and cache them."""
     missing = [metric for metric in metrics if not cache.load(metric, content)]
     if not missing:
         return
-    for _, images, _ in image_batches(reference, **loading, label="Looking at the reference"):
+    for _, images, _ in image_batches(reference, **loading, label="Reference"):
         if len(images):
             _update(missing, images.to(missing[0].device), real=True)
     for metric in missing:
         cache.save(metric, content)
 
 
-def see_generated(
+def update_with_generated(
     metrics: Sequence[FeatureDistance | CLIPScore],
     pictures: PictureFolder,
     prompts: Sequence[Prompt],
     loading: dict[str, int],
 ) -> None:
-    """Give every metric the generated pictures, and CLIP score their prompts."""
+    """Update every metric with the generated images, and CLIP scores also with the prompts."""
     distances = [metric for metric in metrics if isinstance(metric, FeatureDistance)]
     scores = [metric for metric in metrics if isinstance(metric, CLIPScore)]
     generated = GeneratedImages(pictures, prompts)
-    for places, batch, _ in image_batches(generated, **loading, label="Looking at the pictures"):
+    for indices, batch, _ in image_batches(generated, **loading, label="Generated"):
         images = batch.to(metrics[0].device)
         _update(distances, images, real=False)
         for score in scores:
-            score.update(images, [prompts[place][1] for place in places])
+            score.update(images, [prompts[index][1] for index in indices])
 
 
 @torch.no_grad()
@@ -446,9 +472,9 @@ def _update(metrics: Sequence[FeatureDistance], images: torch.Tensor, real: bool
 def shown_pairs(
     reference: ReferenceImages | None, pictures: PictureFolder, prompts: Sequence[Prompt]
 ) -> list[tuple[str, np.ndarray | None, np.ndarray]]:
-    """The first pictures with their prompts and the reference's images of the same captions."""
+    """Return the first images with their prompts and the reference images of the same captions."""
     pairs: list[tuple[str, np.ndarray | None, np.ndarray]] = []
-    for index, text in prompts[:PICTURES_SHOWN] if reference is not None else ():
+    for index, text in prompts[:NUM_SHOWN] if reference is not None else ():
         assert reference is not None
         image = reference[index]
         shown = None if isinstance(image, str) else image.permute(1, 2, 0).numpy()  # (H, W, 3)
@@ -457,11 +483,11 @@ def shown_pairs(
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the libraries that numbers depend on, those that are there."""
-    found = {}
+    """Return the versions of the installed libraries that affect scores."""
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

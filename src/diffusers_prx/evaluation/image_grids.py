@@ -1,4 +1,4 @@
-"""Sheets of pictures: labeled ones (what was asked for, what was drawn, and the verdict), and plain grids."""
+"""Sheets of images: labeled sheets of scenes and pairs, and plain grids."""
 
 import textwrap
 from collections.abc import Sequence
@@ -15,32 +15,32 @@ GRID_COLUMNS = 8
 
 
 def image_grid(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    """Pictures of one size in rows of `GRID_COLUMNS`."""
+    """Return images of one size as a grid with `GRID_COLUMNS` columns."""
     width, height = images[0].size
     columns = min(GRID_COLUMNS, len(images))
     grid = PIL.Image.new("RGB", (width * columns, height * -(-len(images) // columns)))
-    for place, image in enumerate(images):
-        grid.paste(image, (place % columns * width, place // columns * height))
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * width, index // columns * height))
     return grid
 
 
 def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int = 4) -> None:
-    """Draw a sheet of graded pictures, each under its prompt.
+    """Draw a sheet of graded images with their prompts.
 
-    A green frame is right, a red one is wrong; under a wrong picture stands what was read in place of what was asked.
+    A green frame means correct, a red one wrong. The label under a wrong image says what was read instead.
     """
     rows = -(-len(graded) // columns)
     figure = matplotlib.figure.Figure(figsize=(2.6 * columns, 3.0 * rows + 0.5), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    for place, scene in enumerate(graded):
-        axes = figure.add_subplot(rows, columns, place + 1, xticks=[], yticks=[])
+    for index, scene in enumerate(graded):
+        axes = figure.add_subplot(rows, columns, index + 1, xticks=[], yticks=[])
         axes.imshow(scene.image, interpolation="nearest")
-        verdict, color = ("right", RIGHT) if scene.correct else ("wrong", WRONG)
+        verdict, color = ("right", RIGHT) if scene.right else ("wrong", WRONG)
         text = f"{textwrap.fill(scene.prompt, 44)}\n[{verdict}]"
         axes.set_title(text, fontsize=6.5, color=color, parse_math=False)
-        if not scene.correct:
+        if not scene.right:
             axes.set_xlabel(
-                textwrap.fill(f"read: {scene.differences}", 44), fontsize=6.5, color=color, parse_math=False
+                textwrap.fill(f"read: {scene.read_instead}", 44), fontsize=6.5, color=color, parse_math=False
             )
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=3)
@@ -48,23 +48,23 @@ def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int 
 
 
 def pair_sheet(pairs: Sequence[tuple[str, np.ndarray | None, np.ndarray]], title: str, path: Path) -> None:
-    """A sheet of prompts, each over its image in the reference and what was generated for it.
+    """Draw a sheet of prompts with their reference and generated images.
 
     Args:
-        pairs: (prompt, reference, generated), images uint8 (H, W, 3); a reference that cannot be read is None.
-        title: over all.
-        path: of the PNG file.
+        pairs: (prompt, reference, generated), images uint8 (H, W, 3); unreadable references are None.
+        title: title of the sheet.
+        path: PNG file.
     """
     columns = len(pairs)
     figure = matplotlib.figure.Figure(figsize=(2.1 * columns, 5.2), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    for place, (prompt, *images) in enumerate(pairs):
+    for column, (prompt, *images) in enumerate(pairs):
         for row, (label, image) in enumerate(zip(("reference", "generated"), images)):
-            axes = figure.add_subplot(2, columns, row * columns + place + 1, xticks=[], yticks=[])
+            axes = figure.add_subplot(2, columns, row * columns + column + 1, xticks=[], yticks=[])
             if image is not None:
                 axes.imshow(image, interpolation="nearest")
             if row == 0:
                 axes.set_title(textwrap.fill(textwrap.shorten(prompt, 150), 34), fontsize=6.5, parse_math=False)
-            if place == 0:
+            if column == 0:
                 axes.set_ylabel(label, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -1,10 +1,10 @@
-"""What an evaluation leaves behind: report.json, a Markdown table of it, and pictures."""
+"""Output of an evaluation: report.json, a Markdown table, and sheets of images."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from .evaluate import PICTURES_SHOWN, Evaluation
+from .evaluate import NUM_SHOWN, Evaluation
 from .image_grids import pair_sheet, scene_sheet
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
@@ -20,10 +20,10 @@ def _interval(interval: list[float] | None) -> str:
 
 
 def markdown_table(report: dict[str, Any]) -> str:
-    """The scores of a report as a Markdown table, and under it what changes them.
+    """Return the scores of a report as a Markdown table, followed by the settings that affect them.
 
     Args:
-        report: see `evaluate.Evaluation`.
+        report: report of `evaluate.Evaluation`.
     """
     rows = [_row("metric", "value", "95% interval", "images", "better"), _row(*["---"] * 5)]
     if "scene_accuracy" in report:
@@ -57,27 +57,27 @@ def markdown_table(report: dict[str, Any]) -> str:
     for name, found in report.get("metrics", {}).items():
         encoder = found["encoder"]
         note = f"{name}: `{encoder['source']}`, {encoder['resizing']}, {encoder['fingerprint']}"
-        notes.append(note + (f"; {found['captions_cut']} captions cut" if "captions_cut" in found else ""))
+        notes.append(note + (f"; {found['captions_cut']} captions truncated" if "captions_cut" in found else ""))
     if made["compat"] is not None:
-        notes.append(f"Computed as {made['compat']}'s public code does: not comparable with other numbers")
+        notes.append(f"Computed like {made['compat']}'s public code: not comparable with other numbers")
     if made["bootstrap"]:
-        notes.append(f"Intervals: over images ({made['bootstrap']} resamples), not over trainings")
+        notes.append(f"Intervals: over images ({made['bootstrap']} resamples), not over training runs")
     notes.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made["versions"].items()))
     return "\n".join([*rows, "", *(f"- {note}" for note in notes), ""])
 
 
 def write_reports(evaluation: Evaluation, output_dir: Path) -> None:
-    """Write report.json, report.md and the pictures: samples.png of scenes, comparison.png of a reference."""
+    """Write report.json, report.md, samples.png (scenes) and comparison.png (generated and reference images)."""
     report = evaluation.report
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / REPORT_JSON).write_text(json.dumps(report, indent=2) + "\n")
     (output_dir / REPORT_MARKDOWN).write_text(markdown_table(report))
     graded, novel = evaluation.scenes
     if graded:
-        half = PICTURES_SHOWN
+        half = NUM_SHOWN
         title = (
             f"first {half} held-out and first {half} novel prompts; of {report['num_prompts']} each, "
-            f"{report['scene_accuracy']:.3f} and {report['scene_accuracy_novel']:.3f} are right"
+            f"{report['scene_accuracy']:.3f} and {report['scene_accuracy_novel']:.3f} are correct"
         )
         scene_sheet(graded[:half] + novel[:half], title, output_dir / SCENES_SHEET)
     if evaluation.pairs:

@@ -17,15 +17,15 @@ class GradedScene:
         prompt: caption of the scene.
         scene: scene that the prompt describes.
         image: generated image, uint8 (H, W, 3).
-        correct: True if everything that the prompt states was read from the image.
-        differences: what was read instead; empty if `correct`.
+        right: True if everything that the prompt states was read from the image.
+        read_instead: what was read instead; empty if `right`.
     """
 
     prompt: str
     scene: Scene
     image: np.ndarray
-    correct: bool
-    differences: str = ""
+    right: bool
+    read_instead: str = ""
 
 
 def grade_scenes(
@@ -48,8 +48,8 @@ def grade_scenes(
     graded = []
     for prompt, scene, image in zip(prompts, expected, images, strict=True):
         found = read_scene(image, level)
-        correct = scene_matches(found, scene, caption)
-        graded.append(GradedScene(prompt, scene, image, correct, describe_differences(found, scene, caption)))
+        right = scene_matches(found, scene, caption)
+        graded.append(GradedScene(prompt, scene, image, right, describe_differences(found, scene, caption)))
     return graded
 
 
@@ -75,8 +75,8 @@ def scene_report(
 
     attributes = [attribute_scores(read_scene(g.image, level), g.scene) for g in graded]
     return {
-        "scene_accuracy": float(np.mean([g.correct for g in graded])),
-        "scene_accuracy_novel": float(np.mean([g.correct for g in novel])),
+        "scene_accuracy": float(np.mean([g.right for g in graded])),
+        "scene_accuracy_novel": float(np.mean([g.right for g in novel])),
         "scene_accuracy_shuffled": share([other.image for _, other in neighbors]),
         "scene_accuracy_chance": float(np.mean([scene_matches(b.scene, a.scene, caption) for a, b in neighbors])),
         "scene_accuracy_blank": share(blank),
