@@ -10,10 +10,10 @@ PACKAGE = ROOT / "src" / "diffusers_prx"
 
 # the floors of the house, from the ground up: a part may import those below its own floor, anywhere in its files
 FLOORS: tuple[set[str], ...] = (
-    {"models", "schedulers", "latents", "text", "files", "resolution_bins", "prompt_cleaning"},
+    {"models", "schedulers", "latents", "text", "files", "resolution_bins", "prompt_cleaning", "checkpoint_files"},
     {"cli", "config", "fingerprints"},
     {"pipelines"},
-    {"checkpoint_files", "convert", "data", "techniques"},
+    {"convert", "data", "techniques"},
     {"evaluation"},
     {"hub"},
     {"training"},

@@ -46,19 +46,19 @@ def fed(metric, batch_size=1000, reference=REFERENCE, generated=GENERATED):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (REFERENCE.float(), "`images` must be uint8 from 0 to 255, got torch.float32"),
-        (REFERENCE.float() / 255, "got torch.float32. Of floats in \\[0, 1\\] make"),
-        (REFERENCE.int(), "got torch.int32"),
-        (REFERENCE.permute(0, 2, 3, 1), r"must have the shape \(B, 3, H, W\), got \(90, 8, 8, 3\)"),
-        (REFERENCE[0], r"got \(3, 8, 8\)"),
-        (REFERENCE[:0], "there is no pixel in it"),
-        (REFERENCE.numpy(), "must be a torch tensor of uint8, got ndarray"),
+        (REFERENCE.float() / 255, "torch.float32"),
+        (REFERENCE.int(), "torch.int32"),
+        (REFERENCE.permute(0, 2, 3, 1), r"\(90, 8, 8, 3\)"),
+        (REFERENCE[0], r"\(3, 8, 8\)"),
+        (REFERENCE[:0], "empty"),
+        (REFERENCE.numpy(), "ndarray"),
     ],
 )
-@pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
-def test_other_images_than_uint8_are_refused(cls, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        cls(Colors()).update(wrong, real=True)
+def test_other_images_than_uint8_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=f"`images`.*{message}"):
+        FrechetDistance(Colors()).update(wrong, real=True)
+    with pytest.raises(ValueError, match=f"`images`.*{message}"):
+        MaximumMeanDiscrepancy(Colors()).update(wrong, real=True)
 
 
 @pytest.mark.parametrize("cls", [FrechetDistance, MaximumMeanDiscrepancy])
