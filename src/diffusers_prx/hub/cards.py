@@ -131,7 +131,7 @@ def _metadata(
         widget=examples or None,
         model_name=Path(load_from).name if report is not None else None,
         eval_results=None if report is None else evaluation_results(report),
-        **{LOAD_FROM_KEY: load_from},
+        load_from=load_from,  # LOAD_FROM_KEY
     )
 
 

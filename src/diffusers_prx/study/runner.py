@@ -353,7 +353,7 @@ class StudyRunner:
         if self.past_deadline():
             return "not started: --time_limit"
         start = self.study.arms[arm].starts_from
-        if (start, seed) in self.futures:
+        if start is not None and (start, seed) in self.futures:
             self.futures[start, seed].result()
         record = read_record(self.report_dir, arm, seed)
         failure = None
