@@ -332,6 +332,7 @@ def _report(transformer: Any, listed: Mapping[str, Any], stored_as: Mapping[str,
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line, and check its combinations."""
     parser = argparse.ArgumentParser(
         prog="python -m diffusers_prx.convert",
         description="Convert an original PRX training checkpoint to a pipeline.",
@@ -483,6 +484,7 @@ def build_pipeline(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
     args = parse_args(argv)
     try:
         components = None if args.transformer_only else load_components(args)

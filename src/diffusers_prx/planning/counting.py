@@ -345,10 +345,12 @@ class MicroBatch:
 
 
 def trained_weights(nets: Nets, cfg: TrainingConfig) -> list[nn.Parameter]:
+    """Return the weights that a run trains."""
     return [weight for module in nets.trainable(cfg).values() for weight in module.parameters()]
 
 
 def clear_gradients(nets: Nets, cfg: TrainingConfig) -> None:
+    """Remove the gradients of all trained weights."""
     for weight in trained_weights(nets, cfg):
         weight.grad = None
 

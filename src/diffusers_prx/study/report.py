@@ -234,6 +234,7 @@ def add_overview(page: Page, results: StudyResults, runs_before: dict[str, int])
 
 
 def overview_row(results: StudyResults, result: FindingResult, runs_before: int) -> list[str]:
+    """Return the row of a finding in the table of findings."""
     finding = result.finding
     seeds, planned = 0 if result.difference is None else result.difference.n, len(results.study.seeds)
     return [
@@ -329,6 +330,7 @@ def add_secondary_metrics(page: Page, results: StudyResults, result: FindingResu
 
 
 def add_samples(page: Page, picture: Path, prompts: dict[str, list[str]], seed: int) -> None:
+    """Add validation images of every arm, with their prompts."""
     page.heading(2, "Pictures")
     page.text(
         f"The first validation prompts, seed {seed}, not selected. Within a column the noise is the same where "
@@ -377,6 +379,7 @@ def add_runs(page: Page, results: StudyResults) -> None:
 
 
 def mean_text(values: dict[int, float]) -> str:
+    """Return the mean over the seeds with four digits; empty without values."""
     return f"{np.mean(list(values.values())):.4g}" if values else ""
 
 
@@ -390,12 +393,14 @@ def difference_text(difference: Difference | None) -> str:
 
 
 def ratio_text(ratio: Ratio | None) -> str:
+    """Return a ratio as `0.93 [0.88, 0.98]`; empty if it is unknown."""
     if ratio is None:
         return ""
     return f"{ratio[0]:.2f}" + ("" if ratio[1] is None else f" [{ratio[1]:.2f}, {ratio[2]:.2f}]")
 
 
 def equal_time_text(results: StudyResults, result: FindingResult) -> str:
+    """Return the difference of the losses at equal time, or the reason why there is none."""
     if not results.has_comparable_loss(result.finding):
         return "not comparable"
     if result.throughput_ratio is None:

@@ -248,6 +248,7 @@ class ScriptProcesses:
 
 
 def utc_now() -> str:
+    """Return the current time as `2026-11-26 16:50 UTC`."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -337,10 +337,12 @@ def load_study(path: Path) -> Study:
 
 
 def record_path(report_dir: Path, arm: str, seed: int) -> Path:
+    """Return the path of the record of a run."""
     return report_dir / "runs" / arm / f"seed_{seed}.json"
 
 
 def read_record(report_dir: Path, arm: str, seed: int) -> dict[str, Any] | None:
+    """Read the record of a run; None if there is none."""
     path = record_path(report_dir, arm, seed)
     return json.loads(path.read_text()) if path.is_file() else None
 
