@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -19,11 +18,7 @@ from diffusers_prx.data.folders import MAX_CAPTION_BYTES
 from diffusers_prx.data.images import UnreadableSample
 from diffusers_prx.data.sources import FolderImages, load_source, load_stream
 from diffusers_prx.data.tars import TarImages
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+from image_files import plain_png, write_tar
 
 
 def pair(stem: Path, ending: str = "png", text_ending: str = "txt", text: str | None = None) -> None:
@@ -42,11 +37,7 @@ def write_lines(file: Path, rows: list[dict]) -> None:
     file.write_text("\n".join(map(json.dumps, rows)))
 
 
-def write_tar(file: Path, folder: Path) -> None:
-    pair(folder / "a")
-    with tarfile.open(file, "w") as archive:
-        for name in ("a.png", "a.txt"):
-            archive.add(folder / name, name)
+TAR_FILES = [("a.png", plain_png((250, 10, 20))), ("a.txt", b"a")]
 
 
 @pytest.mark.parametrize("name", ["test", "train", "validation", "val-00", "dev"])
@@ -142,7 +133,7 @@ def test_other_files_are_ignored_and_reported(tmp_path, name, with_metadata, cap
 
 def test_an_image_without_caption_next_to_tars_is_ignored(tmp_path):
     (tmp_path / "tars").mkdir()
-    write_tar(tmp_path / "tars" / "0.tar", tmp_path / "images")
+    write_tar(tmp_path / "tars" / "0.tar", TAR_FILES)
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "tars" / "preview.png")
     assert isinstance(load_source(str(tmp_path / "tars")), TarImages)
 
@@ -163,7 +154,7 @@ def test_folders_without_data_are_refused(tmp_path):
 def test_paths_are_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     pair(tmp_path / "pics" / "a")
-    write_tar(tmp_path / "0.tar", tmp_path / "tar")
+    write_tar(tmp_path / "0.tar", TAR_FILES)
     assert captions("~/pics") == captions("$HOME/pics") == ["a"]
     assert len(load_source("~/{0,0}.tar")) == 2
     assert len(load_stream("$HOME/*.tar")) == 1

@@ -14,14 +14,9 @@ import PIL.PngImagePlugin
 import pytest
 
 from diffusers_prx.data.images import UnreadableSample, image_endings, image_hash, image_size, image_value, read_image
+from image_files import encode, noise
 
 RED = (250, 10, 20)
-
-
-def encode(image: PIL.Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format=kind, **options)
-    return file.getvalue()
 
 
 def two_halves(left: tuple, right: tuple, mode: str) -> PIL.Image.Image:
@@ -146,7 +141,7 @@ def test_gray_profiles_are_converted():
 
 
 def test_srgb_and_broken_profiles_change_no_pixel():
-    image = PIL.Image.fromarray(NOISE)
+    image = NOISE
     srgb = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
     own = icc_profile((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
     for profile in (srgb, own, b"", b"no profile" * 30, DISPLAY_P3[:200], DISPLAY_P3[:-200]):
@@ -162,7 +157,7 @@ def test_a_png_with_more_text_than_pillow_allows_is_read(kind, behind):
             texts.add_itxt(f"workflow {number}", "x" * 1_000_000, zip=True)
         else:
             texts.add_text(f"workflow {number}", "x" * 1_500_000, zip=kind == "zip")
-    image = PIL.Image.fromarray(NOISE).resize((24, 16))
+    image = NOISE.resize((24, 16))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     data = encode(image, "png", pnginfo=texts, exif=exif)
@@ -206,10 +201,10 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
-NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+NOISE = noise(64, 64)
 BROKEN = {
-    "truncated_png": encode(PIL.Image.fromarray(NOISE), "png")[:2000],
-    "truncated_jpeg": encode(PIL.Image.fromarray(NOISE), "jpeg")[:1500],
+    "truncated_png": encode(NOISE, "png")[:2000],
+    "truncated_jpeg": encode(NOISE, "jpeg")[:1500],
     "empty": b"",
     "text": b"not an image",
     "float": encode(PIL.Image.fromarray(np.zeros((8, 8), dtype=np.float32)), "tiff"),

@@ -1,13 +1,10 @@
 """Streaming: every shard once per epoch, exact resume, exact shares, and errors."""
 
-import io
 import json
 import re
-import tarfile
 from collections import Counter
 
 import datasets
-import PIL.Image
 import pytest
 
 from diffusers_prx.data.images import UnfitSample, UnreadableSample
@@ -15,34 +12,25 @@ from diffusers_prx.data.iterable import HubShards, StreamedBatches, StreamedImag
 from diffusers_prx.data.mixing import permutation
 from diffusers_prx.data.samplers import StreamSampler
 from diffusers_prx.data.tars import TarShards
+from image_files import plain_png, write_tar
 
 LENGTHS = [3, 5, 1, 4, 2, 6, 3, 4]  # samples of each shard: unequal, so that lanes diverge
 
 
 def png(number: int) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.new("RGB", (4, 4), (number % 256, 0, 0)).save(file, format="png")
-    return file.getvalue()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return plain_png((number % 256, 0, 0), (4, 4))
 
 
 def write_tars(folder, lengths=LENGTHS, start=0, broken=()) -> list[str]:
     folder.mkdir()
     paths, number = [], start
     for shard, length in enumerate(lengths):
-        paths.append(str(folder / f"{shard}.tar"))
-        with tarfile.open(paths[-1], "w") as archive:
-            for _ in range(length):
-                image = b"broken" if number in broken else png(number)
-                for ending, content in (("png", image), ("txt", str(number).encode())):
-                    info = tarfile.TarInfo(f"{number:05}.{ending}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-                number += 1
+        files = []
+        for sample in range(number, number + length):
+            files += [(f"{sample:05}.png", b"broken" if sample in broken else png(sample))]
+            files += [(f"{sample:05}.txt", str(sample).encode())]
+        paths.append(write_tar(folder / f"{shard}.tar", files))
+        number += length
     return paths
 
 

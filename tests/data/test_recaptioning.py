@@ -7,11 +7,9 @@ import multiprocessing
 import os
 import resource
 import signal
-import tarfile
 from pathlib import Path
 
 import datasets
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -35,6 +33,7 @@ from transformers import (
 
 from diffusers_prx.data.recaptioning import Captioner, RecaptionSettings, is_repetitive, recaption, summarize
 from diffusers_prx.data.sources import load_source
+from image_files import encode, noise, write_tar
 from training import recaption_prx
 
 WORDS = "a red green blue picture of describe the image what is it USER ASSISTANT : < > caption"
@@ -51,11 +50,6 @@ CORRUPT = 3
 def pillow_processor(name: str) -> type:
     """Return the image processor that needs Pillow alone; newer versions of transformers give it another name."""
     return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,20 +101,8 @@ def plain_model(tmp_path_factory) -> str:
     return folder
 
 
-def png(number: int, height: int = 20, width: int = 24) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (height, width + number, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, samples: dict[int, tuple[bytes, bytes]]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for number, contents in samples.items():
-            for ending, content in zip(("png", "txt"), contents):
-                member = tarfile.TarInfo(f"{number}.{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+def png(number: int) -> bytes:
+    return encode(noise(24 + number, 20, seed=number))
 
 
 @pytest.fixture
@@ -128,9 +110,11 @@ def tars(tmp_path) -> str:
     """Seven images; one is corrupt, one has no caption."""
     folder = tmp_path / "tars"
     folder.mkdir()
-    captions = [b"" if number == 5 else b"a red picture" if number % 2 else b"blue" for number in range(IMAGES)]
-    images = [b"corrupt" if number == CORRUPT else png(number) for number in range(IMAGES)]
-    write_tar(folder / "0.tar", dict(enumerate(zip(images, captions))))
+    files = []
+    for number in range(IMAGES):
+        files.append((f"{number}.png", b"corrupt" if number == CORRUPT else png(number)))
+        files.append((f"{number}.txt", b"" if number == 5 else b"a red picture" if number % 2 else b"blue"))
+    write_tar(folder / "0.tar", files)
     return str(folder)
 
 
@@ -373,7 +357,7 @@ def recaption_on_a_small_disk(message: Path, *args) -> None:
 
 def test_a_full_disk_keeps_written_shards(chat_model, tars, tmp_path):
     """Files may not grow beyond 40 kB: shards of small images fit, the last one with a larger image does not."""
-    write_tar(Path(tars) / "1.tar", {7: (png(0, 200, 200), b"a")})
+    write_tar(Path(tars) / "1.tar", [("7.png", encode(noise(200, 200))), ("7.txt", b"a")])
     out = tmp_path / "out"
     process = in_a_process(recaption_on_a_small_disk, tmp_path / "message", settings(chat_model, tars), out)
     process.join()

@@ -17,14 +17,11 @@ from diffusers_prx.data.samplers import BucketStreamSampler, Position, every_sam
 from diffusers_prx.data.samples import TrainingSamples, build_loader, collate, fit_image
 from diffusers_prx.data.sources import FolderImages
 from diffusers_prx.training.rng import derive_seed
+from image_files import noise
 
 
 def fit(image, size=(16, 16), center_crop=False, random_flip=False, seed=0):
     return fit_image(image, size, center_crop, random_flip, random.Random(seed))
-
-
-def noise(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_center_crop_keeps_the_center():

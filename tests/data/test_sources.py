@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet
@@ -25,13 +24,7 @@ from diffusers_prx.data.sources import Slice, UnreadableSample, expand_pattern, 
 from diffusers_prx.data.tars import TarImages
 from diffusers_prx.training.rng import derive_seed
 from disks import full_disk
-
-COLORS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+from image_files import COLORS, noise
 
 
 def picture(number: int, size: tuple[int, int] = (24, 16)) -> PIL.Image.Image:
@@ -272,8 +265,8 @@ def test_broken_metadata_end_the_run(folder):
 
 
 def test_a_full_disk_ends_the_run_with_a_remedy(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (4, 100, 100, 3), dtype=np.uint8)
-    rows = datasets.Dataset.from_dict({"image": [PIL.Image.fromarray(x) for x in noise], "text": ["a cat"] * 4})
+    images = [noise(100, 100, seed) for seed in range(4)]
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a cat"] * 4})
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet")
     with full_disk(20_000), pytest.raises(OSError, match=r"No space left .*HF_DATASETS_CACHE"):
         load_source(f"{tmp_path}/a.parquet")

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import io
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from diffusers_prx.data import tars
@@ -19,14 +17,11 @@ from diffusers_prx.data.captioned import decode_sample
 from diffusers_prx.data.images import UnreadableSample
 from diffusers_prx.data.tars import TarImages, TarShards, index_tar
 from disks import full_disk
-
-COLORS = [(250, 10, 20), (10, 240, 30), (20, 30, 230), (200, 200, 10)]
+from image_files import COLORS, plain_png, write_tar
 
 
 def png(number: int) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.new("RGB", (24, 16), COLORS[number % 4]).save(file, format="png")
-    return file.getvalue()
+    return plain_png(COLORS[number % 4])
 
 
 def members(first: int, count: int) -> list[tuple[str, bytes]]:
@@ -39,15 +34,6 @@ def members(first: int, count: int) -> list[tuple[str, bytes]]:
             (f"{i:03}.json", json.dumps(texts).encode()),
         ]
     return found
-
-
-def write_tar(path, files, mode="w", **options) -> str:
-    with tarfile.open(path, mode, **options) as archive:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return str(path)
 
 
 @pytest.fixture

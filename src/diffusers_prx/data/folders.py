@@ -314,6 +314,8 @@ class FolderImages(StoredImages):
 
     def _read_metadata(self, contents: FolderContents, image_column: str) -> list[tuple[str, int, int]]:
         """Read all metadata files; return (image, index of the table, row) for each image that exists."""
+        if not contents.metadata:
+            return []
         images = {_normalized(path): path for path in contents.images}
         unsupported = {_normalized(path) for path in contents.unsupported_images}
         listed: list[tuple[str, int, int]] = []
