@@ -441,7 +441,7 @@ def test_a_stream_resumes_to_the_last_bit(text_encoder, tars, tmp_path, workers)
         runs.assert_same(*(runs.saved_state(run.output_dir / "checkpoint-5") for run in (resumed, whole)))
     changes["dataloader_num_workers"] = 3 - workers
     runs.copy_checkpoint(whole, 1, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"The checkpoint's stream had workers \d, this run has \d"):
+    with pytest.raises(ValueError, match="`workers`"):
         runs.start(whole.cfg.to_dict() | changes | {"output_dir": str(tmp_path / "other")})
 
 
@@ -530,7 +530,7 @@ def test_a_stream_resumes_in_two_processes_and_only_there(text_encoder, tars, tm
     stream = states[0]["run.json"]["state"]["stream"]
     assert [places[0]["drawn"] for places in stream["places"]] == [4, 4]
     assert stream["places"][0] != stream["places"][1]
-    with pytest.raises(ValueError, match="stream had world_size 2, this run has 1"):
+    with pytest.raises(ValueError, match="`world_size`"):
         runs.start(values | changes | {"output_dir": str(tmp_path / "alone"), "train_batch_size": 4})
 
 

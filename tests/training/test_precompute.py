@@ -353,7 +353,7 @@ def test_a_disk_that_fills_up(cached, parts, tmp_path, capfd):
     folder, flags = tmp_path / "cache" / "32", tmp_path / "recipe.yaml"
     flags.write_text(json.dumps(values))
     forget_processes()
-    message = r"shard-00000-000001.safetensors cannot be written .*start the same command"
+    message = r"shard-00000-000001.safetensors cannot be written .*same command"
     with full_disk(45_000), pytest.raises(OSError, match=message):
         precompute(TrainingConfig(**values), 4)
     assert [path.name for path in shard_files(folder)] == ["shard-00000-000000.safetensors"]
