@@ -4,12 +4,14 @@
 #   PIP_ARGS=         more arguments for pip install
 #   PYTEST_ARGS=      more arguments for pytest
 #   QUICKSTART_ARGS=  more flags for the quickstart's training, e.g. --max_train_steps 100
+#   EMOJI_ARGS=       more flags for the training of `make emoji`
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
+EMOJI_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,7 +25,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
+.PHONY: help install quickstart emoji demo test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -52,6 +54,25 @@ quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out 
 	@echo '    from diffusers_prx import PRXPixelPipeline'
 	@echo '    pipeline = PRXPixelPipeline.from_pretrained("outputs/quickstart")'
 	@echo '    pipeline("a big red circle at the top left on a white background.", guidance_scale=3.0).images[0].save("scene.png")'
+
+data/emoji:
+	$(BIN)/python training/tools/fetch_emoji.py --output_dir $@
+
+data/networks/lite2:
+	$(BIN)/python training/tools/fetch_networks.py lite2 --output_dir $@
+
+data/networks/minilm-small: | data/emoji
+	$(BIN)/python training/tools/fetch_networks.py minilm --num_layers 4 --vocab_size 10000 --captions data/emoji/64 \
+		--output_dir $@
+
+emoji: $(STAMP) | data/emoji data/networks/lite2 data/networks/minilm-small ## fetch real drawings, train a small PRX on them, measure it, leave it in outputs/emoji_small
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(THREADS) \
+		training/train_prx.py --config training/recipes/emoji_small.yaml --resume_from_checkpoint latest \
+		--max_train_steps 600 $(EMOJI_ARGS)
+	$(BIN)/python training/evaluate_prx.py --model outputs/emoji_small \
+		--metrics fid:data/networks/lite2 mmd:data/networks/lite2 \
+		--reference data/emoji/64 --reference_split heldout_pairs --num_images 512
 
 demo: $(STAMP) ## open the demo in spaces/prx: draw with the models of this machine in a browser
 	$(BIN)/python spaces/prx/app.py

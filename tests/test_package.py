@@ -294,13 +294,13 @@ def test_every_import_is_declared(metadata):
     assert core <= declared(metadata), "only training needs the extras"
     training = declared(metadata, "training", "wandb", "trackio")
     assert third_party_imports(SRC) <= training
-    assert third_party_imports(ROOT / "training") <= training | declared(metadata, "emoji", "quantization")
+    assert third_party_imports(ROOT / "training") <= training | declared(metadata, "emoji", "vision", "quantization")
     # gradio is made with fastapi and starlette; ZeroGPU brings spaces, elsewhere there is none
     assert third_party_imports(ROOT / "spaces") - {"fastapi", "starlette", "spaces"} <= declared(metadata, "demo")
     assert third_party_imports(ROOT / "docs") <= declared(metadata, "training", "docs")
     # packaging is a dependency of both huggingface_hub and pytest; gradio is made with the others
     assert third_party_imports(ROOT / "tests") - {"packaging", "fastapi", "httpx", "starlette"} <= declared(
-        metadata, "training", "emoji", "quantization", "dev"
+        metadata, "training", "emoji", "vision", "quantization", "dev"
     )
 
 

@@ -50,6 +50,7 @@ SIZES = {
     "patch_size": 7,
 }
 REGISTERS = Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3)
+CONV = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
 CLIP_VISION = CLIPVisionConfig(**SIZES, projection_dim=24)
 SQUARE = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
 # name -> (class, configuration, processor of transformers, output that is the feature)
@@ -182,9 +183,7 @@ def test_projection_of_a_whole_clip_is_loaded(tmp_path):
 def test_models_that_are_not_encoders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"The encoder .* has no preprocessor_config\.json"):
         load_extractor(tmp_path)
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])).save_pretrained(
-        tmp_path / "resnet"
-    )
+    ResNetModel(CONV).save_pretrained(tmp_path / "resnet")
     CLIPImageProcessor().save_pretrained(tmp_path / "resnet")
     with pytest.raises(ValueError, match="`image_size`"):
         load_extractor(tmp_path / "resnet")
@@ -196,6 +195,22 @@ def test_models_that_are_not_encoders_are_refused(tmp_path):
         load_extractor(tmp_path / "vit")
     with pytest.raises(ValueError, match="`weights`"):
         load_extractor(tmp_path / "inception.pth")
+
+
+def test_features_of_a_convolutional_network_are_the_mean_over_its_last_stage(tmp_path):
+    torch.manual_seed(0)
+    model = ResNetModel(CONV).eval()
+    model.config.image_size = 48  # the folder states it, the extractor uses it
+    tiny.randomise(model)
+    model.save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(tmp_path)
+    extractor = load_extractor(tmp_path)
+    images = photos(48, 48)
+    with torch.no_grad():
+        places = model((images / 255 - extractor.mean) / extractor.std).last_hidden_state  # (B, 12, 6, 6)
+    expected = torch.stack([places[:, :, row, column] for row in range(6) for column in range(6)]).sum(dim=0) / 36
+    assert (extractor.size, extractor.num_features) == (48, 12)
+    torch.testing.assert_close(extractor(images), F.normalize(expected, dim=-1), rtol=0, atol=1e-6)
 
 
 # Inception

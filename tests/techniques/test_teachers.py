@@ -22,11 +22,13 @@ from transformers import (
     SiglipVisionModel,
     SwinConfig,
     SwinModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
     ViTConfig,
     ViTModel,
 )
 
-from diffusers_prx.techniques.teachers import VisionTeacher, load_teacher
+from diffusers_prx.techniques.teachers import build_teacher, load_teacher
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZES = {
@@ -244,13 +246,84 @@ def test_missing_weights_are_an_error(tmp_path):
         load_teacher(tmp_path)
 
 
-def test_models_that_are_no_vision_transformers():
-    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
-    with pytest.raises(ValueError, match=r"ResNetModel with the patch size None.*square patches"):
-        VisionTeacher(resnet, MEAN, STD, "x")
+def test_models_without_square_patches():
     tall = ViTModel(ViTConfig(**SIZES | {"patch_size": [4, 2]}))
     with pytest.raises(ValueError, match="square patches"):
-        VisionTeacher(tall, MEAN, STD, "x")
+        build_teacher(tall, MEAN, STD, "x")
     swin = SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1], image_size=16, window_size=2))
     with pytest.raises(ValueError, match=r"gives 4 tokens for a grid of 4 x 4; expected are 16 patches"):
-        VisionTeacher(swin, MEAN, STD, "x")(torch.zeros(1, 3, 16, 16), (4, 4))
+        build_teacher(swin, MEAN, STD, "x")(torch.zeros(1, 3, 16, 16), (4, 4))
+
+
+# --- convolutional networks
+
+
+def resnet():
+    torch.manual_seed(0)
+    return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"))
+
+
+def timm_network(**model_args):
+    """timm's smallest EfficientNet, whose stage 2 has 24 channels for 8 x 8 pixels."""
+    pytest.importorskip("timm", reason="timm is not installed (the extra `vision`)")
+    torch.manual_seed(0)
+    settings = {"architecture": "test_efficientnet", "do_pooling": False, "num_labels": 0}
+    return TimmWrapperModel(TimmWrapperConfig(**settings, model_args=model_args))
+
+
+def randomized(model):
+    """The model with statistics of its batch norms that are not those of a new one."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def test_a_convolutional_teacher_gives_the_features_of_the_stage_in_its_folder(tmp_path):
+    """Against the layers of the whole network, called one by one."""
+    timm = pytest.importorskip("timm", reason="timm is not installed (the extra `vision`)")
+    whole = randomized(timm.create_model("test_efficientnet", pretrained=False)).eval()
+    model = timm_network(features_only=True, out_indices=[2])
+    model.timm_model.load_state_dict({key: whole.state_dict()[key] for key in model.timm_model.state_dict()})
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    teacher = load_teacher(tmp_path)
+    rows, columns = 3, 5
+    pixels = images(8 * rows, 8 * columns)
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        features = whole.bn1(whole.conv_stem(torch.from_numpy((pixels / 255 - mean) / std).float()))
+        for block in whole.blocks[:3]:
+            features = block(features)
+    assert (teacher.patch_size, teacher.hidden_size) == (8, features.shape[1])
+    expected = torch.stack([features[:, :, row, column] for row in range(rows) for column in range(columns)], dim=1)
+    torch.testing.assert_close(teacher(pm1(pixels), (rows, columns)), expected, rtol=0, atol=2e-5)
+
+
+def test_a_convolutional_teacher_resizes_images_to_the_grid(tmp_path):
+    """ResNet's own output is its last stage: 1 for 8 x 8 pixels."""
+    teacher = load_teacher(saved(tmp_path, randomized(resnet())))
+    pixels = pm1(images(64, 64))
+    large = torch.nn.functional.interpolate(pixels, (96, 96), mode="bicubic", antialias=True)
+    features = teacher(pixels, (12, 12))
+    assert (teacher.patch_size, teacher.hidden_size, features.shape) == (8, 12, (2, 144, 12))
+    torch.testing.assert_close(features, teacher(large, (12, 12)), rtol=0, atol=2e-5)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.train().model.training
+
+
+def test_a_convolutional_teacher_lets_gradients_through_and_has_a_fingerprint(tmp_path):
+    teacher = load_teacher(saved(tmp_path / "a", timm_network(features_only=True, out_indices=[2])))
+    pixels = pm1(images(32, 32)).requires_grad_()
+    teacher(pixels, (4, 4)).sum().backward()
+    assert pixels.grad.abs().max() > 0
+    other = load_teacher(saved(tmp_path / "b", timm_network(features_only=True, out_indices=[1])))
+    assert load_teacher(tmp_path / "a").fingerprint == teacher.fingerprint != other.fingerprint
+
+
+def test_a_network_without_a_feature_map_is_refused():
+    pytest.importorskip("timm", reason="timm is not installed (the extra `vision`)")
+    pooled = TimmWrapperModel(TimmWrapperConfig(architecture="test_vit", model_args={"img_size": 224}, num_labels=0))
+    with pytest.raises(ValueError, match="TimmWrapperModel has no patches"):
+        build_teacher(pooled, MEAN, STD, "x")

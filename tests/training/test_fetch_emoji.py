@@ -15,6 +15,8 @@ import PIL.Image
 import pytest
 from training.tools import fetch_emoji as tool
 
+from diffusers_prx.data.sources import load_source
+
 pytest.importorskip("resvg_py")
 
 LABELS = [
@@ -94,7 +96,7 @@ def make(output_dir, packages, *flags) -> None:
 
 def read(output_dir) -> dict:
     rows = {}
-    for file in sorted((output_dir / "32").iterdir()):
+    for file in sorted((output_dir / "32").glob("*.parquet")):
         split = file.name.split("-")[0]
         for row in datasets.Dataset.from_parquet(str(file), cache_dir=str(output_dir / "cache")):
             rows[row["style"], row["name"]] = row | {"split": split}
@@ -108,6 +110,14 @@ def test_two_runs_write_the_same_bytes(tmp_path, packages):
     assert {"LICENSES.md", "LICENSE-Apache-2.0.txt"} < {str(file) for file in files}
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_training_finds_every_split(tmp_path, packages):
+    make(tmp_path / "data", packages)
+    counts = Counter(row["split"] for row in read(tmp_path / "data").values())
+    assert len(counts) > 1
+    for split, count in counts.items():
+        assert len(load_source(str(tmp_path / "data" / "32"), split=split, caption_columns=("label",))) == count
 
 
 def test_drawings_are_named_captioned_and_split(tmp_path, packages):

@@ -17,7 +17,9 @@ from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.training.recipes import load_recipe, parse_config
 
 FOLDER = runs.ROOT / "training" / "recipes"
-EXAMPLES = [FOLDER / f"{name}.yaml" for name in ("quickstart", "openmoji", "scenes_small")]  # not of the study
+EXAMPLES = [
+    FOLDER / f"{name}.yaml" for name in ("quickstart", "openmoji", "scenes_small", "emoji_small", "emoji_base")
+]  # not of the study
 FULL_SCALE = sorted(path for path in FOLDER.glob("*.yaml") if path not in EXAMPLES)
 TWINS = sorted((FOLDER / "cpu").glob("*.yaml"))
 EVERY = [*FULL_SCALE, *EXAMPLES, *TWINS]

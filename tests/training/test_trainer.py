@@ -400,6 +400,13 @@ def test_a_checkpoint_becomes_a_pipeline_where_the_data_are_not(latent, photos, 
     assert_same(saved, saved_weights(latent.output_dir / "checkpoint-2", "transformer"))
 
 
+def test_an_export_in_bf16_rounds_the_frozen_networks_too(latent, tmp_path):
+    export_checkpoint(latent.output_dir / "checkpoint-2", tmp_path, None, runs.CARD_TEMPLATE, torch.bfloat16)
+    for file in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        rounded = {name: value.bfloat16() for name, value in load_file(latent.output_dir / file).items()}
+        assert_same(load_file(tmp_path / file), rounded)
+
+
 def test_a_network_that_has_changed_since_is_not_exported_with_a_checkpoint(latent, tmp_path):
     """The text encoder is not in the checkpoint: another one in its place would draw something else."""
     checkpoint = shutil.copytree(latent.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")

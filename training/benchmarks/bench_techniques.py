@@ -33,7 +33,7 @@ from diffusers_prx.models.token_routing import sample_route
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
 from diffusers_prx.techniques.alignment import FeatureCache, build_projector
-from diffusers_prx.techniques.teachers import VisionTeacher
+from diffusers_prx.techniques.teachers import TransformerTeacher
 from diffusers_prx.training.networks import Nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.step import train_step
@@ -88,7 +88,7 @@ def bench_repa(repeats: int, batch: int) -> None:
             hidden_size=192, num_hidden_layers=4, num_attention_heads=6, patch_size=4, image_size=64
         )
     )
-    teacher = VisionTeacher(vision, [0.5] * 3, [0.5] * 3, "random, 192 wide")
+    teacher = TransformerTeacher(vision, [0.5] * 3, [0.5] * 3, "random, 192 wide")
     cfg = TrainingConfig(
         dataset_name="scenes",
         transformer_config={"hidden_size": 512},

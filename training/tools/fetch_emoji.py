@@ -522,7 +522,7 @@ def make_row(drawing: Drawing, size: int) -> dict[str, Any]:
 
 
 def write_split(rows: Sequence[dict[str, Any]], split: str, folder: Path) -> None:
-    """Write the rows of a split in a mixed order, as parquet files that `datasets` knows by their names."""
+    """Write the rows of a split in a mixed order, as parquet files."""
     columns = ("name", "style", "group", "skin_tone", "label", "text", "long")
     features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in columns}})
     rows = sorted(rows, key=lambda row: share_of("order", row["name"], row["style"]))
@@ -532,6 +532,15 @@ def write_split(rows: Sequence[dict[str, Any]], split: str, folder: Path) -> Non
         path = folder / f"{split}-{number:05d}-of-{count:05d}.parquet"
         table = datasets.Dataset.from_list(list(part), features=features).data.table
         pq.write_table(table, path, row_group_size=ROWS_PER_GROUP)
+
+
+def write_card(folder: Path) -> None:
+    """Write the README.md from which `datasets` knows the splits: by file names it would see `train` alone."""
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in SPLITS:
+        if any(folder.glob(f"{split}-*.parquet")):
+            lines += [f"  - split: {split}", f"    path: {split}-*.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
 
 
 def write_licenses(styles: Sequence[str], output_dir: Path) -> None:
@@ -595,6 +604,7 @@ def fetch_emoji(args: argparse.Namespace) -> None:
             content.mkdir()
             for split in SPLITS:
                 write_split(rows[split], split, content)
+            write_card(content)
             os.replace(content, args.output_dir / str(size))
         print(f"{args.output_dir / str(size)}: " + ", ".join(f"{split} {len(rows[split])}" for split in SPLITS))
     write_licenses(args.styles, args.output_dir)

@@ -1,49 +1,57 @@
-"""Train a small autoencoder on the built-in scenes.
+"""Train a small autoencoder on the built-in scenes or on your own pictures.
 
 `python training/tools/train_autoencoder.py --kind kl --output_dir outputs/tools/autoencoder_kl`
 
 For runs without the Hub, in place of the study's: `kl` is an AutoencoderKL, `dc` an AutoencoderDC, `flux2` an
-AutoencoderKLFlux2. It learns to reconstruct (L1 plus MSE), with a small KL divergence where the codes have a
-distribution. Afterwards the latents' mean and standard deviation are measured and stored where each class keeps them,
-so that the standard deviation is 1: `scaling_factor` and `shift_factor` (kl), `scaling_factor` (dc, which knows no
-shift), batch-norm statistics of every patchified channel (flux2).
+AutoencoderKLFlux2. `--dataset_name` takes what training takes. It learns to reconstruct (L1 plus MSE), with a small KL
+divergence where the codes have a distribution, and with `--perceptual_network` also the features of a frozen vision
+network (1 minus their cosine). Afterwards the latents' mean and standard deviation are measured and stored where each
+class keeps them, so that the standard deviation is 1: `scaling_factor` and `shift_factor` (kl), `scaling_factor` (dc,
+which knows no shift), batch-norm statistics of every patchified channel (flux2).
 
 `--align_to TEACHER` is a stand-in for the VAEs of REPA-E (arXiv 2504.10483), not REPA-E. There the alignment loss of a
 diffusion transformer tunes the VAE through the transformer, end to end. Here is no transformer: a linear projection of
 the latents is aligned with the teacher's patch features, and thrown away. That this has REPA-E's effect was not shown.
 
 The folder holds the autoencoder in diffusers' format, and training.json with the settings, the statistics and the PSNR
-on held-out and novel scenes, which are also printed. The same seed gives the same weights on the same machine with the
-same number of threads.
+on held-out and novel scenes, or on `--eval_splits` of your data, which are also printed. The same seed gives the same
+weights on the same machine with the same number of threads.
 """
 
 import argparse
 import json
 import math
+import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.data.samples import fit_image
 from diffusers_prx.data.scenes import LEVELS, ScenesDataset
+from diffusers_prx.data.sources import ListedImages, load_source
 from diffusers_prx.files import expand_path
 from diffusers_prx.latents import VAE, EncodedImages, decode, encode, latent_channels, vae_scale_factor
 from diffusers_prx.techniques.alignment import alignment_loss, teacher_features
+from diffusers_prx.techniques.losses import dino_perceptual_loss
 from diffusers_prx.techniques.teachers import VisionTeacher, load_teacher
 from diffusers_prx.training.export import commit_of_this_package
 
 KINDS = ("kl", "dc", "flux2")
 FLUX2_PATCH = 2
 NORM_GROUPS = 8
-KL_WEIGHT, ALIGN_WEIGHT = 1e-4, 0.5
+KL_WEIGHT, ALIGN_WEIGHT, PERCEPTUAL_WEIGHT, PERCEPTUAL_SIZE = 1e-4, 0.5, 0.1, 128
+SCENES_SPLITS = ("heldout", "novel")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -55,38 +63,79 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--latent_channels", type=int, default=4, help="Of the codes; flux2 makes four times as many of them."
     )
     parser.add_argument("--base_channels", type=int, default=16, help="Width at full resolution; doubled twice below.")
-    parser.add_argument("--layers_per_block", type=int, default=1)
+    parser.add_argument(
+        "--layers_per_block",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="Of every level, or for dc of each; 0 at the first level of dc saves the full resolution.",
+    )
     parser.add_argument("--kl_weight", type=float, help=f"Of the mean KL of a code (kl, flux2); default: {KL_WEIGHT}.")
     parser.add_argument(
         "--align_to", type=expand_path, help="Vision teacher (folder or Hub id) to align the latents with."
     )
     parser.add_argument("--align_weight", type=float, help=f"Of 1 - cosine, with --align_to; default: {ALIGN_WEIGHT}.")
+    parser.add_argument(
+        "--perceptual_network", type=expand_path, help="Vision network (folder or Hub id) whose features are compared."
+    )
+    parser.add_argument(
+        "--perceptual_weight",
+        type=float,
+        help=f"Of 1 - cosine, with --perceptual_network; default: {PERCEPTUAL_WEIGHT}.",
+    )
+    parser.add_argument(
+        "--perceptual_size", type=int, help=f"Side in pixels that this network sees; default: {PERCEPTUAL_SIZE}."
+    )
+    parser.add_argument(
+        "--dataset_name", type=expand_path, default="scenes", help="Data, as training takes them; default: scenes."
+    )
+    parser.add_argument("--dataset_split", default="train", help="Split of the data to train on.")
+    parser.add_argument("--image_column", default="image", help="Column of the data that holds the images.")
+    parser.add_argument(
+        "--eval_splits", nargs="+", help="Splits of the data for the PSNR; default: the trained one. Not for scenes."
+    )
     parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Of the scenes.")
-    parser.add_argument("--resolution", type=int, default=32, help="Of the scenes, in pixels: 32 to 256.")
+    parser.add_argument(
+        "--resolution", type=int, default=32, help="Side of the pictures in pixels; scenes have 32 to 256."
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="The highest one of the cosine.")
     parser.add_argument(
-        "--num_eval", type=int, default=512, help="Scenes of each split for the PSNR, and for the statistics."
+        "--num_eval", type=int, default=512, help="Pictures of each split for the PSNR, and for the statistics."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights, the scenes and the noise.")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="Type of the computation.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the weights, the order of the data and the noise.")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's.")
     args = parse_flags(parser, argv)
-    for name in ("latent_channels", "layers_per_block", "steps", "batch_size", "num_eval", "threads"):
+    for name in ("latent_channels", "steps", "batch_size", "num_eval", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not args.learning_rate > 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}")
-    try:
-        ScenesDataset(args.level, args.resolution)
-    except ValueError as error:
-        parser.error(str(error))
+    if args.dataset_name == "scenes":
+        if args.eval_splits:
+            parser.error(f"--eval_splits is for --dataset_name; scenes have {' and '.join(SCENES_SPLITS)}")
+        try:
+            ScenesDataset(args.level, args.resolution)
+        except ValueError as error:
+            parser.error(str(error))
     if args.downsample < 2 or args.downsample.bit_count() != 1 or args.resolution % args.downsample:
         parser.error(
             f"--downsample must be a power of 2 that divides --resolution {args.resolution}, got {args.downsample}"
         )
     if args.base_channels < 1 or args.base_channels % NORM_GROUPS:
         parser.error(f"--base_channels must be a multiple of {NORM_GROUPS}, got {args.base_channels}")
+    levels, layers = len(block_channels(args)), args.layers_per_block
+    if (
+        len(layers) not in ((1, levels) if args.kind == "dc" else (1,))
+        or min(layers[1:] or layers) < 1
+        or layers[0] < 0
+    ):
+        parser.error(
+            f"--layers_per_block must be at least 1 for every level (dc: one number or {levels}, of which the first "
+            f"may be 0), got {' '.join(map(str, layers))}"
+        )
     if args.kind == "dc" and block_channels(args)[-1] % args.latent_channels:
         parser.error(
             f"--latent_channels must divide the deepest width {block_channels(args)[-1]} of dc, got "
@@ -95,10 +144,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, default, works, needs in (
         ("kl_weight", KL_WEIGHT, args.kind != "dc", "--kind kl or flux2: the codes of dc have no distribution"),
         ("align_weight", ALIGN_WEIGHT, args.align_to is not None, "--align_to"),
+        ("perceptual_weight", PERCEPTUAL_WEIGHT, args.perceptual_network is not None, "--perceptual_network"),
+        ("perceptual_size", PERCEPTUAL_SIZE, args.perceptual_network is not None, "--perceptual_network"),
     ):
         given = getattr(args, name)
         if given is None:
-            setattr(args, name, default if works else 0.0)
+            setattr(args, name, default if works else 0)
         elif not works:
             parser.error(f"--{name} needs {needs}")
         elif not given >= 0:
@@ -117,7 +168,8 @@ def build_vae(args: argparse.Namespace) -> VAE:
     channels = block_channels(args)
     levels = len(channels)
     if args.kind == "dc":
-        layers, no_attention = (args.layers_per_block,) * levels, ((),) * levels
+        layers = tuple(args.layers_per_block * (1 if len(args.layers_per_block) == levels else levels))
+        no_attention = ((),) * levels
         return AutoencoderDC(
             latent_channels=args.latent_channels,
             encoder_block_out_channels=channels,
@@ -132,7 +184,7 @@ def build_vae(args: argparse.Namespace) -> VAE:
         "block_out_channels": channels,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": args.layers_per_block,
+        "layers_per_block": args.layers_per_block[0],
         "latent_channels": args.latent_channels,
         "norm_num_groups": NORM_GROUPS,
         "sample_size": args.resolution,
@@ -142,15 +194,56 @@ def build_vae(args: argparse.Namespace) -> VAE:
     return AutoencoderKLFlux2(**settings, patch_size=(FLUX2_PATCH, FLUX2_PATCH))
 
 
-def scene_batches(args: argparse.Namespace, split: str, indices: range) -> DataLoader:
-    """Pictures of the split's scenes with these indices, in batches: uint8 (B, 3, H, W)."""
+class Pictures(Dataset):
+    """Pictures of a source at given indices, cut to squares: uint8 (3, H, W)."""
 
-    def collate(items: list[dict]) -> torch.Tensor:
-        images = torch.from_numpy(np.stack([np.asarray(item["image"]) for item in items]))  # (B, H, W, 3)
-        return images.permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+    def __init__(self, source: ListedImages, indices: Sequence[int], resolution: int):
+        self.source, self.indices, self.size = source, indices, (resolution, resolution)
 
-    scenes = ScenesDataset(args.level, args.resolution, args.seed, split, size=indices.stop)
-    return DataLoader(Subset(scenes, indices), args.batch_size, collate_fn=collate)
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        image: PIL.Image.Image = self.source[self.indices[place]]["image"]
+        fitted = fit_image(image, self.size, center_crop=True, random_flip=False, rng=random.Random(0))
+        return torch.from_numpy(np.array(fitted, dtype=np.uint8)).permute(2, 0, 1)  # (3, H, W)
+
+
+def open_split(args: argparse.Namespace, split: str, size: int) -> ListedImages:
+    """Open a split of the data; scenes have `size` pictures, stored data as many as they have."""
+    scenes = {"level": args.level, "resolution": args.resolution, "seed": args.seed, "split": split, "size": size}
+    if args.dataset_name == "scenes":
+        return load_source("scenes", caption_columns=("long",), scenes=scenes)
+    return load_source(args.dataset_name, split=split, image_column=args.image_column, instance_prompt="unused")
+
+
+def training_batches(args: argparse.Namespace) -> DataLoader:
+    """Load the pictures to learn from, in batches: uint8 (B, 3, H, W). Stored data are shuffled in every epoch."""
+    count = args.steps * args.batch_size
+    source = open_split(args, args.dataset_split, count)
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch = range(len(source))
+        if args.dataset_name != "scenes":
+            generator = torch.Generator().manual_seed(args.seed + len(indices))
+            epoch = torch.randperm(len(source), generator=generator).tolist()
+        indices += epoch
+    return DataLoader(Pictures(source, indices[:count], args.resolution), args.batch_size)
+
+
+def first_batches(args: argparse.Namespace, split: str, start: int = 0) -> DataLoader:
+    """Load `num_eval` pictures of a split, in batches: uint8 (B, 3, H, W).
+
+    Args:
+        args: arguments of the script.
+        split: split of the data.
+        start: first scene; of stored data the pictures are evenly spread over the split.
+    """
+    source = open_split(args, split, start + args.num_eval)
+    indices = range(start, start + args.num_eval)
+    if args.dataset_name != "scenes":
+        indices = range(0, len(source), max(1, len(source) // args.num_eval))[: args.num_eval]
+    return DataLoader(Pictures(source, indices, args.resolution), args.batch_size)
 
 
 def to_pm1(pixels_uint8: torch.Tensor) -> torch.Tensor:
@@ -173,32 +266,44 @@ def latent_alignment(
     return alignment_loss(projected, teacher_features(teacher, pixels_uint8, (rows, columns)), None).mean()
 
 
-def train(vae: VAE, teacher: VisionTeacher | None, projector: nn.Module | None, args: argparse.Namespace) -> None:
+def train(
+    vae: VAE,
+    teacher: VisionTeacher | None,
+    projector: nn.Module | None,
+    perceptual: VisionTeacher | None,
+    args: argparse.Namespace,
+) -> None:
     parameters = [*vae.parameters(), *(projector.parameters() if projector else ())]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(50, args.steps // 10), args.steps)
-    progress = tqdm(scene_batches(args, "train", range(args.steps * args.batch_size)), desc="steps")
+    progress = tqdm(training_batches(args), desc="steps", disable=None)
     for pixels_uint8 in progress:
         pixels_uint8 = pixels_uint8.to(vae.device)
         pixels_pm1 = to_pm1(pixels_uint8)  # (B, 3, H, W)
-        codes = encode(vae, pixels_pm1)
-        latents = codes.draw(torch.randn_like(codes.mean))  # (B, C, h, w)
-        images = decode(vae, latents)  # (B, 3, H, W)
-        reconstruction = F.l1_loss(images, pixels_pm1) + F.mse_loss(images, pixels_pm1)
-        loss = reconstruction + args.kl_weight * kl_divergence(codes)
-        if teacher is not None and projector is not None:
-            loss = loss + args.align_weight * latent_alignment(projector, teacher, latents, pixels_uint8)
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+            codes = encode(vae, pixels_pm1)
+            latents = codes.draw(torch.randn_like(codes.mean))  # (B, C, h, w)
+            images = decode(vae, latents).float()  # (B, 3, H, W)
+            losses = {"reconstruction": F.l1_loss(images, pixels_pm1) + F.mse_loss(images, pixels_pm1)}
+            if args.kl_weight:
+                losses["kl"] = args.kl_weight * kl_divergence(codes)
+            if teacher is not None and projector is not None:
+                losses["alignment"] = args.align_weight * latent_alignment(projector, teacher, latents, pixels_uint8)
+            if perceptual is not None:
+                distance = dino_perceptual_loss(perceptual, images, pixels_pm1, args.perceptual_size).mean()
+                losses["perceptual"] = args.perceptual_weight * distance
         optimizer.zero_grad()
-        loss.backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(reconstruction=f"{reconstruction.item():.4f}")
+        progress.set_postfix({name: f"{value.item():.4f}" for name, value in losses.items()})
 
 
 @torch.no_grad()
 def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
-    """Measure the latents on scenes after the trained ones, and store the scale and the shift that make them standard.
+    """Measure the latents on scenes after the trained ones, or on the trained data, and store the scale and the shift
+    that make them standard.
 
     What counts is the distribution of drawn latents, which a transformer is trained on: the variance of the means
     plus the mean of the variances.
@@ -206,7 +311,7 @@ def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
     count = 0
     total = squares = torch.zeros((), dtype=torch.float64, device=vae.device)
     start = args.steps * args.batch_size
-    for pixels_uint8 in scene_batches(args, "train", range(start, start + args.num_eval)):
+    for pixels_uint8 in first_batches(args, args.dataset_split, start):
         codes = encode(vae, to_pm1(pixels_uint8.to(vae.device)))
         means = codes.mean.double()
         variances = torch.zeros_like(means) if codes.std is None else codes.std.double() ** 2
@@ -232,7 +337,7 @@ def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
 def mean_psnr(vae: VAE, args: argparse.Namespace, split: str) -> float:
     """Peak signal-to-noise ratio in dB of the images decoded from the mean latents, averaged over the images."""
     values = []
-    for pixels_uint8 in scene_batches(args, split, range(args.num_eval)):
+    for pixels_uint8 in first_batches(args, split):
         pixels_pm1 = to_pm1(pixels_uint8.to(vae.device))
         images = decode(vae, encode(vae, pixels_pm1).mean).clamp(-1, 1)  # (B, 3, H, W)
         error = (images - pixels_pm1).double().square().mean(dim=(1, 2, 3))  # (B,)
@@ -241,14 +346,16 @@ def mean_psnr(vae: VAE, args: argparse.Namespace, split: str) -> float:
 
 
 @torch.no_grad()
-def mean_alignment(vae: VAE, teacher: VisionTeacher, projector: nn.Module, args: argparse.Namespace) -> float:
-    """The cosine on held-out scenes, of codes as they were in training: before `normalize_latents`."""
+def mean_alignment(
+    vae: VAE, teacher: VisionTeacher, projector: nn.Module, args: argparse.Namespace, split: str
+) -> float:
+    """Measure the cosine on a split, of codes as they were in training: before `normalize_latents`."""
     losses = []
-    for pixels_uint8 in scene_batches(args, "heldout", range(args.num_eval)):
+    for pixels_uint8 in first_batches(args, split):
         pixels_uint8 = pixels_uint8.to(vae.device)
         latents = encode(vae, to_pm1(pixels_uint8)).mean  # (B, C, h, w)
         losses.append((len(latents), latent_alignment(projector, teacher, latents, pixels_uint8).item()))
-    return 1 - sum(size * loss for size, loss in losses) / args.num_eval
+    return 1 - sum(size * loss for size, loss in losses) / sum(size for size, _ in losses)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,6 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         teacher = load_teacher(args.align_to).to(device) if args.align_to is not None else None
+        perceptual = load_teacher(args.perceptual_network).to(device) if args.perceptual_network is not None else None
     except ValueError as error:
         end(error)
     torch.manual_seed(args.seed)
@@ -265,15 +373,21 @@ def main(argv: list[str] | None = None) -> None:
     assert vae_scale_factor(vae) == args.downsample
     projector = nn.Linear(latent_channels(vae), teacher.hidden_size).to(device) if teacher is not None else None
 
+    splits = SCENES_SPLITS if args.dataset_name == "scenes" else args.eval_splits or [args.dataset_split]
     start = time.perf_counter()
-    train(vae, teacher, projector, args)
+    try:
+        for split in splits:  # one that is not there shall not be missed after the training
+            open_split(args, split, args.num_eval)
+        train(vae, teacher, projector, perceptual, args)
+    except ValueError as error:  # data that cannot be read, a size that the network does not take
+        end(error)
     seconds = time.perf_counter() - start
     vae.eval()
     measured: dict[str, Any] = {}
     if teacher is not None and projector is not None:
-        measured["alignment_cosine"] = mean_alignment(vae, teacher, projector, args)
+        measured["alignment_cosine"] = mean_alignment(vae, teacher, projector, args, splits[0])
     measured.update(normalize_latents(vae, args))
-    measured["psnr"] = {split: mean_psnr(vae, args, split) for split in ("heldout", "novel")}
+    measured["psnr"] = {split: mean_psnr(vae, args, split) for split in splits}
     measured["steps_per_second"] = round(args.steps / seconds, 2)
 
     vae.save_pretrained(args.output_dir)

@@ -6,6 +6,7 @@
 | `clip` | CLIP ViT-L/14 at 336 pixels | projected image embedding, normalized | CMMD |
 | `dinov2` | DINOv2 ViT-L/14 with registers at 518 pixels | class token, normalized | DINO-MMD |
 | folder or Hub id | vision transformer of transformers at its own size | as `clip` or `dinov2` | |
+| folder or Hub id | convolutional network of transformers at its own size | mean of one stage, normalized | |
 | file ending in .pth | weights for `inception` | as `inception` | |
 
 Shapes: B images of H x W pixels, E features each. Every extractor checks its input with `check_images`, so that floats
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
 from ..files import hash_tensors
 from ..fingerprints import fingerprint, read_normalization
+from ..techniques.teachers import feature_map
 
 # name -> (Hub id, image size of the study in pixels)
 NAMED_EXTRACTORS = {
@@ -184,21 +186,15 @@ class InceptionExtractor(FeatureExtractor):
 
 
 class VisionExtractor(FeatureExtractor):
-    """A vision transformer of transformers in float32: one normalized vector per image.
-
-    The vector is `image_embeds` if the model returns it (CLIPVisionModelWithProjection), else the class token (DINOv2,
-    DINOv3, ViT), else `pooler_output` (SigLIP).
+    """A vision network of transformers in float32: one normalized vector per image.
 
     Args:
-        model: vision transformer.
+        model: network of transformers.
         mean: mean per channel of the model's normalization, for pixels in [0, 1].
         std: standard deviation per channel of the model's normalization, for pixels in [0, 1].
-        size: input size in pixels; positions are interpolated if it differs from that of training.
+        size: input size in pixels.
         name: name in the names of metrics.
         source: origin of the weights.
-
-    Raises:
-        ValueError: if the size is not a multiple of the patch size.
     """
 
     mean: torch.Tensor
@@ -208,24 +204,11 @@ class VisionExtractor(FeatureExtractor):
         self, model: Any, mean: Sequence[float], std: Sequence[float], size: int, name: str, source: str = "memory"
     ):
         super().__init__()
-        patch: Any = getattr(model.config, "patch_size", None)
-        if not isinstance(patch, int) or size < patch or size % patch:
-            raise ValueError(
-                f"`size` is {size}, and the patch size of {source!r} ({type(model).__name__}) is {patch}; accepted: "
-                "vision transformers with square patches, and multiples of the patch size."
-            )
         self.name, self.source, self.size = name, source, size
         self.resizing = f"bicubic, antialiased, shorter side to {size}, center crop"
-        self.patches = (size // patch) ** 2
-        self.registers: int = getattr(model.config, "num_register_tokens", 0)
-        has_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        is_changed = size != getattr(model.config, "image_size", size)
-        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if has_option and is_changed else {}
         self.model = model.requires_grad_(False)
         for key, values in (("mean", mean), ("std", std)):
             self.register_buffer(key, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        projected = isinstance(model, CLIPVisionModelWithProjection)
-        self.num_features = model.config.projection_dim if projected else model.config.hidden_size
         self.eval()
 
     @cached_property
@@ -235,15 +218,50 @@ class VisionExtractor(FeatureExtractor):
         return digest.hexdigest()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return features (B, E). Also raises `ValueError` without embedding, class token and pooled output."""
+        """Return features (B, E). Also raises `ValueError` as `select_vector` does."""
         check_images(images)
         with torch.autocast(images.device.type, enabled=False):
             pixels = resize_and_crop(images, self.size) / 255  # (B, 3, size, size) in [0, 1]
             pixels = (pixels - self.mean) / self.std  # (B, 3, size, size)
-            features = self._select_vector(self.model(pixels, **self.options))  # (B, E)
-            return F.normalize(features.float(), dim=-1)  # (B, E)
+            return F.normalize(self.select_vector(pixels).float(), dim=-1)  # (B, E)
 
-    def _select_vector(self, output: Any) -> torch.Tensor:
+    @abstractmethod
+    def select_vector(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the vectors (B, E) of normalized images (B, 3, size, size), before they are scaled to length 1."""
+
+
+class TransformerExtractor(VisionExtractor):
+    """A vision transformer of transformers.
+
+    The vector is `image_embeds` if the model returns it (CLIPVisionModelWithProjection), else the class token (DINOv2,
+    DINOv3, ViT), else `pooler_output` (SigLIP). Arguments are those of VisionExtractor; positions are interpolated if
+    `size` differs from that of training.
+
+    Raises:
+        ValueError: if the size is not a multiple of the patch size.
+    """
+
+    def __init__(
+        self, model: Any, mean: Sequence[float], std: Sequence[float], size: int, name: str, source: str = "memory"
+    ):
+        patch: Any = getattr(model.config, "patch_size", None)
+        if not isinstance(patch, int) or size < patch or size % patch:
+            raise ValueError(
+                f"`size` is {size}, and the patch size of {source!r} ({type(model).__name__}) is {patch}; accepted: "
+                "vision transformers with square patches, and multiples of the patch size."
+            )
+        super().__init__(model, mean, std, size, name, source)
+        self.patches = (size // patch) ** 2
+        self.registers: int = getattr(model.config, "num_register_tokens", 0)
+        has_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        is_changed = size != getattr(model.config, "image_size", size)
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if has_option and is_changed else {}
+        projected = isinstance(model, CLIPVisionModelWithProjection)
+        self.num_features = model.config.projection_dim if projected else model.config.hidden_size
+
+    def select_vector(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raises `ValueError` without embedding, class token and pooled output."""
+        output = self.model(pixels, **self.options)
         if (embeds := getattr(output, "image_embeds", None)) is not None:
             return embeds  # (B, E)
         leading = output.last_hidden_state.shape[1] - self.patches
@@ -258,6 +276,27 @@ class VisionExtractor(FeatureExtractor):
         )
 
 
+class ConvExtractor(VisionExtractor):
+    """A convolutional network of transformers.
+
+    The vector is the mean over the feature map of the stage that the network's configuration names (see
+    `techniques.teachers.feature_map`). Arguments are those of VisionExtractor.
+
+    Raises:
+        ValueError: if the network returns no feature map.
+    """
+
+    def __init__(
+        self, model: Any, mean: Sequence[float], std: Sequence[float], size: int, name: str, source: str = "memory"
+    ):
+        super().__init__(model, mean, std, size, name, source)
+        with torch.no_grad():
+            self.num_features = feature_map(model, torch.zeros(1, 3, size, size)).shape[1]
+
+    def select_vector(self, pixels: torch.Tensor) -> torch.Tensor:
+        return feature_map(self.model, pixels).mean(dim=(2, 3))  # (B, E)
+
+
 def load_extractor(name_or_path: str | Path, revision: str | None = None) -> FeatureExtractor:
     """Load an extractor of the table above on the CPU.
 
@@ -268,7 +307,8 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
 
     Raises:
         OSError: if the folder or repository does not exist.
-        ValueError: if it is not a vision transformer, or weights or normalization are missing.
+        ValueError: if it is neither a vision transformer nor a convolutional network, or weights, normalization or
+            size are missing.
 
     Example:
         >>> from diffusers_prx.evaluation.extractors import load_extractor
@@ -300,7 +340,8 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
     if not isinstance(size, int):
         raise ValueError(f"`metrics` has the encoder {source!r} with `image_size` {size}; accepted: one integer.")
     label = name if name in NAMED_EXTRACTORS or not Path(name).is_dir() else Path(name).resolve().name
-    return VisionExtractor(model, mean, std, size, label, source)
+    has_patches = getattr(model.config, "patch_size", None) is not None
+    return (TransformerExtractor if has_patches else ConvExtractor)(model, mean, std, size, label, source)
 
 
 def projection_width(config: Any) -> dict[str, int]:

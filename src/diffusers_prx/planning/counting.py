@@ -26,7 +26,7 @@ from ..models.token_routing import sample_route
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..techniques.losses import LPIPSLoss, dino_perceptual_loss
 from ..techniques.optimizers import build_optimizer
-from ..techniques.teachers import VisionTeacher
+from ..techniques.teachers import VisionTeacher, build_teacher
 from ..text import encode_text, encoder_only
 from ..training.network_configs import meta_teacher, meta_text_encoder, text_config
 from ..training.networks import Nets, kept_blocks, new_projector
@@ -188,7 +188,7 @@ def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
 
 
 def _teacher(setting: str, name: str) -> VisionTeacher:
-    return VisionTeacher(meta_teacher(setting, name, tables=True), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
+    return build_teacher(meta_teacher(setting, name, tables=True), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), name)
 
 
 @dataclass(frozen=True)

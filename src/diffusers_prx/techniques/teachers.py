@@ -1,12 +1,13 @@
-"""Frozen vision transformers that look at images beside the model: targets of alignment, and perceptual losses.
+"""Frozen vision networks that look at images beside the model: targets of alignment, and perceptual losses.
 
 Shapes in this file: B batch, H x W height and width in pixels, (rows, columns) the grid of patches that is asked for,
-p the teacher's patch size, E its width.
+p the side in pixels of what one feature stands for, E its width.
 """
 
 import hashlib
 import inspect
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,52 +25,62 @@ from ..fingerprints import NOT_COMPUTED, read_normalization
 AFTER_FEATURES = ("pooler.", "head.")
 
 
-class VisionTeacher(nn.Module):
-    """A frozen vision transformer of transformers, as a function from images to patch features.
+# Side in pixels of the image that a convolutional network is measured with: a multiple of the usual strides.
+PROBE_SIZE = 224
+
+
+def feature_map(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the feature map (B, E, h, w) of a convolutional network of transformers.
+
+    Args:
+        model: network whose `last_hidden_state` is a feature map, as ResNetModel's, or a list of them, as that of a
+            TimmWrapperModel with `features_only`: its last one counts.
+        pixels: normalized images (B, 3, H, W).
+
+    Raises:
+        ValueError: if the model returns something else.
+    """
+    output = model(pixels).last_hidden_state
+    features = output[-1] if isinstance(output, (list, tuple)) else output
+    if features.ndim != 4:
+        raise ValueError(
+            f"{type(model).__name__} has no patches in its configuration, and its `last_hidden_state` of shape "
+            f"{tuple(features.shape)} is not a feature map (B, E, h, w)."
+        )
+    return features
+
+
+class VisionTeacher(nn.Module, ABC):
+    """A frozen vision network as a function from images to the features of a grid of patches.
 
     Weights are frozen and the module stays in evaluation mode, but gradients flow to the pixels. It runs in whatever
     precision the caller's autocast says; resizing and normalizing are float32 always.
 
     Args:
-        model: DINOv2, DINOv2 with registers, DINOv3 ViT, ViT, SigLIP, or another one whose `last_hidden_state` holds
-            a class token or none, then the registers of its configuration, then the patches row by row.
-        mean, std: the teacher's own normalization, per channel, for pixels in [0, 1].
-        name: what it is called in messages.
+        model: network of transformers.
+        mean, std: the network's own normalization, per channel, for pixels in [0, 1].
+        name: name in messages.
 
     Attributes:
-        patch_size: side p of a patch in pixels.
+        patch_size: side p in pixels of what one feature stands for.
         hidden_size: width E of the features.
-
-    Raises:
-        ValueError: if the model has no square patches.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
+    patch_size: int
+    hidden_size: int
 
     def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], name: str):
         super().__init__()
-        patch_size: Any = getattr(model.config, "patch_size", None)
-        sides = set(patch_size) if isinstance(patch_size, (list, tuple)) else {patch_size}
-        if len(sides) != 1 or None in sides:
-            raise ValueError(
-                f"The teacher {name!r} is a {type(model).__name__} with the patch size {patch_size}; accepted are "
-                "vision transformers with square patches."
-            )
         self.name = name
-        self.patch_size: int = sides.pop()
-        self.hidden_size: int = model.config.hidden_size
-        self.registers: int = getattr(model.config, "num_register_tokens", 0)
-        # DINOv2 always interpolates its positions and DINOv3 has rotary ones; ViT and SigLIP have to be asked
-        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if asks else {}
         self.model = model.requires_grad_(False)
         for key, values in (("mean", mean), ("std", std)):
             self.register_buffer(key, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> "VisionTeacher":
-        """Stays in evaluation mode whatever is asked: in training mode DINOv3 moves its positions at random."""
+        """Stay in evaluation mode whatever is asked: in training mode DINOv3 moves its positions at random."""
         return super().train(False)
 
     @cached_property
@@ -83,7 +94,7 @@ class VisionTeacher(nn.Module):
         return digest.hexdigest()
 
     def forward(self, pixels_pm1: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The features of every patch of the image, cut into a grid of patches.
+        """Return the features of every patch of the image, cut into a grid of patches.
 
         Args:
             pixels_pm1: images (B, 3, H, W) in [-1, 1]. They are resized, antialiased, to (rows * p, columns * p): give
@@ -94,36 +105,111 @@ class VisionTeacher(nn.Module):
             (B, rows * columns, E), float32, row by row.
 
         Raises:
-            ValueError: for another shape of pixels, or if the model gives another number of tokens.
+            ValueError: for another shape of pixels, or if the network returns another number of features.
         """
         if pixels_pm1.ndim != 4 or pixels_pm1.shape[1] != 3:
             raise ValueError(f"`pixels_pm1` must have the shape (B, 3, H, W), got {tuple(pixels_pm1.shape)}.")
-        rows, columns = grid
-        size = (rows * self.patch_size, columns * self.patch_size)
+        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         pixels = (pixels_pm1.float() + 1) / 2  # (B, 3, H, W) in [0, 1]
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)  # (B, 3, rows * p, columns * p)
         pixels = (pixels - self.mean) / self.std  # (B, 3, rows * p, columns * p)
+        return self.features(pixels, grid).float()  # (B, rows * columns, E)
+
+    @abstractmethod
+    def features(self, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the features (B, rows * columns, E) of normalized images (B, 3, rows * p, columns * p)."""
+
+
+class TransformerTeacher(VisionTeacher):
+    """A vision transformer: DINOv2, DINOv2 with registers, DINOv3 ViT, ViT, SigLIP, or another one whose
+    `last_hidden_state` holds a class token or none, then the registers of its configuration, then the patches row by
+    row. Arguments are those of VisionTeacher.
+
+    Raises:
+        ValueError: if the model has no square patches.
+    """
+
+    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], name: str):
+        patch_size: Any = getattr(model.config, "patch_size", None)
+        sides = set(patch_size) if isinstance(patch_size, (list, tuple)) else {patch_size}
+        if len(sides) != 1 or None in sides:
+            raise ValueError(
+                f"The teacher {name!r} is a {type(model).__name__} with the patch size {patch_size}; accepted are "
+                "vision transformers with square patches."
+            )
+        super().__init__(model, mean, std, name)
+        self.patch_size = sides.pop()
+        self.hidden_size = model.config.hidden_size
+        self.registers: int = getattr(model.config, "num_register_tokens", 0)
+        # DINOv2 always interpolates its positions and DINOv3 has rotary ones; ViT and SigLIP have to be asked
+        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if asks else {}
+
+    def features(self, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        patches = grid[0] * grid[1]
         tokens = self.model(pixels, **self.options).last_hidden_state  # (B, leading + rows * columns, E)
-        leading = tokens.shape[1] - rows * columns
+        leading = tokens.shape[1] - patches
         if leading not in (self.registers, self.registers + 1):
             raise ValueError(
-                f"The teacher {self.name!r} gives {tokens.shape[1]} tokens for a grid of {rows} x {columns}; expected "
-                f"are {rows * columns} patches after {self.registers} registers and at most one class token."
+                f"The teacher {self.name!r} gives {tokens.shape[1]} tokens for a grid of {grid[0]} x {grid[1]}; "
+                f"expected are {patches} patches after {self.registers} registers and at most one class token."
             )
-        return tokens[:, leading:].float()  # (B, rows * columns, E)
+        return tokens[:, leading:]  # (B, rows * columns, E)
+
+
+class ConvTeacher(VisionTeacher):
+    """A convolutional network; its features are those of one stage, which its configuration names (see `feature_map`).
+    Arguments are those of VisionTeacher.
+
+    Raises:
+        ValueError: if the model returns no feature map.
+    """
+
+    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], name: str):
+        super().__init__(model, mean, std, name)
+        with torch.no_grad():
+            probe = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=next(model.parameters()).device)
+            _, self.hidden_size, side, _ = feature_map(model, probe).shape
+        self.patch_size = PROBE_SIZE // side
+
+    def features(self, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        features = feature_map(self.model, pixels)  # (B, E, rows, columns)
+        if features.shape[-2:] != grid:
+            raise ValueError(
+                f"The teacher {self.name!r} gives features of {features.shape[2]} x {features.shape[3]} places for a "
+                f"grid of {grid[0]} x {grid[1]}."
+            )
+        return features.flatten(2).transpose(1, 2)  # (B, rows * columns, E)
+
+
+def build_teacher(model: Any, mean: Sequence[float], std: Sequence[float], name: str) -> VisionTeacher:
+    """Make the teacher that fits a network: one with patches in its configuration is a transformer.
+
+    Args:
+        model: network of transformers.
+        mean, std: its own normalization, per channel, for pixels in [0, 1].
+        name: name in messages.
+
+    Raises:
+        ValueError: as the two classes do.
+    """
+    has_patches = getattr(model.config, "patch_size", None) is not None
+    return (TransformerTeacher if has_patches else ConvTeacher)(model, mean, std, name)
 
 
 def load_teacher(name_or_path: str | Path, revision: str | None = None) -> VisionTeacher:
-    """A vision transformer in float32 on the CPU; of a model of images and text (SigLIP), its image half.
+    """Load a vision network in float32 on the CPU; of a model of images and text (SigLIP), its image half.
 
     Args:
-        name_or_path: a folder in transformers' format with its preprocessor_config.json, or a Hub id, as
-            `facebook/dinov2-with-registers-large` or `facebook/dinov3-vitl16-pretrain-lvd1689m` (gated).
-        revision: on the Hub.
+        name_or_path: a folder in transformers' format with its preprocessor_config.json, as
+            `training/tools/fetch_networks.py` makes one, or a Hub id, as `facebook/dinov2-with-registers-large` or
+            `facebook/dinov3-vitl16-pretrain-lvd1689m` (gated).
+        revision: revision on the Hub.
 
     Raises:
-        ValueError: if the model is no vision transformer, weights are missing, or its normalization is not stated.
+        ValueError: if the model has neither patches nor a feature map, weights are missing, or its normalization is
+            not stated.
     """
     name = str(name_or_path)
     mean, std = read_normalization(name, revision, "teacher")
@@ -133,4 +219,4 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Visio
     missing = sorted(key for key in keys if not key.startswith(AFTER_FEATURES))
     if missing:  # transformers draws them at random and only warns
         raise ValueError(f"The checkpoint of the teacher {name!r} lacks the weights {missing}.")
-    return VisionTeacher(model.vision_model if prefix else model, mean, std, name)
+    return build_teacher(model.vision_model if prefix else model, mean, std, name)

@@ -152,7 +152,7 @@ def export_checkpoint(
         output_dir: of the pipeline, the record of the run until then, and the model card.
         average: the averaged weights or the trained ones; None: the averaged ones where there are any.
         card_template: of the model card.
-        dtype: of the stored weights that were trained; bfloat16 halves the files, and is not to train on from.
+        dtype: of the stored weights; bfloat16 halves the files, and is not to train on from.
 
     Raises:
         ValueError: if there is no complete checkpoint, a file of it is damaged, it has no averages, or a network that
@@ -182,7 +182,7 @@ def export_checkpoint(
         for key, parameter in trainable_parameters(module.eval()).items()
     }
     read_tensors(checkpoint, parameters)
-    for module in nets.trainable(cfg).values():
+    for module in (nets.transformer, nets.text_encoder, *([] if nets.vae is None else [nets.vae])):
         # diffusers' own `to` warns of modules that stay in float32, of which PRX has none
         torch.nn.Module.to(module, dtype)
     images = validation_sheet(checkpoint.parent, state.step).with_suffix("")

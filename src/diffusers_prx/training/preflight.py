@@ -21,6 +21,7 @@ from ..pipelines.pipeline_prx import PRXPipeline
 from ..prompt_cleaning import CLEANERS
 from ..techniques.lora import add_adapter
 from ..techniques.optimizers import muon_weights, trainable_parameters
+from ..techniques.teachers import build_teacher
 from .network_configs import meta_autoencoder, meta_teacher, text_config
 from .networks import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .stages import Stage
@@ -91,8 +92,9 @@ def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
             if stage.repa_weight and aligns:
                 meta_teacher("repa_teacher", str(stage.repa_teacher))
             if stage.dino_weight:
-                patch = meta_teacher("dino_teacher", str(stage.dino_teacher)).config.patch_size
-                check_dino_size(stage, patch)
+                name = str(stage.dino_teacher)
+                teacher = build_teacher(meta_teacher("dino_teacher", name), [0.0] * 3, [1.0] * 3, name)
+                check_dino_size(stage, teacher.patch_size)
         if stage.lpips_backbone is not None and not Path(stage.lpips_backbone).is_file():
             raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is no file.")
         if stage.precomputed_dir is not None:
