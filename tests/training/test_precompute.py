@@ -459,9 +459,14 @@ def test_data_of_which_much_cannot_be_read_make_no_cache(cached, parts, tmp_path
 
 
 def test_a_whole_run_from_the_cache(parts, tmp_path, monkeypatch):
-    """Every loss of four steps is that of the run on the fly, and so is what is counted."""
-    changes = aligned(parts) | {"num_validation_samples": 2, "validation_steps": 4, "learning_rate": 1e-3}
-    values = settings(parts, tmp_path / "fly", **changes, mixed_precision="bf16")
+    """Every flow loss of four steps equals that of the run on the fly to the last bit, and so do the counts.
+
+    The alignment has a weight too small to move another weight: its features are rounded to float16 in the cache, and
+    AdamW divides a gradient by its size, so that with a weight of 0.5 the rounding grows fourfold per step (3e-6 of
+    the alignment loss in the first step, 1.2e-4 in the fourth).
+    """
+    changes = aligned(parts) | {"repa_weight": 1e-20, "num_validation_samples": 2, "validation_steps": 4}
+    values = settings(parts, tmp_path / "fly", **changes, learning_rate=1e-3, mixed_precision="bf16")
     wanted = runs.train(values)
     values = make_cache(values | {"output_dir": str(tmp_path / "cached")}, tmp_path / "cache")
     hashed = []
@@ -471,9 +476,10 @@ def test_a_whole_run_from_the_cache(parts, tmp_path, monkeypatch):
     train(run)
     assert len(run.state.history) == 4
     for entry, reference in zip(run.state.history, wanted.state.history, strict=True):
-        for name in ("loss/flow", "loss/alignment"):
-            assert entry[name] == pytest.approx(reference[name], rel=1e-4)
-    assert run.state.validation_history[0] == pytest.approx(wanted.state.validation_history[0], rel=1e-3)
+        assert entry["loss/flow"] == reference["loss/flow"]
+        assert entry["loss/alignment"] == pytest.approx(reference["loss/alignment"], rel=2e-5)
+    # two held-out images make another batch than in the cache, whose sums may have another order
+    assert run.state.validation_history[0] == pytest.approx(wanted.state.validation_history[0], rel=1e-5)
     for name in ("samples_read", "unreadable", "unfit", "upscaled", "truncated"):
         assert getattr(run.state, name) == getattr(wanted.state, name)
 
