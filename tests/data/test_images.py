@@ -13,7 +13,16 @@ import PIL.ImageCms
 import PIL.PngImagePlugin
 import pytest
 
-from diffusers_prx.data.images import UnreadableSample, image_endings, image_hash, image_size, image_value, read_image
+from diffusers_prx.data.images import (
+    NO_FILES,
+    AllowedFiles,
+    UnreadableSample,
+    image_endings,
+    image_hash,
+    image_size,
+    image_value,
+    read_image,
+)
 from image_files import encode, noise
 
 RED = (250, 10, 20)
@@ -253,6 +262,26 @@ def test_files_that_are_not_regular_or_missing_are_refused(tmp_path):
                 read(path)
         with pytest.raises(OSError, match="is not a regular file"):
             image_hash(path)
+
+
+OUTSIDE = [
+    *("/etc/hostname", "../secret.png", "file:///etc/hostname", "simplecache::file:///etc/hostname"),
+    *("https://example.com/x.png", "zip://x.png::https://example.com/x.zip"),
+    *("github://a:b@main/x.png", "hf://datasets/me/other/x.png", "hf://datasets/me/photos/../x.png"),
+]
+
+
+def test_allowed_files_are_those_of_the_data_set(tmp_path):
+    allowed = AllowedFiles((str(tmp_path),), ("hf://datasets/me/photos/",))
+    for name in OUTSIDE:
+        for files in (allowed, NO_FILES):
+            with pytest.raises(UnreadableSample, match="not inside its data set"):
+                files.resolve(name)
+    assert allowed.resolve("a.png") == allowed.resolve(str(tmp_path / "a.png")) == str(tmp_path / "a.png")
+    for address in ("hf://datasets/me/photos/a.png", "zip://a.png::hf://datasets/me/photos/a.zip"):
+        assert allowed.resolve(address) == address
+    assert NO_FILES.resolve(b"content") == b"content"
+    assert NO_FILES.resolve(None) is None
 
 
 def test_image_value_reads_cells_of_an_image_column():

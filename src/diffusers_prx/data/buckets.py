@@ -91,7 +91,7 @@ def compute_buckets(resolution: int, multiple: int, max_ratio: float = 2.0) -> l
     return [*reversed(wide), (resolution, resolution), *((width, height) for height, width in wide)]
 
 
-def assign_bucket(width: Any, height: Any, sizes: Sequence[Size]) -> np.ndarray:
+def assign_bucket(width: int | np.ndarray, height: int | np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
     """Assign images to the nearest aspect ratio on a logarithmic scale, which treats 2:1 and 1:2 alike.
 
     Args:
@@ -107,7 +107,9 @@ def assign_bucket(width: Any, height: Any, sizes: Sequence[Size]) -> np.ndarray:
     return order[np.searchsorted(boundaries, np.log(height) - np.log(width))]
 
 
-def resize_scale_and_crop(width: Any, height: Any, size: Any) -> tuple[Any, Any]:
+def resize_scale_and_crop(
+    width: int | np.ndarray, height: int | np.ndarray, size: Size | np.ndarray
+) -> tuple[Any, Any]:
     """Return the factor by which an image is enlarged to cover a size, and the share of it that is then cropped.
 
     Args:
