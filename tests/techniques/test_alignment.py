@@ -21,7 +21,7 @@ from diffusers_prx.techniques.alignment import (
     spatial_normalize,
     teacher_features,
 )
-from diffusers_prx.techniques.teachers import VisionTeacher
+from diffusers_prx.techniques.teachers import TransformerTeacher
 from disks import full_disk
 
 GRID = (3, 4)
@@ -378,7 +378,7 @@ def test_burn_in_rejects_invalid_values():
             BurnIn(window=3).observe(0, cosine)
 
 
-class CountedTeacher(VisionTeacher):
+class CountedTeacher(TransformerTeacher):
     """Real teacher that counts the images it processes."""
 
     seen = 0

@@ -1,4 +1,4 @@
-"""Vision teachers: tiny random models of the real classes, saved on the spot, against the models called by hand."""
+"""Vision teachers: tiny random models of the real classes, compared with direct calls of the models."""
 
 import json
 
@@ -41,7 +41,7 @@ SIZES = {
 }
 TEXT_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
 
-# class -> its configuration, the tokens that come before the patches, what its forward has to be told
+# name: class, configuration, number of tokens before the patches, arguments of the forward
 CASES = {
     "dinov2": (Dinov2Model, Dinov2Config(**SIZES), 1, {}),
     "dinov2_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3), 4, {}),
@@ -52,7 +52,7 @@ CASES = {
 
 
 def saved(folder, model, **settings):
-    """The model with every parameter drawn anew, positions and registers too, and its preprocessor_config.json."""
+    """Save a model with random parameters, including positions and registers, and its preprocessor_config.json."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,7 +63,7 @@ def saved(folder, model, **settings):
 
 
 def dinov2(folder, **settings):
-    """The same weights every time."""
+    """Save a DINOv2 that always has the same weights."""
     torch.manual_seed(0)
     return saved(folder, Dinov2Model(CASES["dinov2"][1]), **settings)
 
@@ -76,19 +76,17 @@ def pm1(pixels_uint8):
     return torch.from_numpy(pixels_uint8).float() / 127.5 - 1
 
 
-def by_hand(model, leading, options, pixels_01):
-    """What the model itself makes of pixels in [0, 1], numpy (B, 3, H, W), at their own size."""
+def call_directly(model, leading, options, pixels_01):
+    """Return the patch features of the model itself for pixels in [0, 1], numpy (B, 3, H, W), at their own size."""
     mean, std = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
     with torch.no_grad():
         tokens = model(torch.from_numpy((pixels_01 - mean) / std).float(), **options).last_hidden_state
     return tokens[:, leading:]
 
 
-@pytest.mark.parametrize(
-    "grid", [(4, 4), (3, 5), (6, 2), (2, 8)]
-)  # (2, 8): as many patches as in training, not square
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (6, 2), (2, 8)])  # (2, 8): as many patches as in training
 @pytest.mark.parametrize("case", CASES)
-def test_features_are_those_of_the_model_called_by_hand(tmp_path, case, grid):
+def test_teacher_features_equal_direct_calls_of_the_model(tmp_path, case, grid):
     cls, config, leading, options = CASES[case]
     teacher = load_teacher(saved(tmp_path, cls(config)))
     model = cls.from_pretrained(tmp_path).eval()
@@ -97,12 +95,12 @@ def test_features_are_those_of_the_model_called_by_hand(tmp_path, case, grid):
     assert (teacher.patch_size, teacher.hidden_size) == (4, 32)
     assert features.shape == (2, grid[0] * grid[1], 32)
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, by_hand(model, leading, options, pixels / 255), rtol=0, atol=2e-5)
+    torch.testing.assert_close(features, call_directly(model, leading, options, pixels / 255), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_features_stand_row_by_row(tmp_path, case):
-    """A change of one patch of the image changes the feature at its place most."""
+def test_features_are_in_row_major_order(tmp_path, case):
+    """A change of one patch of the image changes the feature at its position most."""
     cls, config, *_ = CASES[case]
     teacher = load_teacher(saved(tmp_path, cls(config)))
     rows, columns = 3, 5
@@ -114,27 +112,20 @@ def test_features_stand_row_by_row(tmp_path, case):
         assert difference.argmax() == row * columns + column
 
 
-def test_images_are_resized_with_antialiasing(tmp_path):
-    """As Pillow's bicubic filter does it, shrinking in one direction by 3 and in the other by 1.75."""
+def test_images_are_resized_like_pillows_bicubic_filter(tmp_path):
     teacher = load_teacher(dinov2(tmp_path))
     pixels, (rows, columns) = images(36, 35), (3, 5)
-    small = np.stack(
-        [
-            [
-                np.asarray(Image.fromarray(channel.astype(np.float32)).resize((4 * columns, 4 * rows), Image.BICUBIC))
-                for channel in image
-            ]
-            for image in pixels
-        ]
-    )
-    expected = by_hand(Dinov2Model.from_pretrained(tmp_path).eval(), 1, {}, small / 255)
+    size = (4 * columns, 4 * rows)
+    channels = [Image.fromarray(c.astype(np.float32)).resize(size, Image.BICUBIC) for image in pixels for c in image]
+    small = np.stack([np.asarray(channel) for channel in channels]).reshape(2, 3, 4 * rows, 4 * columns)
+    expected = call_directly(Dinov2Model.from_pretrained(tmp_path).eval(), 1, {}, small / 255)
     features = teacher(pm1(pixels), (rows, columns))
     torch.testing.assert_close(features, expected, rtol=0, atol=2e-5)
     plain = torch.nn.functional.interpolate(torch.from_numpy(pixels).float(), (12, 20), mode="bicubic").numpy()
-    assert (features - by_hand(teacher.model, 1, {}, plain / 255)).abs().max() > 0.1
+    assert (features - call_directly(teacher.model, 1, {}, plain / 255)).abs().max() > 0.1
 
 
-def test_it_is_frozen_and_lets_gradients_through_to_the_pixels(tmp_path):
+def test_teachers_are_frozen_and_propagate_gradients_to_the_pixels(tmp_path):
     teacher = load_teacher(dinov2(tmp_path))
     pixels = pm1(images(20, 12)).requires_grad_()
     teacher(pixels, (2, 3)).square().sum().backward()
@@ -143,33 +134,30 @@ def test_it_is_frozen_and_lets_gradients_through_to_the_pixels(tmp_path):
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
 
 
-def test_it_stays_in_evaluation_mode(tmp_path):
+def test_teachers_stay_in_evaluation_mode(tmp_path):
     """In training mode DINOv3 scales its positions at random."""
     cls, config, *_ = CASES["dinov3"]
     teacher = load_teacher(saved(tmp_path, cls(config)))
     pixels = pm1(images(12, 20))
     before = teacher(pixels, (3, 5))
     teacher.model.train()
-    assert (teacher(pixels, (3, 5)) - before).abs().max() > 1e-3  # what has to be prevented
+    assert (teacher(pixels, (3, 5)) - before).abs().max() > 1e-3  # the mode matters
     assert teacher.train() is teacher
     assert not any(module.training for module in teacher.modules())
     assert torch.equal(teacher(pixels, (3, 5)), before)
 
 
-def test_image_half_of_a_model_of_images_and_text(tmp_path):
+def test_the_image_half_of_an_image_text_model_is_loaded(tmp_path):
     config = SiglipConfig(text_config=TEXT_SIZES | {"intermediate_size": 32}, vision_config=SIZES)
     teacher = load_teacher(saved(tmp_path, SiglipModel(config)))
     assert type(teacher.model) is SiglipVisionModel
     model = SiglipModel.from_pretrained(tmp_path).eval().vision_model
     pixels = images(12, 20)
-    expected = by_hand(model, 0, {"interpolate_pos_encoding": True}, pixels / 255)
+    expected = call_directly(model, 0, {"interpolate_pos_encoding": True}, pixels / 255)
     torch.testing.assert_close(teacher(pm1(pixels), (3, 5)), expected, rtol=0, atol=2e-5)
 
 
-# --- the normalization is the file's
-
-
-def test_normalization_of_the_file(tmp_path):
+def test_the_normalization_of_the_file_is_used(tmp_path):
     half, none, own = (tmp_path / name for name in ("half", "none", "own"))
     teachers = [
         load_teacher(dinov2(half, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
@@ -186,7 +174,7 @@ def test_normalization_of_the_file(tmp_path):
     assert (features[0] - features[2]).abs().max() > 1e-2
 
 
-def test_nothing_is_assumed_about_the_normalization(tmp_path):
+def test_an_incomplete_normalization_is_refused(tmp_path):
     file = dinov2(tmp_path) / "preprocessor_config.json"
     for settings, message in [
         ({"image_std": STD}, "`image_mean` None"),
@@ -201,11 +189,7 @@ def test_nothing_is_assumed_about_the_normalization(tmp_path):
         load_teacher(tmp_path)
 
 
-# --- the fingerprint
-
-
-def test_fingerprint(tmp_path):
-    """The same for the same teacher, wherever it lies; another for another weight, setting or normalization."""
+def test_the_fingerprint_depends_on_weights_settings_and_normalization(tmp_path):
     folders = [tmp_path / name for name in ("here", "there", "mean", "weight", "setting")]
     for folder in folders:
         dinov2(folder, image_mean=[0.5, 0.456, 0.406] if folder.name == "mean" else MEAN)
@@ -219,25 +203,22 @@ def test_fingerprint(tmp_path):
     assert len({here, *others}) == 4
 
 
-def test_weights_that_do_not_matter_do_not_change_the_fingerprint(tmp_path):
-    """A checkpoint without a pooler gets a random one at every loading."""
+def test_the_fingerprint_ignores_unused_weights(tmp_path):
+    """A checkpoint without a pooler gets a random one whenever it is loaded."""
     saved(tmp_path, ViTModel(CASES["vit"][1], add_pooling_layer=False))
     first, second = load_teacher(tmp_path), load_teacher(tmp_path)
     assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
     assert first.fingerprint == second.fingerprint
 
 
-# --- wrong input
-
-
-def test_wrong_input(tmp_path):
+def test_pixels_of_another_shape_are_refused(tmp_path):
     teacher = load_teacher(dinov2(tmp_path))
     for shape in [(3, 8, 8), (1, 4, 8, 8)]:
-        with pytest.raises(ValueError, match="`pixels_pm1` must have the shape"):
+        with pytest.raises(ValueError, match="`pixels_pm1`"):
             teacher(torch.zeros(shape), (2, 2))
 
 
-def test_missing_weights_are_an_error(tmp_path):
+def test_missing_weights_are_refused(tmp_path):
     file = dinov2(tmp_path) / "model.safetensors"
     weights = load_file(file)
     del weights["encoder.layer.1.mlp.fc1.weight"]
@@ -246,16 +227,13 @@ def test_missing_weights_are_an_error(tmp_path):
         load_teacher(tmp_path)
 
 
-def test_models_without_square_patches():
+def test_models_without_square_patches_are_refused():
     tall = ViTModel(ViTConfig(**SIZES | {"patch_size": [4, 2]}))
-    with pytest.raises(ValueError, match="square patches"):
+    with pytest.raises(ValueError, match="`patch_size`"):
         build_teacher(tall, MEAN, STD, "x")
     swin = SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1], image_size=16, window_size=2))
-    with pytest.raises(ValueError, match=r"gives 4 tokens for a grid of 4 x 4; expected are 16 patches"):
+    with pytest.raises(ValueError, match=r"4 tokens for a grid of 4 x 4.* 16 patches"):
         build_teacher(swin, MEAN, STD, "x")(torch.zeros(1, 3, 16, 16), (4, 4))
-
-
-# --- convolutional networks
 
 
 def resnet():
@@ -264,7 +242,7 @@ def resnet():
 
 
 def timm_network(**model_args):
-    """timm's smallest EfficientNet, whose stage 2 has 24 channels for 8 x 8 pixels."""
+    """Build timm's smallest EfficientNet, whose stage 2 has 24 channels per 8 x 8 pixels."""
     pytest.importorskip("timm", reason="timm is not installed (the extra `vision`)")
     torch.manual_seed(0)
     settings = {"architecture": "test_efficientnet", "do_pooling": False, "num_labels": 0}
@@ -272,7 +250,7 @@ def timm_network(**model_args):
 
 
 def randomized(model):
-    """The model with statistics of its batch norms that are not those of a new one."""
+    """Randomize the statistics of a model's batch norms."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.5, 0.5)
@@ -280,8 +258,8 @@ def randomized(model):
     return model
 
 
-def test_a_convolutional_teacher_gives_the_features_of_the_stage_in_its_folder(tmp_path):
-    """Against the layers of the whole network, called one by one."""
+def test_a_convolutional_teacher_returns_the_features_of_its_configured_stage(tmp_path):
+    """The reference calls the layers of the whole network one by one."""
     timm = pytest.importorskip("timm", reason="timm is not installed (the extra `vision`)")
     whole = randomized(timm.create_model("test_efficientnet", pretrained=False)).eval()
     model = timm_network(features_only=True, out_indices=[2])
@@ -302,7 +280,7 @@ def test_a_convolutional_teacher_gives_the_features_of_the_stage_in_its_folder(t
 
 
 def test_a_convolutional_teacher_resizes_images_to_the_grid(tmp_path):
-    """ResNet's own output is its last stage: 1 for 8 x 8 pixels."""
+    """ResNet returns its last stage: one feature per 8 x 8 pixels."""
     teacher = load_teacher(saved(tmp_path, randomized(resnet())))
     pixels = pm1(images(64, 64))
     large = torch.nn.functional.interpolate(pixels, (96, 96), mode="bicubic", antialias=True)
@@ -313,7 +291,7 @@ def test_a_convolutional_teacher_resizes_images_to_the_grid(tmp_path):
     assert not teacher.train().model.training
 
 
-def test_a_convolutional_teacher_lets_gradients_through_and_has_a_fingerprint(tmp_path):
+def test_a_convolutional_teacher_propagates_gradients_and_has_a_fingerprint(tmp_path):
     teacher = load_teacher(saved(tmp_path / "a", timm_network(features_only=True, out_indices=[2])))
     pixels = pm1(images(32, 32)).requires_grad_()
     teacher(pixels, (4, 4)).sum().backward()
@@ -325,5 +303,5 @@ def test_a_convolutional_teacher_lets_gradients_through_and_has_a_fingerprint(tm
 def test_a_network_without_a_feature_map_is_refused():
     pytest.importorskip("timm", reason="timm is not installed (the extra `vision`)")
     pooled = TimmWrapperModel(TimmWrapperConfig(architecture="test_vit", model_args={"img_size": 224}, num_labels=0))
-    with pytest.raises(ValueError, match="TimmWrapperModel has no patches"):
+    with pytest.raises(ValueError, match=r"TimmWrapperModel .*feature map"):
         build_teacher(pooled, MEAN, STD, "x")

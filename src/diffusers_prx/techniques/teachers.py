@@ -1,7 +1,7 @@
-"""Frozen vision networks that look at images beside the model: targets of alignment, and perceptual losses.
+"""Vision teachers: frozen vision networks whose features are alignment targets or define perceptual losses.
 
-Shapes in this file: B batch, H x W height and width in pixels, (rows, columns) the grid of patches that is asked for,
-p the side in pixels of what one feature stands for, E its width.
+Shapes in this file: B batch, H x W height and width in pixels, (rows, columns) requested grid of patches, p side of a
+patch in pixels, E width of the features.
 """
 
 import hashlib
@@ -21,11 +21,9 @@ from transformers import AutoModel
 from ..files import hash_tensors
 from ..fingerprints import NOT_COMPUTED, read_normalization
 
-# Parts of transformers' models that come after the patch features; checkpoints often lack them.
+# Parts of transformers' models after the patch features; checkpoints often lack them.
 AFTER_FEATURES = ("pooler.", "head.")
-
-
-# Side in pixels of the image that a convolutional network is measured with: a multiple of the usual strides.
+# Side in pixels of the image that measures the stride of a convolutional network: a multiple of the usual strides.
 PROBE_SIZE = 224
 
 
@@ -33,8 +31,8 @@ def feature_map(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Return the feature map (B, E, h, w) of a convolutional network of transformers.
 
     Args:
-        model: network whose `last_hidden_state` is a feature map, as ResNetModel's, or a list of them, as that of a
-            TimmWrapperModel with `features_only`: its last one counts.
+        model: network whose `last_hidden_state` is a feature map (ResNetModel), or a list of feature maps, of which
+            the last is used (TimmWrapperModel with `features_only`).
         pixels: normalized images (B, 3, H, W).
 
     Raises:
@@ -44,26 +42,32 @@ def feature_map(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     features = output[-1] if isinstance(output, (list, tuple)) else output
     if features.ndim != 4:
         raise ValueError(
-            f"{type(model).__name__} has no patches in its configuration, and its `last_hidden_state` of shape "
+            f"{type(model).__name__} has no `patch_size`, and its `last_hidden_state` of shape "
             f"{tuple(features.shape)} is not a feature map (B, E, h, w)."
         )
     return features
 
 
 class VisionTeacher(nn.Module, ABC):
-    """A frozen vision network as a function from images to the features of a grid of patches.
+    """Frozen vision network as a function from images to the features of a grid of patches.
 
-    Weights are frozen and the module stays in evaluation mode, but gradients flow to the pixels. It runs in whatever
-    precision the caller's autocast says; resizing and normalizing are float32 always.
+    Weights are frozen and the module stays in evaluation mode, but gradients flow to the pixels. The network runs in
+    autocast's type; resizing and normalization are always float32.
 
     Args:
         model: network of transformers.
-        mean, std: the network's own normalization, per channel, for pixels in [0, 1].
+        mean: mean of the network's own normalization, per channel, for pixels in [0, 1].
+        std: standard deviation of the network's own normalization.
         name: name in messages.
 
     Attributes:
-        patch_size: side p in pixels of what one feature stands for.
+        patch_size: side p of a patch in pixels.
         hidden_size: width E of the features.
+
+    Example:
+        >>> teacher = load_teacher("facebook/dinov2-with-registers-base")
+        >>> teacher(pixels_pm1, (16, 16)).shape
+        torch.Size([2, 256, 768])
     """
 
     mean: torch.Tensor
@@ -80,12 +84,12 @@ class VisionTeacher(nn.Module, ABC):
         self.eval()
 
     def train(self, mode: bool = True) -> "VisionTeacher":
-        """Stay in evaluation mode whatever is asked: in training mode DINOv3 moves its positions at random."""
+        """Keep the evaluation mode: in training mode DINOv3 shifts its positions at random."""
         return super().train(False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the features depend on: weights, configuration, normalization. Reads every weight."""
+        """Hash of everything that determines the features: weights, configuration and normalization."""
         digest = hashlib.blake2b(digest_size=16)
         settings = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in NOT_COMPUTED}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -94,11 +98,11 @@ class VisionTeacher(nn.Module, ABC):
         return digest.hexdigest()
 
     def forward(self, pixels_pm1: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the features of every patch of the image, cut into a grid of patches.
+        """Return the features of all patches of a grid.
 
         Args:
-            pixels_pm1: images (B, 3, H, W) in [-1, 1]. They are resized, antialiased, to (rows * p, columns * p): give
-                a grid of the image's own aspect ratio, unless a distorted view is wanted.
+            pixels_pm1: images (B, 3, H, W) in [-1, 1]. They are resized, antialiased, to (rows * p, columns * p),
+                which distorts them unless the grid has their aspect ratio.
             grid: (rows, columns).
 
         Returns:
@@ -122,9 +126,10 @@ class VisionTeacher(nn.Module, ABC):
 
 
 class TransformerTeacher(VisionTeacher):
-    """A vision transformer: DINOv2, DINOv2 with registers, DINOv3 ViT, ViT, SigLIP, or another one whose
-    `last_hidden_state` holds a class token or none, then the registers of its configuration, then the patches row by
-    row. Arguments are those of VisionTeacher.
+    """Vision transformer: DINOv2 with or without registers, DINOv3 ViT, ViT, SigLIP, or others with their token order.
+
+    `last_hidden_state` must contain at most one class token, then the registers of the configuration, then the patches
+    row by row. The arguments are those of VisionTeacher.
 
     Raises:
         ValueError: if the model has no square patches.
@@ -135,16 +140,16 @@ class TransformerTeacher(VisionTeacher):
         sides = set(patch_size) if isinstance(patch_size, (list, tuple)) else {patch_size}
         if len(sides) != 1 or None in sides:
             raise ValueError(
-                f"The teacher {name!r} is a {type(model).__name__} with the patch size {patch_size}; accepted are "
-                "vision transformers with square patches."
+                f"The teacher {name!r} is a {type(model).__name__} with `patch_size` {patch_size}; accepted: vision "
+                "transformers with square patches."
             )
         super().__init__(model, mean, std, name)
         self.patch_size = sides.pop()
         self.hidden_size = model.config.hidden_size
         self.registers: int = getattr(model.config, "num_register_tokens", 0)
-        # DINOv2 always interpolates its positions and DINOv3 has rotary ones; ViT and SigLIP have to be asked
-        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if asks else {}
+        # DINOv2 always interpolates its positions and DINOv3 has rotary ones; ViT and SigLIP need the argument
+        has_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if has_option else {}
 
     def features(self, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         patches = grid[0] * grid[1]
@@ -152,15 +157,16 @@ class TransformerTeacher(VisionTeacher):
         leading = tokens.shape[1] - patches
         if leading not in (self.registers, self.registers + 1):
             raise ValueError(
-                f"The teacher {self.name!r} gives {tokens.shape[1]} tokens for a grid of {grid[0]} x {grid[1]}; "
-                f"expected are {patches} patches after {self.registers} registers and at most one class token."
+                f"The teacher {self.name!r} returns {tokens.shape[1]} tokens for a grid of {grid[0]} x {grid[1]}; "
+                f"expected: {patches} patches after {self.registers} registers and at most one class token."
             )
         return tokens[:, leading:]  # (B, rows * columns, E)
 
 
 class ConvTeacher(VisionTeacher):
-    """A convolutional network; its features are those of one stage, which its configuration names (see `feature_map`).
-    Arguments are those of VisionTeacher.
+    """Convolutional network; its features are those of one stage, which its configuration selects (see `feature_map`).
+
+    The arguments are those of VisionTeacher.
 
     Raises:
         ValueError: if the model returns no feature map.
@@ -177,39 +183,44 @@ class ConvTeacher(VisionTeacher):
         features = feature_map(self.model, pixels)  # (B, E, rows, columns)
         if features.shape[-2:] != grid:
             raise ValueError(
-                f"The teacher {self.name!r} gives features of {features.shape[2]} x {features.shape[3]} places for a "
+                f"The teacher {self.name!r} returns a feature map of {features.shape[2]} x {features.shape[3]} for a "
                 f"grid of {grid[0]} x {grid[1]}."
             )
         return features.flatten(2).transpose(1, 2)  # (B, rows * columns, E)
 
 
 def build_teacher(model: Any, mean: Sequence[float], std: Sequence[float], name: str) -> VisionTeacher:
-    """Make the teacher that fits a network: one with patches in its configuration is a transformer.
+    """Build the teacher of a network: a TransformerTeacher if its configuration has `patch_size`, else a ConvTeacher.
 
     Args:
         model: network of transformers.
-        mean, std: its own normalization, per channel, for pixels in [0, 1].
+        mean: mean of its own normalization, per channel, for pixels in [0, 1].
+        std: standard deviation of its own normalization.
         name: name in messages.
 
     Raises:
-        ValueError: as the two classes do.
+        ValueError: if neither class accepts the network.
     """
     has_patches = getattr(model.config, "patch_size", None) is not None
     return (TransformerTeacher if has_patches else ConvTeacher)(model, mean, std, name)
 
 
 def load_teacher(name_or_path: str | Path, revision: str | None = None) -> VisionTeacher:
-    """Load a vision network in float32 on the CPU; of a model of images and text (SigLIP), its image half.
+    """Load a vision network in float32 on the CPU, or the image half of an image-text model (SigLIP).
 
     Args:
-        name_or_path: a folder in transformers' format with its preprocessor_config.json, as
-            `training/tools/fetch_networks.py` makes one, or a Hub id, as `facebook/dinov2-with-registers-large` or
-            `facebook/dinov3-vitl16-pretrain-lvd1689m` (gated).
+        name_or_path: folder in transformers' format with a preprocessor_config.json
+            (`training/tools/fetch_networks.py` writes one), or Hub id such as `facebook/dinov2-with-registers-large`
+            or `facebook/dinov3-vitl16-pretrain-lvd1689m` (gated).
         revision: revision on the Hub.
 
     Raises:
-        ValueError: if the model has neither patches nor a feature map, weights are missing, or its normalization is
-            not stated.
+        ValueError: if the model has neither patches nor a feature map, weights are missing, or the normalization is
+            missing.
+
+    Example:
+        >>> load_teacher("facebook/dinov2-with-registers-base").hidden_size
+        768
     """
     name = str(name_or_path)
     mean, std = read_normalization(name, revision, "teacher")
@@ -217,6 +228,6 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Visio
     prefix = "vision_model." if hasattr(model, "vision_model") else ""
     keys = [key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)]
     missing = sorted(key for key in keys if not key.startswith(AFTER_FEATURES))
-    if missing:  # transformers draws them at random and only warns
+    if missing:  # transformers initializes them at random with a warning
         raise ValueError(f"The checkpoint of the teacher {name!r} lacks the weights {missing}.")
     return build_teacher(model.vision_model if prefix else model, mean, std, name)
