@@ -337,10 +337,8 @@ def api_pages() -> dict[str, str]:
     pages = {}
     for room, contents in rooms.items():
         parts = [f"# {'Other modules' if room == 'package' else room}\n"]
-        # modules with names of the public API first
-        for module in sorted(
-            contents, key=lambda module: not set(public_members(module)) & set(diffusers_prx.__all__)
-        ):
+        public = set(diffusers_prx.__all__)  # modules with such names come first
+        for module in sorted(contents, key=lambda module: not public & set(public_members(module))):
             parts += [
                 f"## {module.__name__.rpartition('.')[2]}\n",
                 "```{eval-rst}",
