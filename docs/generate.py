@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import pkgutil
 import re
@@ -227,13 +228,19 @@ def comment_of(recipe: Path) -> str:
     for line in recipe.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.removeprefix("#").strip())
+        lines.append(line.removeprefix("#"))
     if not lines:
         raise ValueError(f"The recipe {recipe} has no comment at its head that says what it is.")
-    text = re.sub(r"https://[^\s),;]*[^\s),;.:]", r"<\g<0>>", " ".join(lines))
-    parts = text.split("`")
-    parts[::2] = [re.sub(r"(?<!\w)--\w+", r"`\g<0>`", part) for part in parts[::2]]
-    return "`".join(parts)
+    parts = []
+    for is_command, group in itertools.groupby(lines, key=lambda line: line.startswith("   ")):
+        if is_command:
+            parts.append("\n\n```bash\n" + "\n".join(line.removeprefix("   ") for line in group) + "\n```\n\n")
+            continue
+        text = re.sub(r"https://[^\s),;]*[^\s),;.:]", r"<\g<0>>", " ".join(line.strip() for line in group))
+        pieces = text.split("`")
+        pieces[::2] = [re.sub(r"(?<!\w)--\w+", r"`\g<0>`", piece) for piece in pieces[::2]]
+        parts.append("`".join(pieces))
+    return "".join(parts)
 
 
 def cost_of(recipe: Path, costs: dict[str, Any], seconds: dict[str, tuple[float, int]]) -> str:
