@@ -28,7 +28,7 @@ import yaml
 
 import diffusers_prx
 from diffusers_prx.config import fields
-from diffusers_prx.config.training_config import TrainingConfig
+from diffusers_prx.config.settings import TrainingSettings
 from diffusers_prx.training.recipes import load_recipe
 
 DOCS = Path(__file__).resolve().parent
@@ -78,12 +78,12 @@ def write_pages(folder: Path) -> None:
 
 
 def topics() -> dict[str, list[str]]:
-    """The settings by topic: the fields of TrainingConfig under the comments that head them in its source.
+    """The settings by topic: the fields of TrainingSettings under the comments that head them in its source.
 
     Raises:
         ValueError: a field stands above the first of these comments.
     """
-    source = inspect.getsource(TrainingConfig)
+    source = inspect.getsource(TrainingSettings)
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
     headings = {
@@ -108,27 +108,27 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def settings_page() -> str:
-    known, defaults = fields.settings_of(TrainingConfig), {f.name: f for f in dataclasses.fields(TrainingConfig)}
+    known, defaults = fields.config_fields(TrainingSettings), {f.name: f for f in dataclasses.fields(TrainingSettings)}
     parts = [
         "# Settings\n",
         "Every setting of a training run. Write it in a recipe as `name: value`, or give it to `train_prx.py`,"
         " `train_prx_lora.py` or `precompute_prx.py` as `--name value`. A flag overrides the recipe.\n",
-        '`null` means "not set"; on the command line you may also type `none`. Some settings have marks:\n',
-        *(f"- **{mark.name.lower()}**: {mark.value}" for mark in fields.Mark),
+        '`null` means "not set"; on the command line you may also type `none`. Some settings have tags:\n',
+        *(f"- **{tag.name.lower()}**: {tag.value}" for tag in fields.Tag),
         "",
     ]
     for topic, names in topics().items():
         parts.append(f"## {topic[0].upper()}{topic[1:]}\n")
         for name in names:
             setting = known[name]
-            marks = ", ".join(mark.name.lower() for mark in fields.Mark if mark in setting.marks)
+            tags = ", ".join(tag.name.lower() for tag in fields.Tag if tag in setting.tags)
             parts += [
                 f"````{{confval}} {name}",
-                f":type: `{setting.accepts}`",
+                f":type: `{setting.accepted}`",
                 f":default: `{default_of(defaults[name])}`",
                 "",
                 setting.help,
-                *(["", f"*Marks: {marks}.*"] if marks else []),
+                *(["", f"*Tags: {tags}.*"] if tags else []),
                 "````\n",
             ]
     return "\n".join(parts)

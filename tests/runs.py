@@ -1,4 +1,4 @@
-"""Tiny training runs, in this process: seconds each, with every part of a real one."""
+"""Tiny training runs for tests: seconds each, in this process, with all parts of a real run."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ import tiny
 from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.training import trainer
 from diffusers_prx.training.checkpoints import read_tensors
-from diffusers_prx.training.faults import HELD
+from diffusers_prx.training.folder_lock import HELD_LOCKS
 from diffusers_prx.training.networks import Nets, new_text_encoder, train_tokenizer
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.setup import set_up_run
@@ -46,7 +46,7 @@ CAPTIONS = ["a large red circle at the top left on a black background.", "a smal
 
 
 def settings(output_dir: Path | str, text_encoder: Path | str | None = None, **changes: Any) -> dict[str, Any]:
-    """Pixels of scenes, x-prediction, 4 steps of 4 images; `text_encoder` is a saved one, trained along."""
+    """Return settings for 4 steps of 4 scenes in pixel space; the saved `text_encoder` is trained too."""
     values = {
         "output_dir": str(output_dir),
         "dataset_name": "scenes",
@@ -70,14 +70,14 @@ def settings(output_dir: Path | str, text_encoder: Path | str | None = None, **c
 
 
 def config(**changes: Any) -> TrainingConfig:
-    """A valid configuration for tests of single functions: nothing of it is loaded."""
+    """Return a valid configuration for tests that load nothing."""
     return TrainingConfig(**settings("unused", "unused", **changes))
 
 
 def start(values: dict[str, Any], in_a_new_process: bool = True) -> Run:
     """Everything up to the first step; accelerate keeps its state in the process, so it is forgotten first, and so are
     the folders of earlier runs, as if each were `in_a_new_process`."""
-    for lock in list(HELD) if in_a_new_process else ():
+    for lock in list(HELD_LOCKS) if in_a_new_process else ():
         lock.release()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -121,7 +121,7 @@ def save_study(folder: Path, **changes: Any) -> Path:
 
 
 def save_text_encoder(folder: Path) -> Path:
-    """An untrained text encoder with the tokenizer of `CAPTIONS`, in transformers' format."""
+    """Save an untrained text encoder with a tokenizer for `CAPTIONS`."""
     tokenizer = train_tokenizer(CAPTIONS * 20, 300, 48)
     torch.manual_seed(0)
     new_text_encoder(TEXT_ENCODER, tokenizer).save_pretrained(folder)
@@ -130,7 +130,7 @@ def save_text_encoder(folder: Path) -> Path:
 
 
 def save_teacher(folder: Path) -> Path:
-    """A random vision teacher of width 16 with patches of 4 pixels, in DINOv2's format."""
+    """Save a random DINOv2 model of width 16 with patches of 4 pixels."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
     model = Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**sizes, image_size=16, patch_size=4, num_register_tokens=2)
@@ -164,12 +164,12 @@ def copy_checkpoint(run: Run, step: int, folder: Path) -> None:
 
 
 def read_pixels(file: Path) -> torch.Tensor:
-    """A picture as numbers from 0 to 255, (H, W, 3)."""
+    """Return an image as an array (H, W, 3) of numbers in [0, 255]."""
     return torch.from_numpy(np.array(PIL.Image.open(file))).float()
 
 
 def saved_state(folder: Path) -> dict[str, Any]:
-    """Every tensor and number of a checkpoint: tensors whole, by name, and files of JSON."""
+    """Return all tensors and JSON files of a checkpoint by name."""
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     found: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()
@@ -180,7 +180,7 @@ def saved_state(folder: Path) -> dict[str, Any]:
 
 
 def saved_weights(folder: Path, network: str, kind: str = "weights") -> dict[str, torch.Tensor]:
-    """The weights of one network in a checkpoint, or their "average"."""
+    """Return the weights of one network in a checkpoint, or their "average"."""
     prefix = f"{kind}.{network}."
     return {name.removeprefix(prefix): value for name, value in saved_state(folder).items() if name.startswith(prefix)}
 
@@ -190,7 +190,7 @@ MAY_DIFFER = {"seconds", "seconds_waiting", "images_per_second", "waiting_share"
 
 
 def assert_same(one: Any, other: Any, path: str = "") -> None:
-    """Equal to the last bit, through all nesting, but for `MAY_DIFFER`."""
+    """Assert that nested values are bitwise equal, except for `MAY_DIFFER`."""
     assert type(one) is type(other), path
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
@@ -207,7 +207,7 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
 
 
 def nets(scheduler: Any, vae: Any = None, randomise: bool = True, **changes: Any) -> Nets:
-    """Networks for a single training step, on the CPU; `changes` are of the transformer's configuration."""
+    """Make networks for a training step on the CPU, with changes of the transformer's configuration."""
     tokenizer = train_tokenizer(CAPTIONS * 20, 300, 48)
     torch.manual_seed(0)
     text_encoder = new_text_encoder(TEXT_ENCODER, tokenizer).eval()
@@ -220,7 +220,7 @@ def nets(scheduler: Any, vae: Any = None, randomise: bool = True, **changes: Any
 
 
 def batch(size: int = 4, resolution: int = 16) -> dict[str, Any]:
-    """What the data loader gives, with pictures of noise."""
+    """Make a batch of random images."""
     generator = torch.Generator().manual_seed(5)
     return {
         "pixels_uint8": torch.randint(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import exit_with_error, parse_flags, path
 from diffusers_prx.hub.publishing import EXIT_NOT_UPLOADED, UploadError
 from diffusers_prx.study.runner import Stopped, StudyOptions, run_study
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_study(StudyOptions(**vars(args)), scripts_dir=Path(__file__).resolve().parent)
     except ValueError as error:
-        end(error)
+        exit_with_error(error)
     except UploadError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_NOT_UPLOADED)

@@ -9,7 +9,7 @@ are copied to another folder; the weights stay.
 import argparse
 from pathlib import Path
 
-from diffusers_prx.cli import errors_in_one_sentence, parse_flags, path
+from diffusers_prx.cli import exit_on_error, parse_flags, path
 from diffusers_prx.hub.cards import copy_card, read_card_choices, read_report, write_card
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--license", help="License identifier of the Hub, such as apache-2.0. Default: unchanged.")
     parser.add_argument("--output_dir", type=path, help="Folder for a copy of the card. Default: none.")
     args = parse_flags(parser, argv)
-    with errors_in_one_sentence():
+    with exit_on_error():
         choices = read_card_choices(args.model)
         choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
         card = write_card(args.model, CARD_TEMPLATE, read_report(args.model), **choices)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from diffusers_prx.cli import errors_in_one_sentence, parse_flags, path
+from diffusers_prx.cli import exit_on_error, parse_flags, path
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.generation import DTYPES
@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with errors_in_one_sentence():
+    with exit_on_error():
         evaluation = evaluate(
             args.settings, args.output_dir, args.cache_dir, args.metric_batch_size, args.num_workers,
             commit_of_this_package(),

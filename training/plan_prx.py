@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from diffusers_prx.cli import errors_in_one_sentence, path
+from diffusers_prx.cli import exit_on_error, path
 from diffusers_prx.planning.communication import STRATEGIES, Cluster
 from diffusers_prx.planning.gpus import GPUS, PRICES
 from diffusers_prx.planning.planner import (
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parse_args(argv)
     gpu = GPUS[args.gpu]
     price = gpu.price_per_hour if args.price_per_hour is None else args.price_per_hour
-    with errors_in_one_sentence():
+    with exit_on_error():
         cfg = read_config(args.config, flags)
         strategy = args.strategy or strategy_of(cfg, args.gpus_per_node)
         plan = make_plan(

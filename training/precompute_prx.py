@@ -1,18 +1,18 @@
-"""Compute once what the frozen networks of a run make of its data, with the recipe and flags of the run itself:
+"""Precompute latents, text embeddings and teacher features of a run, with its recipe and flags:
 
-`accelerate launch training/precompute_prx.py --config RECIPE.yaml --precomputed_dir DIR --center_crop`.
+`accelerate launch training/precompute_prx.py --config RECIPE.yaml --precomputed_dir DIR --center_crop`
 
-Then train with the same flags. Killed, it goes on where it was when it is started again.
+Then train with the same flags. If it is interrupted, run the same command again: it resumes.
 """
 
-from diffusers_prx.cli import errors_in_one_sentence, print_notes
+from diffusers_prx.cli import exit_on_error, print_notes
 from diffusers_prx.training.precompute import precompute
-from diffusers_prx.training.recipes import read_run
+from diffusers_prx.training.recipes import parse_run_config
 
 
 def main(argv: list[str] | None = None) -> None:
-    with errors_in_one_sentence():
-        cfg, notes = read_run(argv)
+    with exit_on_error():
+        cfg, notes = parse_run_config(argv)
         print_notes(notes)
         precompute(cfg)
 

@@ -9,7 +9,7 @@ that the Hub already has are not sent twice.
 import argparse
 import sys
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import exit_with_error, parse_flags, path
 from diffusers_prx.hub.publishing import EXIT_NOT_UPLOADED, UploadError, publish_folder
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(f"uploaded to {publish_folder(args.folder, args.repo_id or args.folder.resolve().name, args.private)}")
     except ValueError as error:  # the folder, the token or the name
-        end(error)
+        exit_with_error(error)
     except UploadError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_NOT_UPLOADED)

@@ -1,16 +1,16 @@
-"""Train a LoRA adapter of a saved PRX pipeline:
+"""Train a LoRA adapter for a saved PRX pipeline:
 
 `accelerate launch training/train_prx_lora.py --pretrained_model_name_or_path outputs/quickstart \\
   --train_data_dir FOLDER --instance_prompt "a star" --output_dir outputs/star`
 
-It is the run of train_prx.py with other defaults. What the pipeline was trained with (prediction, noise, resolution,
-shift, tokens, cleaning) is read from it.
+This is train_prx.py with other defaults. The pipeline provides prediction type, noise scale, resolution, shift, token
+limit and caption cleaning.
 """
 
 from pathlib import Path
 
-from diffusers_prx.cli import errors_in_one_sentence, print_notes
-from diffusers_prx.training.recipes import read_run
+from diffusers_prx.cli import exit_on_error, print_notes
+from diffusers_prx.training.recipes import parse_run_config
 from diffusers_prx.training.setup import set_up_run
 from diffusers_prx.training.trainer import train
 
@@ -23,17 +23,17 @@ DEFAULTS = {
     "max_train_steps": 500,
     "lr_warmup_steps": 0,
     "max_grad_norm": 1.0,
-    "caption_dropout": 0.0,  # the branch without a prompt is to stay as it was
+    "caption_dropout": 0.0,  # keeps the unconditional branch unchanged
     "checkpointing_steps": 500,
     "validation_steps": 250,
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    with errors_in_one_sentence():
-        cfg, notes = read_run(argv, DEFAULTS)
+    with exit_on_error():
+        cfg, notes = parse_run_config(argv, DEFAULTS)
         if cfg.lora_rank is None:
-            raise ValueError("`lora_rank` is null: the whole transformer is trained by train_prx.py.")
+            raise ValueError("`lora_rank` is null: pass a rank, or train the whole transformer with train_prx.py.")
         print_notes(notes)
         train(set_up_run(cfg, CARD_TEMPLATE))
 

@@ -1,4 +1,4 @@
-"""Shared parts of the command-line scripts: paths as arguments, and errors in one sentence."""
+"""Helpers of the command-line scripts: paths, suggestions for unknown flags, and short error messages."""
 
 import argparse
 import difflib
@@ -16,12 +16,12 @@ from .files import expand_path
 
 
 def path(text: str) -> Path:
-    """A `type` of argparse: a path whose `~` and variables are expanded."""
+    """Convert an argument to a path, with `~` and environment variables expanded (a `type` for argparse)."""
     return Path(expand_path(text))
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return `parser.parse_args(argv)`; the message about an unknown flag names the one that it may stand for."""
+    """Parse arguments; the error for an unknown flag suggests a similar one."""
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
@@ -30,7 +30,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 
 def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Return " (did you mean --seed?)" for the first name that looks like a known one, or nothing."""
+    """Return " (did you mean --seed?)" for the first name similar to a known one, or an empty string."""
     known = list(known)
     for name in unknown:
         if found := difflib.get_close_matches(name.partition("=")[0].replace("-", "_"), _folded(known), n=1):
@@ -43,40 +43,40 @@ def _folded(names: Iterable[str]) -> dict[str, str]:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print lines once, however many processes were launched; for scripts whose run has not begun."""
+    """Print lines on the first process, before an accelerator exists."""
     if int(os.environ.get("RANK", 0)) == 0:
         for note in notes:
             print(note, flush=True)
 
 
 @contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
-    """End the process with "error: ..." and exit code 1 where a value, a file or a disk is not as it has to be.
+def exit_on_error() -> Iterator[None]:
+    """Print a ValueError or OSError as "error: ..." without traceback, and exit with code 1.
 
-    What is a mistake of ours (any other exception) keeps its traceback.
+    Other exceptions are bugs and keep their traceback.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        end(error)
+        exit_with_error(error)
 
 
-def end(error: Exception) -> NoReturn:
-    """Print an error without its traceback and end the process with exit code 1."""
-    sys.exit(f"error: {sentence(error)}")
+def exit_with_error(error: Exception) -> NoReturn:
+    """Print an error without traceback and exit with code 1."""
+    sys.exit(f"error: {error_message(error)}")
 
 
-def sentence(error: BaseException) -> str:
-    """Return what an error says, from a data worker too, and whether it is because the Hub could not be reached."""
+def error_message(error: BaseException) -> str:
+    """Return the message of an error, without the traceback of a data worker, and with a hint if the Hub failed."""
     text = str(error)
-    if text.startswith("Caught "):  # PyTorch's report of an error in a data worker, with the worker's traceback
+    if text.startswith("Caught "):  # an error in a data worker, with its traceback
         text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
     if not text:
         text = type(error).__name__
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            why = " (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
-            return f"{text.rstrip('. ')}. The Hub could not be reached{why}: check the name and the connection."
+            offline = " (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
+            return f"{text.rstrip('. ')}. The Hub could not be reached{offline}: check the name and the connection."
         cause = cause.__cause__ or cause.__context__
     return text

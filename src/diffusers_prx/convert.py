@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 
 from .checkpoint_files import check_stored, list_tensors, read_tensors
-from .cli import end, parse_flags, path
+from .cli import exit_with_error, parse_flags, path
 from .files import expand_path
 from .latents import latent_channels, load_vae
 from .models.transformer_prx import PRXTransformer2DModel
@@ -499,7 +499,7 @@ def main(argv: list[str] | None = None) -> None:
         converted: Any = transformer if components is None else build_pipeline(transformer, components, args)
         converted.save_pretrained(args.output_dir)
     except (ValueError, OSError, safetensors.SafetensorError) as error:  # the last one if the disk is full
-        end(error)
+        exit_with_error(error)
     print(f"saved to {args.output_dir}")
 
 

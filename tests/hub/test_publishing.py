@@ -21,7 +21,7 @@ from diffusers_prx.hub.publishing import (
     FOLDER_KINDS,
     RUN_FILES,
     UNPUBLISHED_BASE,
-    check_name,
+    check_repo_id,
     kind_of,
 )
 from diffusers_prx.schedulers import PRXXPredictionScheduler
@@ -338,13 +338,13 @@ def test_the_report_of_a_study(server, tmp_path):
 
 
 def test_repository_names_are_checked_offline():
-    check_name("me/prx-512")
+    check_repo_id("me/prx-512")
     for name in ("a/b/c", "-prx", "me/prx..1", "a name"):
-        with pytest.raises(ValueError, match="cannot be called so"):
-            check_name(name)
-    with pytest.raises(ValueError, match="'a name' cannot be called so"):
+        with pytest.raises(ValueError, match="not a valid repository name"):
+            check_repo_id(name)
+    with pytest.raises(ValueError, match="'a name'"):
         runs.config(push_to_hub=True, hub_model_id="a name")
-    with pytest.raises(ValueError, match="'--x' cannot be called so"):
+    with pytest.raises(ValueError, match="'--x'"):
         runs.config(push_to_hub=True).__class__(**runs.settings("runs/--x", "unused", push_to_hub=True))
 
 

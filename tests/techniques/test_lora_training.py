@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 import runs
 from diffusers_prx import PRXPixelPipeline
-from diffusers_prx.config.training_config import LORA_LAYERS, TrainingConfig
+from diffusers_prx.config.settings import LORA_LAYERS
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.hub.cards import write_card
 from diffusers_prx.hub.publishing import UNPUBLISHED_BASE, hub_id, is_generated
 from diffusers_prx.pipelines import lora as loader
@@ -31,7 +32,7 @@ from diffusers_prx.training.bookkeeping import validate
 from diffusers_prx.training.export import export_checkpoint
 from diffusers_prx.training.networks import saved_settings
 from diffusers_prx.training.preflight import memory, meta_networks
-from diffusers_prx.training.recipes import read_command_line
+from diffusers_prx.training.recipes import parse_command_line
 from model_cards import check_card
 from runs import assert_same, copy_checkpoint, saved_state
 from training import train_prx_lora
@@ -282,7 +283,7 @@ def test_frozen_weights_may_be_bf16(base, tmp_path, capsys):
     assert {t for name, t in types.items() if "lora_" in name} == {torch.float32}
     assert {t for name, t in types.items() if "lora_" not in name} == {torch.bfloat16}
     output = capsys.readouterr().out
-    assert "stored values by type: {'float32': " in output
+    assert "stored values by data type: {'float32': " in output
     assert "are lost" not in output
     assert {value.dtype for value in load_file(tmp_path / FILE).values()} == {torch.float32}
 
@@ -356,7 +357,7 @@ def test_the_script_reads_the_settings_of_the_base(base, tmp_path):
 def test_recipe_and_flags_override_the_defaults_of_a_script(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{lora_rank: 4, seed: 3}")
     flags = ["--config", str(tmp_path / "recipe.yaml"), "--seed", "5"]
-    assert read_command_line(flags, {"lora_rank": 16, "max_train_steps": 7}).settings == {
+    assert parse_command_line(flags, {"lora_rank": 16, "max_train_steps": 7}).settings == {
         "lora_rank": 4, "max_train_steps": 7, "seed": 5,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest kept, and refused where they would not continue the run."""
+"""Checkpoints: atomic writing, removal of old ones, detection of damage, and resuming."""
 
 import json
 import os
@@ -24,14 +24,14 @@ from diffusers_prx.training import checkpoints
 from diffusers_prx.training.checkpoints import (
     CheckpointWriter,
     RunState,
-    file_of_each,
+    assign_files,
     find_checkpoint,
     find_damage,
     generator_states,
     list_checkpoints,
     load_tensors,
     named_tensors,
-    read_run,
+    read_run_file,
     remove_checkpoint,
     restore_generators,
 )
@@ -47,7 +47,7 @@ def names(folder: Path) -> list[str]:
 
 
 def make(folder: Path, *steps: int) -> None:
-    """Checkpoints with nothing in them but what makes them one."""
+    """Make checkpoints with the minimal content."""
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -59,7 +59,7 @@ def make(folder: Path, *steps: int) -> None:
 
 
 def flip(file: Path, place: int, bit: int = 0) -> None:
-    """Turn over one bit of a file."""
+    """Flip one bit of a file."""
     content = bytearray(file.read_bytes())
     content[place] ^= 1 << bit
     file.write_bytes(content)
@@ -93,7 +93,7 @@ def stage(first_step=0, stop_step=100, dataset_size=50, global_batch_size=4) -> 
     }
 
 
-def test_they_are_sorted_by_number_and_unfinished_ones_are_none(tmp_path):
+def test_checkpoints_are_listed_by_step_without_unfinished_ones(tmp_path):
     make(tmp_path, 1000, 20, 300)
     (tmp_path / "checkpoint-4000.unfinished").mkdir()
     (tmp_path / "checkpoint-5000").mkdir()
@@ -102,8 +102,8 @@ def test_they_are_sorted_by_number_and_unfinished_ones_are_none(tmp_path):
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1000"
 
 
-@pytest.mark.parametrize("limit", [None, 1, 2, 9])
-def test_only_the_newest_are_kept(tmp_path, limit):
+@pytest.mark.parametrize("limit", [None, 2])
+def test_total_limit_keeps_the_newest(tmp_path, limit):
     writer = new_writer(tmp_path, limit)
     for step in (5, 10, 100):
         save(writer, step)
@@ -111,7 +111,7 @@ def test_only_the_newest_are_kept(tmp_path, limit):
     assert sorted(os.listdir(tmp_path)) == sorted(names(tmp_path))
 
 
-def test_one_says_what_it_consists_of(tmp_path):
+def test_complete_json_lists_all_files(tmp_path):
     writer = new_writer(tmp_path)
     save(writer, 7)
     folder = tmp_path / "checkpoint-7"
@@ -120,13 +120,13 @@ def test_one_says_what_it_consists_of(tmp_path):
     assert {Path(name).suffix for name in listed} == {".json", ".safetensors"}
     for name, entry in listed.items():
         assert entry == {"bytes": (folder / name).stat().st_size, "hash": hash_file(folder / name)}
-    assert read_run(folder) == {"step": 7}
+    assert read_run_file(folder) == {"step": 7}
     found = runs.saved_state(folder)
     assert torch.equal(found["weights.a"], torch.full((3, 2), 7.0))
     assert torch.equal(found["optimizer.a.step"], torch.tensor(7.0))
 
 
-def test_a_file_is_hashed_in_pieces(tmp_path):
+def test_large_files_are_hashed_completely(tmp_path):
     content = os.urandom(3 * 2**20 + 5)  # more than one piece, and the last one shorter
     (tmp_path / "file").write_bytes(content)
     assert hash_file(tmp_path / "file") == xxhash.xxh3_128_hexdigest(content)
@@ -141,34 +141,22 @@ def rewrite_marker(folder: Path, change) -> None:
 
 
 DAMAGES = {
-    "shard cut": (lambda f: os.truncate(in_shard(f), in_shard(f).stat().st_size // 2), "shard-00001"),
-    "shard lost": (lambda f: in_shard(f).unlink(), "shard-00001"),
+    "truncated shard": (lambda f: os.truncate(in_shard(f), in_shard(f).stat().st_size // 2), "shard-00001"),
+    "missing shard": (lambda f: in_shard(f).unlink(), "shard-00001"),
     "shard is a folder": (lambda f: (in_shard(f).unlink(), (f / SHARD).mkdir()), "shard-00001"),
-    "a bit of the data": (lambda f: flip(in_shard(f), -1), "shard-00001"),
-    "a bit of the length of the header": (lambda f: flip(in_shard(f), 7, 7), "shard-00001"),
-    "a bit of the header": (lambda f: flip(in_shard(f), 12), "shard-00001"),
-    "the first byte of run.json": (lambda f: flip(f / "run.json", 0), "run.json"),
+    "flipped bit of a tensor": (lambda f: flip(in_shard(f), -1), "shard-00001"),
+    "flipped bit of the header length": (lambda f: flip(in_shard(f), 7, 7), "shard-00001"),
     "run.json is null": (lambda f: (f / "run.json").write_text("null"), "run.json"),
-    "run.json lost": (lambda f: (f / "run.json").unlink(), "run.json"),
-    "a bit of a generator": (lambda f: flip(f / "generators-0.json", 30), "generators-0.json"),
-    "a bit of the tokenizer": (lambda f: flip(f / "tokenizer.json", 0), "tokenizer.json"),
-    "marker lost": (lambda f: (f / "complete.json").unlink(), "complete.json"),
-    "marker cut": (lambda f: os.truncate(f / "complete.json", 40), "complete.json"),
-    "marker empty": (lambda f: (f / "complete.json").write_text(""), "complete.json"),
+    "missing run.json": (lambda f: (f / "run.json").unlink(), "run.json"),
+    "missing marker": (lambda f: (f / "complete.json").unlink(), "complete.json"),
+    "truncated marker": (lambda f: os.truncate(f / "complete.json", 40), "complete.json"),
     "marker not UTF-8": (lambda f: (f / "complete.json").write_bytes(b"\xff\xfe"), "complete.json"),
-    "marker nested": (lambda f: (f / "complete.json").write_text("[" * 100_000), "complete.json"),
+    "nested marker": (lambda f: (f / "complete.json").write_text("[" * 100_000), "complete.json"),
+    "marker is null": (lambda f: (f / "complete.json").write_text("null"), "complete.json"),
     "marker without files": (lambda f: rewrite_marker(f, lambda m: {"algorithm": HASH_NAME}), "complete.json"),
-    "marker without hashes": (lambda f: rewrite_marker(f, lambda m: {"files": m["files"]}), "complete.json"),
     "marker of another hash": (lambda f: rewrite_marker(f, lambda m: m | {"algorithm": "md5"}), "complete.json"),
     "marker with a list": (lambda f: rewrite_marker(f, lambda m: m | {"files": [1]}), "complete.json"),
-    "marker with no shard": (lambda f: rewrite_marker(f, lambda m: m | {"files": {}}), "complete.json"),
-    "marker with sizes": (
-        lambda f: (f / "complete.json").write_text(json.dumps({"files": dict.fromkeys(os.listdir(f), 2)})),
-        "complete.json",
-    ),
-} | {
-    f"marker is {text}": (lambda f, text=text: (f / "complete.json").write_text(text), "complete.json")
-    for text in ("[]", "null", "3", '{"files": [1]}', '{"files": {}}', '{"files": null}')
+    "marker without a shard": (lambda f: rewrite_marker(f, lambda m: m | {"files": {}}), "complete.json"),
 }
 
 
@@ -182,7 +170,7 @@ def two_checkpoints(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(two_checkpoints, tmp_path, caplog, damage):
+def test_damaged_checkpoint_is_reported_and_the_previous_one_is_used(two_checkpoints, tmp_path, caplog, damage):
     folder = shutil.copytree(two_checkpoints, tmp_path / "run") / "checkpoint-2"
     do, named = DAMAGES[damage]
     assert find_damage(folder) is None
@@ -192,16 +180,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(two_checkpoin
     assert "checkpoint-2" in caplog.text
     assert named in caplog.text
     for name in ("checkpoint-2", str(folder)):
-        with pytest.raises(
-            ValueError, match=rf"`resume_from_checkpoint` is .*checkpoint-2.*{named}.* has \['checkpoint-1'\]"
-        ):
+        with pytest.raises(ValueError, match=rf"`resume_from_checkpoint`.*{named}.*\['checkpoint-1'\]"):
             find_checkpoint(folder.parent, name)
-    save(new_writer(folder.parent), 2)  # when the run comes there again
+    save(new_writer(folder.parent), 2)  # the run reaches the step again
     assert find_checkpoint(folder.parent, "latest").name == "checkpoint-2"
     assert sorted(os.listdir(folder.parent)) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_a_bit_that_is_turned_over_anywhere_is_found(two_checkpoints, tmp_path):
+def test_flipped_bits_are_found_in_all_files(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
     chance, files = random.Random(0), sorted(folder.iterdir())
     assert {"complete.json", "run.json", "tokenizer.json", SHARD} <= {file.name for file in files}
@@ -214,8 +200,8 @@ def test_a_bit_that_is_turned_over_anywhere_is_found(two_checkpoints, tmp_path):
             assert find_damage(folder) is None
 
 
-def test_without_an_intact_checkpoint_nothing_begins_anew(tmp_path):
-    """Hours of work would be written over; without any checkpoint, `latest` is the beginning."""
+def test_latest_fails_if_all_checkpoints_are_damaged(tmp_path):
+    """Starting at step 0 would overwrite them."""
     make(tmp_path, 3, 7)
     for step in (3, 7):
         flip(tmp_path / f"checkpoint-{step}" / SHARD, 0)
@@ -223,7 +209,7 @@ def test_without_an_intact_checkpoint_nothing_begins_anew(tmp_path):
         find_checkpoint(tmp_path, "latest")
 
 
-def test_a_file_that_is_called_like_a_checkpoint_is_named_at_the_start(tmp_path):
+def test_file_named_like_a_checkpoint_is_rejected(tmp_path):
     make(tmp_path, 3)
     (tmp_path / "checkpoint-6").write_text("notes")
     for resume_from in (None, "latest", "checkpoint-3"):
@@ -232,7 +218,7 @@ def test_a_file_that_is_called_like_a_checkpoint_is_named_at_the_start(tmp_path)
     assert (tmp_path / "checkpoint-6").read_text() == "notes"
 
 
-def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+def test_checkpoint_removed_meanwhile_is_ignored(tmp_path, monkeypatch):
     make(tmp_path, 3)
     glob = Path.glob
 
@@ -243,8 +229,8 @@ def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_error(tmp_path, monkeyp
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-3"
 
 
-def test_files_that_others_put_into_a_checkpoint_are_ignored(tmp_path):
-    """macOS leaves `._` files on network drives, with the endings of the real ones."""
+def test_unlisted_files_in_a_checkpoint_are_ignored(tmp_path):
+    """macOS adds `._` files on network drives."""
     writer = new_writer(tmp_path)
     save(writer, 1)
     folder = tmp_path / "checkpoint-1"
@@ -257,7 +243,7 @@ def test_files_that_others_put_into_a_checkpoint_are_ignored(tmp_path):
     assert torch.equal(found["weights.a"], torch.ones(3, 2))
 
 
-def test_tensors_that_a_checkpoint_does_not_have_are_a_value_error(tmp_path):
+def test_missing_tensors_raise_a_value_error(tmp_path):
     save(new_writer(tmp_path), 1)
     for name, size in (("weights.b", 3), ("weights.a", 4)):
         with pytest.raises(ValueError, match=rf"checkpoint-1 cannot be read: .*{name}"):
@@ -265,7 +251,7 @@ def test_tensors_that_a_checkpoint_does_not_have_are_a_value_error(tmp_path):
 
 
 def refuse(monkeypatch, method: str, named: str) -> None:
-    """Let the system refuse an operation on paths with this name."""
+    """Make a method of Path fail for paths with this name."""
     original = getattr(Path, method)
 
     def refused(path: Path, *arguments, **options):
@@ -277,7 +263,7 @@ def refuse(monkeypatch, method: str, named: str) -> None:
 
 
 @pytest.mark.parametrize("refused", [("rename", "shard.*"), ("rename", "complete.json"), ("rmdir", "checkpoint-1")])
-def test_an_old_checkpoint_that_cannot_be_removed_stays_valid(tmp_path, monkeypatch, caplog, refused):
+def test_checkpoint_that_cannot_be_removed_stays_valid(tmp_path, monkeypatch, caplog, refused):
     writer = new_writer(tmp_path, 1)
     save(writer, 1)
     before = {file.name: file.read_bytes() for file in (tmp_path / "checkpoint-1").iterdir()}
@@ -288,11 +274,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays_valid(tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"]
     assert {file.name: file.read_bytes() for file in (tmp_path / "checkpoint-1").iterdir()} == before
     assert find_damage(tmp_path / "checkpoint-1") is None
-    save(writer, 3)  # now both can be
+    save(writer, 3)  # now the system allows it
     assert os.listdir(tmp_path) == ["checkpoint-3"]
 
 
-def test_what_cannot_be_deleted_any_more_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+def test_failed_removal_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     writer = new_writer(tmp_path, 1)
     save(writer, 1)
     with monkeypatch.context() as patch:
@@ -306,7 +292,7 @@ def test_what_cannot_be_deleted_any_more_does_not_end_the_run(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["checkpoint-4"]
 
 
-def test_a_removal_that_was_killed_is_finished(tmp_path, monkeypatch):
+def test_interrupted_removal_is_finished_later(tmp_path, monkeypatch):
     writer = new_writer(tmp_path)
     for step in (1, 2):
         save(writer, step)
@@ -333,7 +319,7 @@ def kill_after_one(rename):
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
-    """The run has fallen back from checkpoint 9 to 3; of a limit of one, the new checkpoint is the one that stays."""
+    """The run resumed from checkpoint 3 because 9 is damaged. With a limit of one, the new checkpoint is kept."""
     writer = new_writer(tmp_path, 1)
     make(tmp_path, 3, 9)
     flip(tmp_path / "checkpoint-9" / SHARD, 0)
@@ -342,7 +328,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-4"
 
 
-def test_what_a_kill_has_left_is_not_taken_for_the_next_ones(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     for step in (2, 4):
         left = tmp_path / f"checkpoint-{step}.unfinished"
         left.mkdir()
@@ -353,8 +339,7 @@ def test_what_a_kill_has_left_is_not_taken_for_the_next_ones(tmp_path):
     assert not list((tmp_path / "checkpoint-2").glob("shard-00009*"))
 
 
-def test_training_goes_on_while_it_is_written_and_is_not_in_it(tmp_path):
-    """What is saved is the moment of `save`, though tensors and lists change before the writing."""
+def test_changes_after_save_are_not_in_the_checkpoint(tmp_path):
     writer = new_writer(tmp_path)
     values, run = tensors(1.0), {"history": [1]}
     gate, key = os.pipe()
@@ -368,13 +353,13 @@ def test_training_goes_on_while_it_is_written_and_is_not_in_it(tmp_path):
     writer.wait()
     blocked.result()
     assert torch.equal(runs.saved_state(tmp_path / "checkpoint-1")["weights.a"], torch.full((3, 2), 1.0))
-    assert read_run(tmp_path / "checkpoint-1") == {"history": [1]}
+    assert read_run_file(tmp_path / "checkpoint-1") == {"history": [1]}
     before = torch.get_rng_state()
     restore_generators(tmp_path / "checkpoint-1", 0)
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_next_waits_for_the_one_before(tmp_path):
+def test_save_waits_for_the_previous_checkpoint(tmp_path):
     writer = new_writer(tmp_path)
     for step in (1, 2, 3):
         assert names(tmp_path) == [f"checkpoint-{earlier}" for earlier in range(1, step - 1)] or step == 1
@@ -384,19 +369,17 @@ def test_the_next_waits_for_the_one_before(tmp_path):
     assert len(names(tmp_path)) == 3
 
 
-# A disk that does not take it
+# Disks that fail
 
 
-def test_a_disk_that_is_full_leaves_the_previous_one(tmp_path):
+def test_write_error_keeps_the_previous_checkpoint(tmp_path):
     writer = new_writer(tmp_path, 1)
     save(writer, 1)
     with full_disk(40_000):
         writer.save(2, tensors(2.0, size=100_000), {})
-        with pytest.raises(
-            OSError, match=r"checkpoint-2 could not be written: .*Complete are \['checkpoint-1'\]: make"
-        ):
+        with pytest.raises(OSError, match=r"checkpoint-2.*\['checkpoint-1'\]"):
             writer.wait()
-    assert os.listdir(tmp_path) == ["checkpoint-1"]  # and no half of one
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
     save(writer, 2, size=100_000)
     assert os.listdir(tmp_path) == ["checkpoint-2"]
@@ -414,7 +397,7 @@ def mounted(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_file_system_that_runs_full_leaves_the_previous_one(mounted):
+def test_full_file_system_keeps_the_previous_checkpoint(mounted):
     writer = new_writer(mounted, 1)
     save(writer, 1)
     writer.save(2, tensors(2.0, size=100_000), {})
@@ -425,7 +408,7 @@ def test_a_file_system_that_runs_full_leaves_the_previous_one(mounted):
     assert os.listdir(mounted) == ["checkpoint-3"]
 
 
-def test_a_file_system_that_is_read_only_leaves_the_previous_one(mounted):
+def test_read_only_file_system_keeps_the_previous_checkpoint(mounted):
     writer = new_writer(mounted, 1)
     save(writer, 1)
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
@@ -435,19 +418,19 @@ def test_a_file_system_that_is_read_only_leaves_the_previous_one(mounted):
     assert find_checkpoint(mounted, "latest").name == "checkpoint-1"
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+def test_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     writer = new_writer(tmp_path / "file")
     writer.save(1, tensors(1.0), {})
-    with pytest.raises(OSError, match=r"could not be written: .*Complete are \[\]"):
+    with pytest.raises(OSError, match=r"checkpoint-1.*\[\]"):
         writer.wait()
 
 
-# What is in it
+# Content
 
 
-def test_the_state_of_an_optimizer_goes_on_to_the_last_bit(tmp_path):
-    """Through the files: of Muon and AdamW, and nothing for a parameter that was in no loss."""
+def test_optimizer_state_is_restored_bitwise(tmp_path):
+    """For Muon and AdamW; an unused parameter has no state."""
 
     def new() -> tuple[nn.Module, MuonAdamW]:
         torch.manual_seed(0)
@@ -481,7 +464,7 @@ def test_the_state_of_an_optimizer_goes_on_to_the_last_bit(tmp_path):
     assert not any(name.startswith("optimizer.idle") for name in named_tensors(module, optimizer, {}))
 
 
-def test_generators_go_on(tmp_path):
+def test_global_generators_are_restored(tmp_path):
     (tmp_path / "generators-0.json").write_text(json.dumps(generator_states()))
 
     def draw():
@@ -491,13 +474,13 @@ def test_generators_go_on(tmp_path):
     assert draw() != drawn
     assert restore_generators(tmp_path, 0)
     assert draw() == drawn
-    assert not restore_generators(tmp_path, 1)  # of a process that was not there
+    assert not restore_generators(tmp_path, 1)  # this rank did not exist
 
 
-def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FILE_BYTES", 50)
+def test_large_checkpoints_have_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", 50)
     values = {f"weights.{n}": torch.full((8,), float(n)) for n in range(5)}
-    assert list(file_of_each(values).values()) == [1, 1, 2, 2, 3]
+    assert list(assign_files(values).values()) == [1, 1, 2, 2, 3]
     writer = new_writer(tmp_path)
     writer.save(1, values, {})
     writer.wait()
@@ -506,52 +489,52 @@ def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
     runs.assert_same({name: found[name] for name in values}, values)
 
 
-# Where a run starts
+# Resuming
 
 
-def test_latest_without_any_is_the_beginning(tmp_path):
+def test_latest_without_checkpoints_starts_at_step_0(tmp_path):
     assert find_checkpoint(tmp_path / "new", "latest") is None
     assert find_checkpoint(tmp_path / "new", None) is None
 
 
-def test_one_is_found_by_path_and_by_name(tmp_path):
+def test_checkpoint_is_found_by_path_and_by_name(tmp_path):
     make(tmp_path / "run", 3, 7)
     make(tmp_path / "other", 2)
     assert find_checkpoint(tmp_path / "run", "checkpoint-7").name == "checkpoint-7"
     assert find_checkpoint(tmp_path / "run", str(tmp_path / "run" / "checkpoint-7")).parent.name == "run"
     assert find_checkpoint(tmp_path / "new", str(tmp_path / "other" / "checkpoint-2")).parent.name == "other"
     for wrong in ("checkpoint-5", str(tmp_path), "checkpoint"):
-        with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is .* has \['checkpoint-3', 'checkpoint-7'\]"):
+        with pytest.raises(ValueError, match=r"`resume_from_checkpoint`.*\['checkpoint-3', 'checkpoint-7'\]"):
             find_checkpoint(tmp_path / "run", wrong)
 
 
-def test_a_folder_with_later_checkpoints_of_another_run_is_refused(tmp_path):
+def test_later_checkpoints_of_another_run_are_rejected(tmp_path):
     make(tmp_path, 3, 7)
     for start, later in ((None, r"\['checkpoint-3', 'checkpoint-7'\]"), ("checkpoint-3", r"\['checkpoint-7'\]")):
-        with pytest.raises(ValueError, match=f"`output_dir` .* would not start from: {later}.*latest"):
+        with pytest.raises(ValueError, match=f"`output_dir`.*{later}.*latest"):
             find_checkpoint(tmp_path, start)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {**SETTINGS, "seed": 1}}, "`seed` 1, this run has 42"),
-        ({"settings": {**SETTINGS, "optimizer": "muon"}}, "`optimizer` muon, this run has adamw"),
-        ({"stages": [stage(global_batch_size=8)]}, "`global_batch_size of stage 0` 8, this run has 4"),
-        ({"stages": [stage(dataset_size=49)]}, "`dataset_size of stage 0` 49, this run has 50"),
-        ({"stages": [stage(stop_step=5), stage(5, 100)], "step": 6}, "`stop_step of stage 0` 5, this run has 100"),
-        ({"stages": [stage(stop_step=200)], "step": 101}, "at step 101, beyond the 100 of this run"),
+        ({"settings": {**SETTINGS, "seed": 1}}, "`seed` is 42.* 1:"),
+        ({"settings": {**SETTINGS, "optimizer": "muon"}}, "`optimizer` is adamw.* muon"),
+        ({"stages": [stage(global_batch_size=8)]}, "`global_batch_size of stage 0` is 4.* 8"),
+        ({"stages": [stage(dataset_size=49)]}, "`dataset_size of stage 0` is 50.* 49"),
+        ({"stages": [stage(stop_step=5), stage(5, 100)], "step": 6}, "`stop_step of stage 0` is 100.* 5"),
+        ({"stages": [stage(stop_step=200)], "step": 101}, "step 101.*`max_train_steps`.* 100"),
     ],
 )
-def test_a_checkpoint_that_this_run_does_not_continue_is_refused(changes, message):
+def test_checkpoint_of_a_different_run_is_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         state().load_state_dict(state(**changes).state_dict())
 
 
-def test_the_rest_may_change_and_counts_are_restored():
+def test_other_settings_may_change_and_counts_are_restored():
     old = state(step=7, unreadable=3, history=[{"step": 7}])
     old.settings = {**old.settings, "train_batch_size": 1, "output_dir": "elsewhere", "learning_rate": 1.0}
-    # the stage goes on for longer now, and the one that had not begun is another
+    # the first stage is longer now, and the stage that had not begun differs
     old.stages = [stage(stop_step=7), stage(7, 9, dataset_size=3)]
     new = state()
     new.load_state_dict(old.state_dict())

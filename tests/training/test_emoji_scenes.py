@@ -11,7 +11,7 @@ import runs
 from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.data.emoji_scenes import EmojiScenesDataset
 from diffusers_prx.training.precompute import precompute
-from diffusers_prx.training.recipes import parse_config, read_run
+from diffusers_prx.training.recipes import parse_config, parse_run_config
 from diffusers_prx.training.stages import build_stages
 
 
@@ -48,7 +48,7 @@ def test_training_and_validation_read_their_splits(parts):
     assert len(stage.source) == 1_000_000
 
 
-def test_resuming_is_the_same_to_the_last_bit(whole, parts, tmp_path):
+def test_resuming_is_bitwise(whole, parts, tmp_path):
     runs.train(settings(parts, tmp_path, max_train_steps=2, validation_steps=4))
     changes = {"resume_from_checkpoint": "latest", "output_dir": str(tmp_path)}
     resumed = runs.train(whole.cfg.to_dict() | changes)
@@ -60,7 +60,7 @@ def test_resuming_is_the_same_to_the_last_bit(whole, parts, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_the_record_and_the_card_name_the_data(whole, parts):
+def test_record_and_card_name_the_data(whole, parts):
     record = json.loads((whole.output_dir / "training.json").read_text())
     assert record["config"]["emoji_dir"] == parts["emoji"]
     card = (whole.output_dir / "README.md").read_text()
@@ -69,7 +69,7 @@ def test_the_record_and_the_card_name_the_data(whole, parts):
 
 
 @pytest.mark.parametrize("name", ["emoji_scenes", "scenes"])
-def test_scenes_of_a_given_number_can_be_precomputed(parts, tmp_path, name):
+def test_scenes_with_a_size_can_be_precomputed(parts, tmp_path, name):
     """The run from the cache has the losses of the run on the fly."""
     changes = {"dataset_name": name, "scenes_size": 10, "train_text_encoder": False, "center_crop": True}
     changes |= {"max_train_steps": 5, "checkpointing_steps": 5}  # two epochs
@@ -82,15 +82,15 @@ def test_scenes_of_a_given_number_can_be_precomputed(parts, tmp_path, name):
     assert losses(cached) == pytest.approx(losses(fly), rel=1e-4)
 
 
-def test_a_number_of_scenes_gives_epochs(parts):
+def test_scenes_size_allows_epochs(parts):
     flags = ["--dataset_name", "emoji_scenes", "--emoji_dir", parts["emoji"], "--resolution", "32"]
     flags += ["--transformer_config", "{depth: 2}", "--text_encoder_name_or_path", "t5", "--train_batch_size", "4"]
-    assert read_run([*flags, "--scenes_size", "10", "--num_train_epochs", "2"])[0].max_train_steps == 5
+    assert parse_run_config([*flags, "--scenes_size", "10", "--num_train_epochs", "2"])[0].max_train_steps == 5
     with pytest.raises(ValueError, match="`num_train_epochs`"):
-        read_run([*flags, "--num_train_epochs", "2"])
+        parse_run_config([*flags, "--num_train_epochs", "2"])
 
 
-def test_a_misspelled_setting_names_the_right_one(parts, capsys):
+def test_misspelled_setting_suggests_the_right_one(parts, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
         parse_config(["--dataset_name", "emoji_scenes", "--emojidir", parts["emoji"]])
     assert "--emoji_dir" in f"{capsys.readouterr().err}{error.value}"

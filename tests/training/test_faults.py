@@ -1,5 +1,4 @@
-"""What a run survives, and how it ends where it cannot: kills at any moment, signals, hangs, losses that are no
-number, lost workers, trackers that are gone."""
+"""Faults of a run: kills, signals, hanging steps, non-finite losses, lost workers and failing trackers."""
 
 import json
 import os
@@ -17,17 +16,12 @@ from accelerate import debug_launcher
 from accelerate.tracking import GeneralTracker
 
 import runs
-from diffusers_prx.training.checkpoints import find_checkpoint, read_run, step_of
-from diffusers_prx.training.faults import (
-    EXIT_HUNG,
-    EXIT_PREEMPTED,
-    LOCK_FILE,
-    SKIPPED_IN_A_ROW,
-    FolderLock,
-    Watchdog,
-)
+from diffusers_prx.training.checkpoints import find_checkpoint, read_run_file, step_of
+from diffusers_prx.training.folder_lock import LOCK_FILE, FolderLock
+from diffusers_prx.training.non_finite import MAX_SKIPPED_IN_A_ROW
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.trainer import train
+from diffusers_prx.training.watchdog import EXIT_HUNG, EXIT_PREEMPTED, Watchdog
 
 STEPS = 6
 SMALL = {"max_train_steps": STEPS, "checkpointing_steps": 1, "use_ema": True, "ema_update_every": 1}
@@ -44,7 +38,7 @@ def undisturbed(tmp_path_factory, text_encoder) -> Run:
 
 
 def at_step(run: Run, step: int, act) -> None:
-    """Do something in the middle of a step; what `act` gives, if anything, the transformer gives instead."""
+    """Call `act` in the middle of a step; its result, if any, replaces the transformer's."""
 
     def hook(module, args, output):
         return act(output) if run.state.step == step else None
@@ -58,10 +52,10 @@ def break_second_sample(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
     return (output[0] * factor, *output[1:])
 
 
-# Losses that are no number
+# Non-finite losses
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_its_samples_written_down(undisturbed, tmp_path, capsys):
+def test_non_finite_step_is_skipped_and_recorded(undisturbed, tmp_path, capsys):
     run = runs.start(undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "non_finite": "skip"})
     at_step(run, 2, break_second_sample)
     train(run)
@@ -82,20 +76,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_written_down(undis
         assert next(iter(run.stages[0].source.captions(sample["dataset_index"]).values())) == sample["caption"]
 
 
-def test_a_step_that_is_not_finite_stops_the_run(undisturbed, tmp_path):
+def test_non_finite_step_stops_the_run(undisturbed, tmp_path):
     run = runs.start(undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path)})
     at_step(run, 2, break_second_sample)
-    with pytest.raises(ValueError, match=r"not finite at step 2 .*step-0000002.json.*: lower `learning_rate`"):
+    with pytest.raises(ValueError, match=r"step 2 .*step-0000002.json.*`learning_rate`"):
         train(run)
     assert (tmp_path / "non_finite" / "step-0000002.json").is_file()
     run.writer.wait()
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
 
 
-def test_weights_that_are_broken_are_not_skipped_for_ever(tmp_path, text_encoder):
+def test_many_non_finite_steps_in_a_row_stop_the_run(tmp_path, text_encoder):
     changes = {"learning_rate": 1e30, "lr_warmup_steps": 0, "max_train_steps": 99, "checkpointing_steps": 100}
     run = runs.start(runs.settings(tmp_path, text_encoder, **changes, non_finite="skip"))
-    with pytest.raises(ValueError, match=f"These were {SKIPPED_IN_A_ROW + 1} steps in a row"):
+    with pytest.raises(ValueError, match=f"{MAX_SKIPPED_IN_A_ROW + 1} such steps in a row"):
         train(run)
 
 
@@ -108,7 +102,7 @@ def break_one_of_two(values: dict) -> None:
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_all_processes_skip_what_is_not_finite_on_one(undisturbed, tmp_path, sharding):
+def test_non_finite_step_of_one_process_is_skipped_by_all(undisturbed, tmp_path, sharding):
     changes = {"output_dir": str(tmp_path), "non_finite": "skip", "train_batch_size": 2, "sharding": sharding}
     debug_launcher(break_one_of_two, (undisturbed.cfg.to_dict() | changes | {"max_train_steps": 3},), num_processes=2)
     record = json.loads((tmp_path / "non_finite" / "step-0000001.json").read_text())
@@ -126,7 +120,7 @@ def test_all_processes_skip_what_is_not_finite_on_one(undisturbed, tmp_path, sha
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_last_bit(undisturbed, tmp_path, number):
+def test_run_stopped_by_a_signal_resumes_bitwise(undisturbed, tmp_path, number):
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "checkpointing_steps": 100}
     run = runs.start(values)
     at_step(run, 2, lambda output: os.kill(os.getpid(), number))
@@ -144,7 +138,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_last_bit(
     )
 
 
-def test_a_second_ctrl_c_ends_at_once():
+def test_second_ctrl_c_ends_immediately():
     process = mp.get_context("fork").Process(target=steps_under_watch, args=([30.0], 60.0))
     process.start()
     time.sleep(0.5)
@@ -156,7 +150,7 @@ def test_a_second_ctrl_c_ends_at_once():
     assert process.exitcode == -signal.SIGINT
 
 
-def test_a_ctrl_c_that_a_background_job_ignores_stays_ignored():
+def test_ignored_ctrl_c_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Watchdog(0, 60) as watchdog:
@@ -180,8 +174,8 @@ def signal_some_of_two(values: dict, number: int, ranks: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, [1]), (signal.SIGINT, [0, 1])])
-def test_a_signal_ends_all_processes_at_the_same_step(undisturbed, tmp_path, number, ranks):
-    """One that one of them gets, and the Ctrl-C of a terminal, which all get."""
+def test_signal_stops_all_processes_at_the_same_step(undisturbed, tmp_path, number, ranks):
+    """A signal to one process, and the Ctrl-C of a terminal, which all receive."""
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "train_batch_size": 2, "sharding": "full"}
     debug_launcher(signal_some_of_two, (values | {"checkpointing_steps": 100}, number, ranks), num_processes=2)
     assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == [str(EXIT_PREEMPTED)] * 2
@@ -191,7 +185,7 @@ def test_a_signal_ends_all_processes_at_the_same_step(undisturbed, tmp_path, num
 # One run per folder
 
 
-def test_a_second_run_in_a_folder_is_refused_with_who_holds_it(undisturbed, tmp_path):
+def test_second_run_in_a_folder_is_rejected(undisturbed, tmp_path):
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "max_train_steps": 1}
     run = runs.start(values)
     holder = f"process {os.getpid()} on {socket.gethostname()}"
@@ -205,7 +199,7 @@ def test_a_second_run_in_a_folder_is_refused_with_who_holds_it(undisturbed, tmp_
     assert not (tmp_path / LOCK_FILE).exists()
 
 
-def test_a_run_that_fails_lets_go_of_its_folder(undisturbed, tmp_path):
+def test_failed_run_releases_its_folder(undisturbed, tmp_path):
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "max_train_steps": 1}
     with pytest.raises(ValueError, match="`resume_from_checkpoint`"):
         runs.start(values | {"resume_from_checkpoint": "checkpoint-9"})
@@ -218,7 +212,7 @@ def test_a_run_that_fails_lets_go_of_its_folder(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "link"])
-def test_an_output_dir_that_cannot_be_made_is_named(tmp_path, name):
+def test_output_dir_that_cannot_be_created_is_rejected(tmp_path, name):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at" / "all")
     with pytest.raises(ValueError, match="`output_dir`"):
@@ -234,7 +228,7 @@ def hold(folder: Path, told) -> None:
     lock.release()
 
 
-def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path):
+def test_lock_of_a_killed_run_is_free_despite_live_workers(tmp_path):
     told, teller = mp.get_context("fork").Pipe(duplex=False)
     process = mp.get_context("fork").Process(target=hold, args=(tmp_path, teller))
     process.start()
@@ -269,7 +263,7 @@ def start_on_a_rank(rank: int, world: int, port: int, act, values: dict) -> None
 
 
 def launch(values: dict, act=None, world: int = 2) -> list:
-    """The processes of a run, which have all imports already."""
+    """Start the processes of a run by forking, which saves the imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -285,14 +279,14 @@ def hang_on_rank_1(run: Run) -> None:
 def steps_under_watch(steps: list[float], limit: float) -> None:
     with Watchdog(0, limit) as watchdog:
         for seconds in steps:
-            watchdog.begin()
+            watchdog.begin_step()
             for _ in range(round(seconds / 0.05)):  # a sleep that the stop falls into would be over at its end
                 time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("stopped", "steps", "code"), [(4.0, [0.8] * 5, 0), (0.0, [0.2, 4.0], EXIT_HUNG)])
-def test_a_process_that_was_stopped_has_not_hung(stopped, steps, code):
-    """Stopped for twice the limit, as schedulers suspend a job; and a step that does take longer."""
+def test_suspended_time_does_not_count(stopped, steps, code):
+    """A process suspended for twice the limit goes on; a step that takes longer ends it."""
     process = mp.get_context("fork").Process(target=steps_under_watch, args=(steps, 2.0))
     process.start()
     time.sleep(0.5)
@@ -310,15 +304,15 @@ def fail_after_the_limit() -> None:
         raise RuntimeError("a collective timed out")
 
 
-def test_an_error_after_the_limit_does_not_change_the_exit_code():
-    """A collective that waits for a hung process times out while the watch still waits for the stacks of others."""
+def test_error_after_the_limit_keeps_the_exit_code():
+    """A collective may time out while the watchdog waits for the stack traces of other processes."""
     process = mp.get_context("fork").Process(target=fail_after_the_limit)
     process.start()
     process.join(30)
     assert process.exitcode == EXIT_HUNG
 
 
-def test_a_hung_process_ends_the_run_with_the_stack_of_each(undisturbed, tmp_path):
+def test_hanging_process_ends_the_run_with_all_stack_traces(undisturbed, tmp_path):
     values = undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path / "run"), "train_batch_size": 2}
     processes = launch(values | {"step_timeout_seconds": 12}, hang_on_rank_1)
     for process in processes:
@@ -327,13 +321,13 @@ def test_a_hung_process_ends_the_run_with_the_stack_of_each(undisturbed, tmp_pat
     for rank, where in enumerate(("maximum", "in <lambda>")):  # one waits for the answer that the other does not give
         written = (tmp_path / f"run-{rank}.log").read_text()
         stacks = written[written.index(f"\nrank {rank} (process {processes[rank].pid} on ") :]
-        assert "no end of a step after 12 s" in stacks
+        assert "exceeded 12 s" in stacks
         assert "in micro_step" in stacks or "in optimizer_step" in stacks
         assert rank == 0 or where in stacks
 
 
 def is_refused(folder: Path, holder: int) -> bool:
-    """True if the folder is locked by a run, which says its process; it is not yet in the first moments."""
+    """True if a run has locked the folder and written its process into the lock file."""
     try:
         FolderLock(folder).release()
     except ValueError as error:
@@ -414,7 +408,7 @@ def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, caps
         killed = values | {"output_dir": str(tmp_path / "killed")}
         told, refused = kill_and_resume(killed, kills, seconds / steps, seed=kills)
     one, other = (runs.saved_state(tmp_path / name / f"checkpoint-{steps}") for name in ("undisturbed", "killed"))
-    state = read_run(tmp_path / "killed" / f"checkpoint-{steps}")["state"]
+    state = read_run_file(tmp_path / "killed" / f"checkpoint-{steps}")["state"]
     assert [entry["step"] for entry in state["history"]] == list(range(1, steps + 1))  # nothing lost, nothing twice
     assert state["samples_read"] == 4 * steps
     runs.assert_same(other, one)
@@ -428,12 +422,12 @@ def check_kills(text_encoder: Path, tmp_path: Path, steps: int, kills: int, caps
     assert not left
 
 
-def test_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
+def test_random_kills_do_not_change_the_result(text_encoder, tmp_path, capsys):
     check_kills(text_encoder, tmp_path, steps=12, kills=4, capsys=capsys)
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_at_random_moments_change_nothing(text_encoder, tmp_path, capsys):
+def test_hundred_random_kills_do_not_change_the_result(text_encoder, tmp_path, capsys):
     check_kills(text_encoder, tmp_path, steps=250, kills=100, capsys=capsys)
 
 
@@ -474,19 +468,19 @@ def damage_and_resume(undisturbed: Run, folder: Path, places: int, ends: int, ca
         file.write_bytes(before)
 
 
-def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(undisturbed, tmp_path, caplog):
+def test_run_resumes_from_the_last_intact_checkpoint(undisturbed, tmp_path, caplog):
     damage_and_resume(undisturbed, tmp_path / "run", places=6, ends=1, caplog=caplog)
 
 
 @pytest.mark.slow
-def test_bits_turned_over_at_two_hundred_places_are_all_found(undisturbed, tmp_path, caplog):
+def test_two_hundred_flipped_bits_are_all_found(undisturbed, tmp_path, caplog):
     damage_and_resume(undisturbed, tmp_path / "run", places=200, ends=20, caplog=caplog)
 
 
 # Workers and trackers
 
 
-def test_a_lost_worker_is_replaced_and_nothing_else_changes(undisturbed, tmp_path, capsys):
+def test_lost_worker_is_replaced_without_other_changes(undisturbed, tmp_path, capsys):
     changes = {"output_dir": str(tmp_path), "dataloader_num_workers": 2, "train_batch_size": 2}
     run = runs.start(undisturbed.cfg.to_dict() | changes | {"gradient_accumulation_steps": 2})
     killed: list[int] = []
@@ -508,7 +502,7 @@ def test_a_lost_worker_is_replaced_and_nothing_else_changes(undisturbed, tmp_pat
 
 
 class Gone(GeneralTracker):
-    """A tracker whose server does not answer."""
+    """Tracker whose server does not answer."""
 
     name = "gone"
     requires_logging_directory = False
@@ -527,7 +521,7 @@ class Gone(GeneralTracker):
         raise ConnectionError("no answer")
 
 
-def test_a_tracker_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path, capsys):
+def test_failing_tracker_does_not_stop_the_run(undisturbed, tmp_path, capsys):
     run = runs.start(undisturbed.cfg.to_dict() | {"output_dir": str(tmp_path), "report_to": "tensorboard"})
 
     def go_away(output) -> None:
@@ -536,7 +530,7 @@ def test_a_tracker_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path, c
     at_step(run, 1, go_away)
     train(run)
     assert run.state.tracker_failures == STEPS - 1
-    assert "the tracker failed, the run goes on: ConnectionError('no answer')" in capsys.readouterr().out
+    assert "ConnectionError('no answer')" in capsys.readouterr().out
     assert json.loads((tmp_path / "training.json").read_text())["tracker_failures"] == STEPS - 1
     weights = [
         runs.saved_weights(folder / "checkpoint-6", "transformer") for folder in (undisturbed.output_dir, tmp_path)
@@ -544,7 +538,7 @@ def test_a_tracker_that_goes_away_does_not_stop_the_run(undisturbed, tmp_path, c
     runs.assert_same(*weights)
 
 
-def test_a_tracker_that_cannot_begin_does_not_stop_the_run(undisturbed, tmp_path):
+def test_tracker_that_fails_to_start_does_not_stop_the_run(undisturbed, tmp_path):
     (tmp_path / "logs").write_text("where the folder of the logs would be")
     changes = {"output_dir": str(tmp_path), "report_to": "tensorboard", "max_train_steps": 1}
     assert runs.train(undisturbed.cfg.to_dict() | changes).state.tracker_failures >= 1

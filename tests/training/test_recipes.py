@@ -1,4 +1,4 @@
-"""The recipes: each loads, says where it comes from, makes the model that it names, and has a twin that runs."""
+"""Recipes load, name their source, have the stated size, and have small versions that run."""
 
 import re
 from collections import Counter
@@ -50,7 +50,7 @@ PARAMETERS = {
 
 
 def flags(path: Path) -> list[str]:
-    """Some data and some text encoder, for a recipe that names none."""
+    """Return flags for data and text encoder that a recipe lacks."""
     recipe, missing = load_recipe(path), []
     if not any(recipe.get(name) for name in ("dataset_name", "train_data_dir")):
         missing += ["--dataset_name", "some/images"]
@@ -61,7 +61,7 @@ def flags(path: Path) -> list[str]:
 
 
 def comment(path: Path) -> str:
-    """The text at the head of a recipe, in one line."""
+    """Return the comment at the head of a recipe as one line."""
     lines = path.read_text().splitlines()
     head = lines[: next(place for place, line in enumerate(lines) if not line.startswith("#"))]
     return " ".join(line.removeprefix("#").strip() for line in head)
@@ -72,7 +72,7 @@ def identity(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", EVERY, ids=identity)
-def test_every_recipe_loads_and_says_where_it_comes_from(path):
+def test_recipes_load_and_name_their_source(path):
     cfg = parse_config(flags(path))
     assert TrainingConfig(**cfg.to_dict()) == cfg
     assert cfg.stage_configs()
@@ -86,19 +86,19 @@ def test_every_recipe_loads_and_says_where_it_comes_from(path):
         assert path.stem in (twin_of[1], "adamw")
 
 
-def test_no_two_recipes_share_a_folder():
+def test_recipes_have_different_output_dirs():
     folders = Counter(parse_config(flags(path)).output_dir for path in EVERY)
     assert [folder for folder, count in folders.items() if count > 1] == []
     assert all(folder == f"outputs/{identity(path)}" for path, folder in zip(EVERY, folders))
 
 
-def test_every_recipe_of_the_study_has_a_twin():
+def test_study_recipes_have_small_versions():
     assert {path.stem for path in FULL_SCALE} <= {path.stem for path in TWINS}
     assert len(FULL_SCALE) >= 27
 
 
 def parameters_of(config: dict[str, Any]) -> int:
-    """By hand: what the layers of a PRX transformer hold."""
+    """Count the parameters of a PRX transformer by hand."""
     width, depth, text = config["hidden_size"], config["depth"], config["context_in_dim"]
     values = config["in_channels"] * config["patch_size"] ** 2
     head = width // config["num_heads"]
@@ -116,7 +116,7 @@ def parameters_of(config: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("path", [path for path in FULL_SCALE if path.stem != "sft"], ids=identity)
-def test_the_transformer_has_the_number_of_parameters_of_its_name(path):
+def test_transformer_has_the_parameter_count_of_its_name(path):
     recipe = load_recipe(path)
     config = {
         "in_channels": LATENT_CHANNELS[recipe["vae_name_or_path"]],
@@ -140,7 +140,7 @@ def test_the_transformer_has_the_number_of_parameters_of_its_name(path):
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory) -> dict[str, str]:
-    """Tiny ones of what the twins get from `training/tools` and from elsewhere, by the name in the recipes."""
+    """Tiny networks in place of those that small recipes name, by that name."""
     folder = tmp_path_factory.mktemp("tools")
     for name, vae in (("dc", tiny.vae_dc()), ("flux2", zoo.vae_flux2()), ("repa_e", tiny.vae_kl())):
         vae.save_pretrained(folder / f"autoencoder_{name}")
@@ -154,7 +154,7 @@ def tools(tmp_path_factory) -> dict[str, str]:
 
 
 def few_steps(name: str, output_dir: Path) -> dict[str, Any]:
-    """Settings that make three steps of a recipe of hundreds, with everything at its end that the recipe has there."""
+    """Return settings that shorten a recipe to three steps."""
     recipe = load_recipe(FOLDER / name)
     shorter = {
         "max_train_steps": 3, "train_batch_size": 4, "lr_warmup_steps": 1, "num_validation_samples": 2,
@@ -171,7 +171,7 @@ def few_steps(name: str, output_dir: Path) -> dict[str, Any]:
 
 
 def with_tools(value: Any, tools: dict[str, str]) -> Any:
-    """The settings with the tiny networks in place of the folders that they name, in the stages too."""
+    """Replace the folders in settings and stages by tiny networks."""
     if isinstance(value, dict):
         return {key: with_tools(part, tools) for key, part in value.items()}
     if isinstance(value, list):
@@ -210,19 +210,19 @@ QUICK = ("baseline", "sprint", "prx_7b_pixel")
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_twin_that_needs_nothing_runs(name, tmp_path):
+def test_small_recipes_without_downloads_run(name, tmp_path):
     run_for_three_steps(FOLDER / "cpu" / f"{name}.yaml", {}, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in TWINS if path.stem not in QUICK], ids=identity)
-def test_every_other_twin_runs(path, tools, tmp_path):
+def test_other_small_recipes_run(path, tools, tmp_path):
     run_for_three_steps(path, tools, tmp_path)
 
 
 @pytest.mark.parametrize("file", FULL_SCALE, ids=identity)
-def test_captions_are_cleaned_as_in_the_study(file):
-    """Fully for T5Gemma, lightly for Qwen3-VL, in latents and in pixels."""
+def test_recipes_clean_captions_as_in_the_study(file):
+    """`full` for T5Gemma and `light` for Qwen3-VL."""
     settings = load_recipe(file)
     encoder = settings.get("text_encoder_name_or_path") or ""
     expected = "light" if "Qwen3-VL" in encoder else "full"
@@ -231,7 +231,7 @@ def test_captions_are_cleaned_as_in_the_study(file):
 
 
 @pytest.mark.parametrize("file", [*EXAMPLES, *TWINS], ids=identity)
-def test_recipes_that_were_measured_before_keep_their_cleaning_and_their_average(file):
+def test_measured_recipes_keep_their_settings(file):
     settings = load_recipe(file)
     assert settings["caption_cleaning"] == ("full_v1" if settings.get("vae_name_or_path") else "light")
     assert settings.get("ema_warmup", True) is True

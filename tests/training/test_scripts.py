@@ -1,4 +1,4 @@
-"""The scripts as a user calls them: train on scenes from nothing, then grade what was saved."""
+"""Scripts as users call them: train on scenes from scratch, then evaluate."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ QUICK = ["--scenes", "--num_prompts", "3", "--num_inference_steps", "2", "--seed
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A text encoder and its tokenizer made new, as in the quickstart."""
+    """Folder of a run with a new text encoder, as in the quickstart."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     values = runs.settings(tmp_path_factory.mktemp("trained"), text_encoder_config=runs.TEXT_ENCODER)
@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> Path:
     return Path(values["output_dir"])
 
 
-def test_a_new_text_encoder_is_saved_in_the_standard_format(trained):
+def test_new_text_encoder_is_saved_in_the_standard_format(trained):
     pipeline = PRXPixelPipeline.from_pretrained(trained)
     assert type(pipeline.text_encoder).__name__ == "T5GemmaEncoderModel"
     assert len(pipeline.tokenizer) == pipeline.text_encoder.config.encoder.vocab_size == 300
@@ -39,14 +39,14 @@ def test_a_new_text_encoder_is_saved_in_the_standard_format(trained):
     assert json.loads((trained / "training.json").read_text())["steps"] == 1
 
 
-def test_wrong_settings_end_the_script_with_one_line(capsys):
-    with pytest.raises(SystemExit, match=r"^error: `dataset_name` is None and `train_data_dir` is None"):
+def test_invalid_settings_end_the_script_with_one_line(capsys):
+    with pytest.raises(SystemExit, match=r"^error: `dataset_name` is None"):
         train_prx.main([])
-    with pytest.raises(SystemExit, match=r"^error: `seed` got 'x'; accepted: int, in"):
+    with pytest.raises(SystemExit, match=r"^error: `seed` is 'x'"):
         train_prx.main(["--seed", "x"])
 
 
-def test_the_last_line_of_an_evaluation_is_json_with_the_scores(trained, tmp_path, capsys):
+def test_evaluation_prints_the_scores_as_json(trained, tmp_path, capsys):
     evaluate_prx.main(["--model", str(trained), *QUICK, "--output_dir", str(tmp_path / "graded")])
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in (*SCORES, *(f"scene_accuracy_{kind}" for kind in ("shuffled", "chance", "blank", "noise"))):
@@ -58,7 +58,7 @@ def test_the_last_line_of_an_evaluation_is_json_with_the_scores(trained, tmp_pat
     assert (tmp_path / "graded" / "samples.png").is_file()
 
 
-def test_a_pipeline_that_was_not_trained_here_is_graded_too(tmp_path, capsys):
+def test_evaluation_of_an_untrained_pipeline(tmp_path, capsys):
     vae = tiny.vae_kl()
     nets = runs.nets(PRXFlowMatchScheduler(), vae)
     PRXPipeline(nets.transformer, nets.scheduler, nets.text_encoder, nets.tokenizer, vae, 32).save_pretrained(tmp_path)
@@ -67,7 +67,7 @@ def test_a_pipeline_that_was_not_trained_here_is_graded_too(tmp_path, capsys):
     assert (tmp_path / "report.json").is_file()
 
 
-def test_metrics_of_a_reference_beside_the_scenes(trained, tmp_path, capsys):
+def test_evaluation_with_a_reference_and_scenes(trained, tmp_path, capsys):
     (tmp_path / "scenes ViT").mkdir()
     encoder = runs.save_teacher(tmp_path / "scenes ViT")
     flags = ["--metrics", f"fid:{encoder}", f"mmd:{encoder}", "--num_images", "20", "--bootstrap", "10"]
@@ -83,7 +83,7 @@ def test_metrics_of_a_reference_beside_the_scenes(trained, tmp_path, capsys):
         assert (tmp_path / "graded" / name).is_file()
 
 
-def test_an_evaluation_has_to_be_asked_for_something(trained, capsys):
+def test_evaluation_without_a_metric_is_rejected(trained, capsys):
     with pytest.raises(SystemExit):
         evaluate_prx.main(["--model", str(trained)])
     assert "Nothing is asked for" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_an_evaluation_has_to_be_asked_for_something(trained, capsys):
         evaluate_prx.main(["--model", str(trained), "--metrics", f"fid:{trained}"])
 
 
-def test_unknown_flags_and_paths_of_a_home_in_every_script(tmp_path, monkeypatch, capsys):
+def test_scripts_suggest_flags_and_expand_paths(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SystemExit):
         export_prx.main(["--checkpoint", "x", "--output_dir", "y", "--dytpe", "bf16"])
@@ -118,19 +118,19 @@ def test_unknown_flags_and_paths_of_a_home_in_every_script(tmp_path, monkeypatch
         (["--metric_batch_size", "0"], "--metric_batch_size must be at least 1"),
     ],
 )
-def test_wrong_flags_of_an_evaluation(trained, argv, message, capsys):
+def test_invalid_evaluation_flags_are_rejected(trained, argv, message, capsys):
     with pytest.raises(SystemExit):
         evaluate_prx.main(["--model", str(trained), "--scenes", *argv])
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_graded(trained, tmp_path):
+def test_models_that_cannot_be_graded_are_rejected(trained, tmp_path):
     with pytest.raises(SystemExit, match="level medium can be read from 64 pixels on; the model draws 32"):
         evaluate_prx.main(["--model", str(trained), "--scenes", "--level", "medium"])
     with pytest.raises(SystemExit, match=r"error: .* holds no pipeline"):
         evaluate_prx.main(["--model", str(tmp_path), "--scenes"])
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42.0"}')
-    with pytest.raises(SystemExit, match=r"holds a FluxPipeline; accepted: \['PRXPipeline', 'PRXPixelPipeline'\]"):
+    with pytest.raises(SystemExit, match=r"FluxPipeline; accepted: \['PRXPipeline', 'PRXPixelPipeline'\]"):
         evaluate_prx.main(["--model", str(tmp_path), "--scenes"])
 
 

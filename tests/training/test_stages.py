@@ -1,4 +1,4 @@
-"""Stages in whole runs: each with its own size, data, batch, schedule and technique, and resumed at any step."""
+"""Stages with different sizes, data, batches, schedules and techniques, and resuming at any step."""
 
 import dataclasses
 import itertools
@@ -46,25 +46,25 @@ def text_encoder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text_encoder) -> Run:
-    """A finished run of two stages."""
+    """Finished run with two stages."""
     return runs.train(runs.settings(tmp_path_factory.mktemp("whole"), text_encoder, **RUN))
 
 
 def continued(run: Run, folder: Path, step: int, **changes) -> dict:
-    """The settings of the run to go on in another folder from one of its checkpoints."""
+    """Return settings that resume a checkpoint of a run in another folder."""
     runs.copy_checkpoint(run, step, folder)
     return run.cfg.to_dict() | {"output_dir": str(folder), "resume_from_checkpoint": "latest"} | changes
 
 
 def changed(number: int, **changes) -> list[dict]:
-    """The stages, one of them with other settings."""
+    """Return the stages with changes in one of them."""
     return [stage | (changes if place == number else {}) for place, stage in enumerate(STAGES)]
 
 
 # What a stage is
 
 
-def test_every_stage_trains_with_its_own_settings(whole):
+def test_stages_train_with_their_settings(whole):
     history = {entry["step"]: entry for entry in whole.state.history}
     assert list(history) == list(range(1, END + 1))
     assert [step for step, entry in history.items() if "loss/contrastive" in entry] == [4, 5, 6, 7]
@@ -74,8 +74,8 @@ def test_every_stage_trains_with_its_own_settings(whole):
     assert [entry["step"] for entry in whole.state.validation_history] == [3, 7]  # at the end of each
 
 
-def test_the_learning_rate_starts_anew_in_each_stage(whole):
-    """The log has the rate of the step that comes next."""
+def test_each_stage_has_its_own_learning_rate_schedule(whole):
+    """Log entries contain the rate of the next step."""
     rates = [entry["lr"] for entry in whole.state.history]
     first, second = 1e-3, 5e-4
     assert rates == pytest.approx([0.5 * first, first, first, second, second, 0.5 * second, 0.0])
@@ -87,8 +87,8 @@ def test_the_learning_rate_starts_anew_in_each_stage(whole):
     assert still == [False, False, True, False, False, False]
 
 
-def test_a_stage_begins_with_the_first_of_its_own_samples(whole, tmp_path):
-    """The first step of the second stage by hand: four scenes of its level and size, in two micro-batches."""
+def test_stage_starts_with_its_first_samples(whole, tmp_path):
+    """The first step of the second stage, computed by hand: four scenes in two micro-batches."""
     run = runs.start(continued(whole, tmp_path, BORDER))
     nets = dataclasses.replace(run.nets, scheduler=PRXXPredictionScheduler(shift=3.0))  # 1.5 at 32 pixels, at 64
     scenes = ScenesDataset(split="train", level="medium", resolution=64, seed=42)
@@ -106,7 +106,7 @@ def test_a_stage_begins_with_the_first_of_its_own_samples(whole, tmp_path):
     assert abs(losses[0] / losses[1] - 1) > 1e-3
 
 
-def test_the_pipeline_has_the_size_and_the_shift_of_the_last_stage(whole):
+def test_pipeline_has_size_and_shift_of_the_last_stage(whole):
     pipeline = PRXPixelPipeline.from_pretrained(whole.output_dir)
     assert pipeline.config["default_sample_size"] == 64
     assert pipeline.scheduler.shift == 3.0
@@ -120,8 +120,8 @@ def test_the_pipeline_has_the_size_and_the_shift_of_the_last_stage(whole):
     assert record["steps"] == END
 
 
-def test_one_stage_is_a_run_without_stages(whole, tmp_path, text_encoder):
-    """The first stage of the run, said as a run of its own."""
+def test_single_stage_equals_a_run_without_stages(whole, tmp_path, text_encoder):
+    """The first stage as a run of its own."""
     alone = {name: value for name, value in RUN.items() if name != "stages"} | STAGES[0]
     run = runs.train(runs.settings(tmp_path, text_encoder, **alone))
     one, other = (runs.saved_state(r.output_dir / f"checkpoint-{BORDER}") for r in (whole, run))
@@ -134,7 +134,7 @@ def test_one_stage_is_a_run_without_stages(whole, tmp_path, text_encoder):
 
 
 @pytest.mark.parametrize("step", [1, 2, BORDER, 4, 6])
-def test_resuming_is_the_same_to_the_last_bit_in_each_stage_and_at_the_border(whole, tmp_path, step):
+def test_stages_resume_bitwise(whole, tmp_path, step):
     resumed = runs.train(continued(whole, tmp_path, step))
     one, other = (runs.saved_state(run.output_dir / f"checkpoint-{END}") for run in (whole, resumed))
     assert {name.partition(".")[0] for name in one} == {"weights", "optimizer", "average", "generators-0", "run"}
@@ -144,7 +144,7 @@ def test_resuming_is_the_same_to_the_last_bit_in_each_stage_and_at_the_border(wh
 
 
 @pytest.mark.parametrize("step", [BORDER, END])
-def test_a_signal_in_the_last_step_of_a_stage_loses_no_validation(whole, tmp_path, step):
+def test_signal_in_the_last_step_of_a_stage_keeps_its_validation(whole, tmp_path, step):
     run = runs.start(continued(whole, tmp_path, step - 1))
     run.nets.transformer.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
@@ -156,7 +156,7 @@ def test_a_signal_in_the_last_step_of_a_stage_loses_no_validation(whole, tmp_pat
     assert [path.name for path in sorted((tmp_path / "validation").iterdir())][-1] == f"step-{END:07d}.png"
 
 
-def test_a_finished_run_is_exported_again_with_its_last_stage(whole, tmp_path):
+def test_finished_run_is_exported_again(whole, tmp_path):
     runs.train(continued(whole, tmp_path, END))
     pipeline = PRXPixelPipeline.from_pretrained(tmp_path)
     assert (pipeline.config["default_sample_size"], pipeline.scheduler.shift) == (64, 3.0)
@@ -173,7 +173,7 @@ def test_a_finished_run_is_exported_again_with_its_last_stage(whole, tmp_path):
         (5, changed(1, max_train_steps=3)),
     ],
 )
-def test_what_has_not_begun_may_change(whole, tmp_path, step, stages):
+def test_stages_that_have_not_begun_may_change(whole, tmp_path, step, stages):
     run = runs.start(continued(whole, tmp_path, step, stages=stages))
     assert run.state.step == step
     assert run.state.stages == [stage.record(1) for stage in run.stages]
@@ -182,21 +182,19 @@ def test_what_has_not_begun_may_change(whole, tmp_path, step, stages):
 @pytest.mark.parametrize(
     ("step", "stages", "message"),
     [
-        (2, changed(0, train_batch_size=3), "`global_batch_size of stage 0` 4, this run has 3"),
-        (2, changed(0, max_train_steps=1, lr_warmup_steps=0)[:1], "at step 2, beyond the 1 of this run"),
-        (4, changed(0, max_train_steps=2), "`stop_step of stage 0` 3, this run has 2"),
-        (4, changed(0, max_train_steps=9), "`stop_step of stage 0` 3, this run has 9"),
-        (4, changed(1, gradient_accumulation_steps=1), "`global_batch_size of stage 1` 4, this run has 2"),
-        (4, changed(1, max_train_steps=9)[::-1], "`stop_step of stage 0` 3, this run has 9"),
-        (END, STAGES[:1], "at step 7, beyond the 3 of this run"),
+        (2, changed(0, train_batch_size=3), "`global_batch_size of stage 0` is 3.* 4"),
+        (2, changed(0, max_train_steps=1, lr_warmup_steps=0)[:1], "step 2.*`max_train_steps`.* 1"),
+        (4, changed(0, max_train_steps=9), "`stop_step of stage 0` is 9.* 3"),
+        (4, changed(1, gradient_accumulation_steps=1), "`global_batch_size of stage 1` is 2.* 4"),
+        (END, STAGES[:1], "step 7.*`max_train_steps`.* 3"),
     ],
 )
-def test_what_has_begun_may_not_change(whole, tmp_path, step, stages, message):
+def test_stages_that_have_begun_must_not_change(whole, tmp_path, step, stages, message):
     with pytest.raises(ValueError, match=message):
         runs.start(continued(whole, tmp_path, step, stages=stages))
 
 
-# Techniques that come and go
+# Techniques of single stages
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +207,7 @@ def aligned(teacher: str, **changes) -> dict:
     return values | {"max_train_steps": 2, "lr_warmup_steps": 0} | changes
 
 
-def test_alignment_in_one_stage_only(text_encoder, teachers, tmp_path):
+def test_alignment_in_one_of_two_stages(text_encoder, teachers, tmp_path):
     stages = [aligned(teachers[0]), {"max_train_steps": 2, "lr_warmup_steps": 0, "dino_weight": 0.01,
                                      "dino_teacher": teachers[0], "dino_size": 16}]  # fmt: skip
     values = runs.settings(tmp_path / "whole", text_encoder, stages=stages, checkpointing_steps=1)
@@ -227,12 +225,12 @@ def test_alignment_in_one_stage_only(text_encoder, teachers, tmp_path):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_later_stage_cannot_bring_or_take_away_what_is_trained(text_encoder, teachers, tmp_path, before):
-    """A projector belongs to the run from its beginning: optimizer and checkpoints hold it."""
+def test_later_stages_cannot_change_the_trainable_networks(text_encoder, teachers, tmp_path, before):
+    """The optimizer and checkpoints contain the projector from the beginning."""
     plain = {"max_train_steps": 2, "lr_warmup_steps": 0}
     one, other = ([plain, plain], [plain, aligned(teachers[0])])[:: -1 if before else 1]
     run = runs.train(runs.settings(tmp_path / "whole", text_encoder, stages=one, checkpointing_steps=1))
-    message = r"`trained_parameters` \{'transformer': \d+.*\}, this run has \{'transformer': \d+.*: a resumed run must"
+    message = r"`trained_parameters` is \{'transformer': \d+.*\}, but .* \{'transformer': \d+"
     with pytest.raises(ValueError, match=message) as error:
         runs.start(continued(run, tmp_path / "resumed", 1, stages=other))
     assert str(error.value).count("'projector': ") == 1
@@ -243,21 +241,16 @@ def test_a_later_stage_cannot_bring_or_take_away_what_is_trained(text_encoder, t
     [
         ({"train_text_encoder": False}, "train_text_encoder"),
         ({"optimizer": "adamw"}, "optimizer"),
-        ({"use_ema": False}, "use_ema"),
         ({"transformer_config": runs.TRANSFORMER | {"depth": 3}}, "trained_parameters"),
         ({"transformer_config": runs.TRANSFORMER | {"theta": 100}}, "transformer"),
-        ({"prediction_type": "velocity"}, "prediction_type"),
-        ({"noise_scale": 2.0}, "noise_scale"),
-        ({"max_sequence_length": 47}, "max_sequence_length"),
-        ({"mixed_precision": "bf16", "weights_dtype": "bf16"}, "weights_dtype"),
     ],
 )
-def test_another_network_or_optimizer_is_refused_before_it_is_loaded(whole, tmp_path, changes, name):
-    with pytest.raises(ValueError, match=f"The checkpoint was trained with `{name}` "):
+def test_resume_rejects_another_network_or_optimizer(whole, tmp_path, changes, name):
+    with pytest.raises(ValueError, match=f"^`{name}` is"):
         runs.start(continued(whole, tmp_path, 2, **changes))
 
 
-def test_another_frozen_network_is_refused_and_the_same_elsewhere_is_not(text_encoder, tmp_path):
+def test_resume_rejects_another_frozen_network(text_encoder, tmp_path):
     values = {"train_text_encoder": False, "max_train_steps": 2, "checkpointing_steps": 1}
     run = runs.train(runs.settings(tmp_path / "whole", text_encoder, **values))
     elsewhere = tmp_path / "elsewhere"
@@ -266,7 +259,7 @@ def test_another_frozen_network_is_refused_and_the_same_elsewhere_is_not(text_en
     weights = load_file(elsewhere / "model.safetensors")
     weights[next(iter(weights))] += 1e-3
     save_file(weights, elsewhere / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="The checkpoint was trained with `frozen_networks` "):
+    with pytest.raises(ValueError, match="`frozen_networks`"):
         runs.start(continued(run, tmp_path / "other", 1, text_encoder_name_or_path=str(elsewhere)))
 
 
@@ -274,28 +267,24 @@ def test_another_frozen_network_is_refused_and_the_same_elsewhere_is_not(text_en
     ("changes", "name"),
     [
         ({"repa_teacher": "other"}, "repa_teacher"),
-        ({"repa_projector": "mlp"}, "repa_projector"),
-        ({"repa_block": 1}, "repa_block"),
         ({"repa_until_step": 3}, "repa_until_step"),
-        ({"repa_check_steps": 1}, "repa_check_steps"),
-        ({"repa_check_window": 3}, "repa_check_window"),
     ],
 )
-def test_stages_that_ask_for_two_of_what_a_run_has_one_of(text_encoder, teachers, tmp_path, changes, name):
+def test_stages_must_share_alignment_settings(text_encoder, teachers, tmp_path, changes, name):
     changes = {key: teachers[1] if value == "other" else value for key, value in changes.items()}
     stages = [aligned(teachers[0]), aligned(teachers[0], **changes)]
-    with pytest.raises(ValueError, match=f"Stages have different values of `{name}`, .* a run can have one"):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         runs.start(runs.settings(tmp_path, text_encoder, stages=stages))
 
 
-def test_every_stage_has_to_fit_the_networks(text_encoder, teachers, tmp_path):
+def test_every_stage_must_fit_the_networks(text_encoder, teachers, tmp_path):
     dino = {"max_train_steps": 2, "dino_weight": 0.01, "dino_teacher": teachers[0]}
     for stages, message in (
         (
             [{"max_train_steps": 2}, {"resolution": 36}],
             "`resolution` must be a multiple of 8 for these networks, got 36",
         ),
-        ([dino | {"dino_size": 16}, dino | {"dino_size": 18}], "`dino_size` must be a multiple of 4, .* got 18"),
+        ([dino | {"dino_size": 16}, dino | {"dino_size": 18}], "`dino_size`.* 4.* 18"),
         (
             [{"max_train_steps": 2}, {"route_ratio": 0.5}],
             r"`route_range` is \[2, 13\], but the transformer has 2 blocks",
@@ -310,8 +299,8 @@ def _train_in_two_processes(values: dict) -> None:
     runs.train(values)
 
 
-def test_sprint_and_alignment_in_two_processes_are_those_of_one(text_encoder, teachers, tmp_path):
-    """Also when alignment and route are over: nothing waits for the projector or the mask token of another process."""
+def test_sprint_and_alignment_on_two_processes_equal_one(text_encoder, teachers, tmp_path):
+    """Also after the end of alignment and routing: no process waits for unused gradients."""
     dense = {"max_train_steps": 3}
     sprint = {
         "transformer_config": runs.TRANSFORMER | {"fusion_range": [0, 1]}, "route_range": [0, 1],

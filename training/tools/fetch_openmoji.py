@@ -39,7 +39,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import exit_with_error, parse_flags, path
 
 VERSION = "17.0.0"
 REGISTRY = "https://registry.npmjs.org"
@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fetch_openmoji(parse_args(argv))
     except (ValueError, OSError) as error:  # no network, a package that is not what it should be, a full disk
-        end(error)
+        exit_with_error(error)
 
 
 if __name__ == "__main__":

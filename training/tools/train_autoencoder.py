@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from diffusers_prx.cli import end, parse_flags, path
+from diffusers_prx.cli import exit_with_error, parse_flags, path
 from diffusers_prx.data.samples import fit_image
 from diffusers_prx.data.scenes import LEVELS, ScenesDataset
 from diffusers_prx.data.sources import ListedImages, load_source
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher = load_teacher(args.align_to).to(device) if args.align_to is not None else None
         perceptual = load_teacher(args.perceptual_network).to(device) if args.perceptual_network is not None else None
     except ValueError as error:
-        end(error)
+        exit_with_error(error)
     torch.manual_seed(args.seed)
     vae = build_vae(args).to(device)
     assert vae_scale_factor(vae) == args.downsample
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
             open_split(args, split, args.num_eval)
         train(vae, teacher, projector, perceptual, args)
     except ValueError as error:  # data that cannot be read, a size that the network does not take
-        end(error)
+        exit_with_error(error)
     seconds = time.perf_counter() - start
     vae.eval()
     measured: dict[str, Any] = {}

@@ -16,8 +16,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..config.fields import RUNTIME, marked
-from ..config.training_config import TrainingConfig, settings_of_run, sources_of
+from ..config.data_sources import data_sources_of
+from ..config.fields import RUNTIME, field_names
+from ..config.training_config import TrainingConfig, complete_settings
 from ..evaluation.generation import load_pipeline
 from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
 from ..fingerprints import pipeline_fingerprint
@@ -74,7 +75,7 @@ def write_card(
     card_file = folder / CARD_FILE
     _require_generated(card_file)
     record = json.loads((folder / REPORT_FILE).read_text())
-    cfg = TrainingConfig(**settings_of_run(record["config"], record["pipeline_class"] == "PRXPixelPipeline"))
+    cfg = TrainingConfig(**complete_settings(record["config"], record["pipeline_class"] == "PRXPixelPipeline"))
     stages = begun_stages(cfg, record["steps"])
     load_from = load_from or str(folder)
     name = Path(load_from).name
@@ -94,7 +95,9 @@ def write_card(
         stored=_stored_weights(folder),
         config=stages[-1],
         stages=_stage_facts(stages, record["steps"], record["processes"]),
-        data=", ".join(dict.fromkeys(_data_facts(source, stage) for stage in stages for source in sources_of(stage))),
+        data=", ".join(
+            dict.fromkeys(_data_facts(source, stage) for stage in stages for source in data_sources_of(stage))
+        ),
         scenes_only=all(source == SCENES for source in _sources(stages)),
         techniques=techniques(stages),
         networks=_networks(stages),
@@ -329,7 +332,7 @@ def _techniques_of(cfg: TrainingConfig) -> list[str]:
 def recipe_text(cfg: TrainingConfig) -> str:
     """Return the settings of a run that differ from the defaults as a recipe, without local paths."""
     settings = {}
-    runtime_options = marked(TrainingConfig, RUNTIME)
+    runtime_options = field_names(TrainingConfig, RUNTIME)
     for option in dataclasses.fields(cfg):
         value = getattr(cfg, option.name)
         default = option.default_factory() if callable(option.default_factory) else option.default
@@ -368,7 +371,7 @@ def _stage_facts(stages: list[TrainingConfig], steps: int, processes: int) -> li
             "steps": stage_steps,
             "resolution": stage.resolution,
             "batch": stage.train_batch_size * stage.gradient_accumulation_steps * processes,
-            "data": ", ".join(_data_facts(source, stage) for source in sources_of(stage)),
+            "data": ", ".join(_data_facts(source, stage) for source in data_sources_of(stage)),
             "learning_rate": stage.learning_rate,
         }
         rows.append(row)
@@ -387,7 +390,7 @@ def _data_facts(source: Any, cfg: TrainingConfig) -> str:
 
 
 def _sources(stages: list[TrainingConfig]) -> list[str]:
-    return [source.name for stage in stages for source in sources_of(stage)]
+    return [source.name for stage in stages for source in data_sources_of(stage)]
 
 
 def _is_scratch_on_scenes(stages: list[TrainingConfig]) -> bool:

@@ -13,7 +13,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config.training_config import check_name
+from ..config.checks import check_repo_id
 
 EXIT_NOT_UPLOADED = 69  # "service unavailable" in sysexits.h: the results are on disk, but not on the Hub
 CARD_FILE = "README.md"
@@ -111,7 +111,7 @@ def repository(repo_id: str, repo_type: str = "model", space_sdk: str | None = N
         >>> from diffusers_prx.hub.publishing import repository
         >>> repository("prx-quickstart", private=True)  # "me/prx-quickstart"
     """
-    check_name(repo_id)
+    check_repo_id(repo_id)
     require_token()
     # the exception types of these calls depend on the version of huggingface_hub
     try:

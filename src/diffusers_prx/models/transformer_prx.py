@@ -1061,4 +1061,4 @@ def _check_cache(config: Any, parallel: bool) -> None:
 
 def _is_range(span: tuple[int, int], depth: int) -> bool:
     """Whether [start, stop) is a range of at least one of `depth` blocks."""
-    return len(span) == 2 and 0 <= span[0] < span[1] <= depth
+    return isinstance(span, (list, tuple)) and len(span) == 2 and 0 <= span[0] < span[1] <= depth

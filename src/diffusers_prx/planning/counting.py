@@ -29,7 +29,7 @@ from ..techniques.optimizers import build_optimizer
 from ..techniques.teachers import VisionTeacher, build_teacher
 from ..text import encode_text, encoder_only
 from ..training.network_configs import meta_teacher, meta_text_encoder, text_config
-from ..training.networks import Nets, kept_blocks, new_projector
+from ..training.networks import Nets, count_uncheckpointed_blocks, new_projector
 from ..training.preflight import meta_networks
 from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
 
@@ -166,7 +166,7 @@ def build_meta_networks(cfg: TrainingConfig) -> Nets:
         for module in transformer.modules():  # not `to`, which fake tensors do not support
             for name, weight in list(module.named_parameters(recurse=False)):
                 module.register_parameter(name, nn.Parameter(weight.detach().bfloat16()))
-    transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
+    transformer.kept_blocks = count_uncheckpointed_blocks(cfg, transformer.config["depth"])
     if cfg.attention_backend == "_native_math":  # the others count as the default
         transformer.set_attention_backend(cfg.attention_backend)
     return nets

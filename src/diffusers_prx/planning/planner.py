@@ -19,7 +19,7 @@ from ..latents import latent_channels, vae_scale_factor
 from ..techniques.optimizers import muon_weights, newton_schulz_flops
 from ..training.networks import Nets
 from ..training.preflight import memory
-from ..training.recipes import DATA, load_recipe, parse_config, read_command_line, read_run
+from ..training.recipes import DATA_SETTINGS, load_recipe, parse_command_line, parse_config, parse_run_config
 from .communication import Cluster, muon_transfers, step_transfers
 from .counting import Flops, MicroBatch, build_meta_networks, fake_tensors, optimizer_bytes, stored_bytes
 
@@ -83,14 +83,14 @@ def read_config(recipe: Path, flags: list[str]) -> TrainingConfig:
         ValueError: see `parse_config`.
     """
     argv = ["--config", str(recipe), *flags]
-    if not any(read_command_line(argv).settings.get(name) for name in DATA):
+    if not any(parse_command_line(argv).settings.get(name) for name in DATA_SETTINGS):
         argv += ["--dataset_name", NO_DATA]
     cfg = parse_config(argv)
     start = cfg.pretrained_model_name_or_path
     if start is None:
         return cfg
     if Path(start).exists():
-        return read_run(argv)[0]
+        return parse_run_config(argv)[0]
     for other in sorted(recipe.parent.glob("*.yaml")):
         settings = load_recipe(other)
         if settings.get("output_dir") == start and other != recipe:
@@ -121,7 +121,7 @@ def published_run(recipe: Path, cfg: TrainingConfig) -> PublishedRun | None:
     if run is None:
         return None
     unchanged = read_config(recipe, [])
-    if replace(cfg, **{name: getattr(unchanged, name) for name in (*DATA, "output_dir")}) != unchanged:
+    if replace(cfg, **{name: getattr(unchanged, name) for name in (*DATA_SETTINGS, "output_dir")}) != unchanged:
         return None
     stages = tuple(
         (stage.resolution, stage.max_train_steps, stage.train_batch_size * stage.gradient_accumulation_steps)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.training_config import warmup_of
+from ..config.settings import resolve_warmup_steps
 from .spec import Finding, Study, read_record, scores
 from .statistics import (
     MIN_SEEDS,
@@ -188,4 +188,4 @@ def constant_until(record: dict[str, Any]) -> int:
     steps, decay = cfg["max_train_steps"], cfg["lr_decay_steps"]
     if cfg["lr_scheduler"] == "constant":
         return steps
-    return warmup_of(cfg["lr_warmup_steps"], None, steps) if decay is None else steps - decay
+    return resolve_warmup_steps(cfg["lr_warmup_steps"], None, steps) if decay is None else steps - decay

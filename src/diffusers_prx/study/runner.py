@@ -29,8 +29,8 @@ from tqdm import tqdm
 from ..files import write_json
 from ..hub.publishing import kind_of, repository, upload, write_report_card
 from ..training.export import REPORT_FILE, commit_of_this_package
-from ..training.faults import EXIT_HUNG
 from ..training.recipes import parse_config
+from ..training.watchdog import EXIT_HUNG
 from .report import write_report
 from .results import THROUGHPUT_FILE
 from .spec import TRAINING, Study, load_study, read_record, record_path, register, scores

@@ -1,4 +1,4 @@
-"""Records of a run between its steps: logs, validation, checkpoints, and its end."""
+"""Work between the steps of a run: logging, validation, checkpoints, and the end of the run."""
 
 import json
 import signal
@@ -15,13 +15,14 @@ from ..hub.publishing import EVALUATION_FILES, EXIT_NOT_UPLOADED, UploadError, k
 from .checkpoints import named_tensors
 from .distributed import gather_full_module
 from .export import export_run, write_record
-from .faults import EXIT_PREEMPTED, PREEMPTED_FILE, SKIPPED_IN_A_ROW, samples_of_step, write_non_finite
+from .non_finite import MAX_SKIPPED_IN_A_ROW, describe_samples, write_non_finite_step
 from .run import Run
 from .stages import Stage
 from .step import StepOutput
 from .validation import losses_by_sample, validation_images, validation_loss
+from .watchdog import EXIT_PREEMPTED, PREEMPTED_FILE
 
-# what is counted of the data, by its name in `RunState`
+# Names of counters in `RunState`.
 COUNTS = ("samples_read", "unreadable", "unfit", "upscaled", "truncated", "lost_workers", "tracker_failures")
 
 
@@ -29,29 +30,31 @@ def add_counts(run: Run) -> None:
     """Add the counts of all processes to the state.
 
     Raises:
-        ValueError: if too much of the data cannot be read.
+        ValueError: more samples are unreadable than `max_corrupt_share` allows.
     """
     cfg, state = run.cfg, run.state
     counts = torch.tensor([run.counts[name] for name in COUNTS], device=run.accelerator.device)
     for name, count in zip(COUNTS, run.accelerator.reduce(counts, "sum").tolist()):
         setattr(state, name, getattr(state, name) + count)
     run.counts.clear()
-    if cfg.too_many_unreadable(state.unreadable, state.samples_read):
+    if cfg.exceeds_corrupt_share(state.unreadable, state.samples_read):
         raise ValueError(
-            f"{state.unreadable} of {state.samples_read} samples cannot be read, more than `max_corrupt_share` "
-            f"{cfg.max_corrupt_share} allows."
+            f"`max_corrupt_share` is {cfg.max_corrupt_share}, but {state.unreadable} of {state.samples_read} samples "
+            "are unreadable: repair the data, or pass a larger share."
         )
 
 
 def log(run: Run, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor | None, lr: float) -> None:
-    """Add an entry to the log: the mean of every loss since the last one, over all processes."""
+    """Log the mean of each loss since the last entry, over all processes."""
     accelerator, state = run.accelerator, run.state
     add_counts(run)
-    since: dict[str, list[torch.Tensor]] = defaultdict(list)
+    values_by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
     for step_losses in losses:
         for name, loss in step_losses.items():
-            since[name].append(loss)
-    means = {n: accelerator.reduce(torch.stack(values).mean(), "mean").item() for n, values in since.items()}
+            values_by_name[name].append(loss)
+    means = {
+        name: accelerator.reduce(torch.stack(values).mean(), "mean").item() for name, values in values_by_name.items()
+    }
     if not means:
         return
     before = state.history[-1] if state.history else {}
@@ -59,7 +62,7 @@ def log(run: Run, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor
     entry = {
         "step": state.step,
         **{f"loss/{name}": mean for name, mean in means.items()},
-        **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),  # none of a step that was skipped
+        **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),  # a skipped step has none
         "lr": lr,
         "images": images,
         "seconds": state.seconds,
@@ -71,13 +74,12 @@ def log(run: Run, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor
 
 
 def validate(run: Run, stage: Stage) -> None:
-    """Compute validation loss and pictures, with the averaged weights where there are any, shared out over the
-    processes."""
+    """Compute the validation loss and images on all processes, with the averaged weights if there are any."""
     cfg, accelerator, state = stage.cfg, run.accelerator, run.state
     rank, processes = accelerator.process_index, accelerator.num_processes
     run.trained.eval()
     state.validated = state.step
-    # not through DDP, which would get ready for gradients; libraries may draw from the global generator
+    # `run.trained` instead of `run.model`, because DDP would prepare gradients; libraries may use the global generator
     with run.averages.swapped_in(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
         if stage.held_out is not None:
             batches = stage.held_out_batches(accelerator.device, rank, processes)
@@ -99,11 +101,11 @@ def validate(run: Run, stage: Stage) -> None:
 
 
 def save(run: Run, stage: Stage) -> None:
-    """Save a checkpoint, and the record of the run so far."""
+    """Save a checkpoint and the record of the run."""
     state = run.state
     add_counts(run)
     if stage.stream is not None:
-        state.stream = stage.stream.record(run.communicator.gather(stage.places))
+        state.stream = stage.stream.record(run.communicator.gather(stage.stream_positions))
     tensors = named_tensors(run.trained, run.optimizer.optimizer, run.averages.tensors())
     plain = {
         "state": state.state_dict(),
@@ -116,43 +118,43 @@ def save(run: Run, stage: Stage) -> None:
         write_record(run.cfg, state, run.nets, run.machine)
 
 
-def note_non_finite(
+def record_non_finite_step(
     run: Run, stage: Stage, outputs: list[tuple[dict[str, Any], StepOutput]], grad_norm: float
 ) -> None:
-    """Write down the samples of a step that is not finite, and count it.
+    """Record the samples of a step with a non-finite loss or gradient, and count it.
 
     Raises:
-        ValueError: if such a step ends the run, by `non_finite` or because there were too many in a row.
+        ValueError: `non_finite` is stop, or there were too many such steps in a row.
     """
     cfg, state, processes = run.cfg, run.state, run.accelerator.num_processes
     batches = [(batch, output.loss_per_sample) for batch, output in outputs]
-    read = [index for batch, _ in batches for index in batch["sample_index"]]
-    places = stage.dataset_indices(read, processes)
-    gathered = run.communicator.gather(samples_of_step(run.accelerator.process_index, batches, places))
+    sample_indices = [index for batch, _ in batches for index in batch["sample_index"]]
+    dataset_indices = stage.dataset_indices(sample_indices, processes)
+    gathered = run.communicator.gather(describe_samples(run.accelerator.process_index, batches, dataset_indices))
     path = run.output_dir / "non_finite" / f"step-{state.step:07d}.json"
     if run.accelerator.is_main_process:
-        write_non_finite(path, state.step, grad_norm, [sample for samples in gathered for sample in samples])
+        write_non_finite_step(path, state.step, grad_norm, [sample for samples in gathered for sample in samples])
     state.skipped_steps += 1
     run.skipped_in_a_row += 1
-    message = f"The loss is not finite at step {state.step} (or its gradient; its samples are in {path})"
-    if cfg.non_finite == "stop" or run.skipped_in_a_row > SKIPPED_IN_A_ROW:
+    message = f"The loss or its gradient is not finite at step {state.step} (samples: {path})"
+    if cfg.non_finite == "stop" or run.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise ValueError(
-            f"{message}: lower `learning_rate` or `max_grad_norm`, or try `mixed_precision` no. "
-            + ("" if cfg.non_finite == "stop" else f"These were {run.skipped_in_a_row} steps in a row. ")
-            + "The weights are those before it; the last checkpoint may be affected too."
+            f"{message}: lower `learning_rate` or `max_grad_norm`, or pass `--mixed_precision no`. "
+            + ("" if cfg.non_finite == "stop" else f"There were {run.skipped_in_a_row} such steps in a row. ")
+            + "The last checkpoint may be affected too."
         )
-    run.print(f"{message}; it is skipped, as {state.skipped_steps} until now")
+    run.print(f"{message}; the step is skipped ({state.skipped_steps} in total)")
 
 
-def leave(run: Run) -> None:
-    """End the run because a signal asked for it, once its checkpoint is complete.
+def stop_for_signal(run: Run) -> None:
+    """End the run after a stop signal, once its checkpoint is complete.
 
     Raises:
         SystemExit: with `EXIT_PREEMPTED`.
     """
     run.writer.wait()
     name = signal.Signals(int(run.stop_signal)).name
-    run.print(f"{name} at step {run.state.step}: saved, ending with exit code {EXIT_PREEMPTED}")
+    run.print(f"{name} at step {run.state.step}: checkpoint saved, exit code {EXIT_PREEMPTED}")
     if run.accelerator.is_main_process:
         text = json.dumps({"signal": name, "step": run.state.step})
         (run.output_dir / PREEMPTED_FILE).write_text(text + "\n")
@@ -161,21 +163,20 @@ def leave(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Export the pipeline with everything that goes with it, print what was counted, and upload.
+    """Print the counts, export the result, and upload it.
 
     Raises:
-        SystemExit: with `EXIT_NOT_UPLOADED`, if everything is saved and its upload has failed.
+        SystemExit: with `EXIT_NOT_UPLOADED` if the upload of the saved result failed.
     """
     cfg, accelerator, state = run.cfg, run.accelerator, run.state
     accelerator.print(
-        f"{state.samples_read} samples read: {state.unreadable} unreadable, {state.unfit} left out because they "
-        f"did not fit their size, {state.upscaled} enlarged, {state.truncated} captions cut at "
-        f"{cfg.max_sequence_length} tokens"
+        f"{state.samples_read} samples read: {state.unreadable} unreadable, {state.unfit} left out because of their "
+        f"size, {state.upscaled} enlarged, {state.truncated} captions truncated to {cfg.max_sequence_length} tokens"
     )
     if (cache := run.nets.teacher_cache) is not None:
         accelerator.print(
-            f"teacher features, of the main process since it started: {cache.hits} read from {cache.folder}, "
-            f"{cache.misses} computed, of which {cache.corrupt} because their file could not be read"
+            f"teacher features of the main process: {cache.hits} read from {cache.folder}, {cache.misses} computed "
+            f"({cache.corrupt} because of unreadable files)"
         )
     run.averages.copy_to_trained()
     parts = {name: gather_full_module(module) for name, module in run.modules.items() if name != "projector"}

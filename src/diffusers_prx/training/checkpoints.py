@@ -1,8 +1,11 @@
-"""Checkpoints that are either whole or not there: written aside, then renamed; old ones go only after that.
+"""Atomic checkpoints: written under a temporary name, then renamed; older ones are removed afterwards.
 
-`checkpoint-{step}/` holds `shard-*.safetensors` (weights, optimizer, averages: see `named_tensors`), `run.json` (what
-`RunState` knows, and more), `generators-{rank}.json`, what the run has derived from its data (`tokenizer.json`,
-`image_sizes-*.npy`), and `complete.json`, written last, with the size and the hash of every other file.
+Files of `checkpoint-{step}/`:
+- `shard-*.safetensors`: weights, optimizer state and averages, see `named_tensors`
+- `run.json`: `RunState` and other plain data
+- `generators-{rank}.json`: states of the global random generators
+- `tokenizer.json`, `image_sizes-*.npy`: files that the run derived from its data
+- `complete.json`: written last, with the size and the hash of all other files
 """
 
 import contextlib
@@ -28,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from ..config.fields import FIXED, marked
+from ..config.fields import FIXED_ON_RESUME, field_names
 from ..config.training_config import TrainingConfig
 from ..files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
 from ..techniques.optimizers import trainable_parameters
@@ -36,35 +39,39 @@ from .distributed import ObjectCommunicator
 
 logger = logging.get_logger(__name__)
 
-NAME = re.compile(r"checkpoint-\d+")
-SHARD = re.compile(r"shard-(\d+)-.*\.safetensors")
+CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
+SHARD_NAME = re.compile(r"shard-(\d+)-.*\.safetensors")
 RUN_FILE, COMPLETE_FILE, TOKENIZER_FILE = "run.json", "complete.json", "tokenizer.json"
-REMOVED = ".removed"  # ending of a folder that is no longer a checkpoint; one that is not yet ends in `UNFINISHED`
-FILE_BYTES = 2**31
+REMOVED = ".removed"  # suffix of a checkpoint that is being removed
+MAX_FILE_BYTES = 2**31
 
 
 @dataclass
 class RunState:
-    """What a run knows besides weights, optimizer and schedule; saved with every checkpoint.
+    """Plain data of a run that is saved with every checkpoint: settings, counters and histories.
 
     Args:
-        settings: of the run; those that are `FIXED` must be the same when it is resumed.
-        stages: of each stage its steps, the size of its data and the samples of an optimizer step over all processes;
-            stages that have begun must be the same when the run is resumed.
-        networks: identities of the networks, of `networks.identity`; they must be the same when the run is resumed.
-        step: optimizer steps done.
-        seconds: training time so far, without validation and checkpoints.
-        seconds_waiting: how much of it the main process has waited for data.
-        samples_read, unreadable, unfit, upscaled, truncated: counts over all processes.
-        lost_workers, tracker_failures: the same.
-        validated: the step of the last validation.
-        skipped_steps: steps whose loss or gradient was not finite.
-        sessions: from which step on which commit and versions have trained; see `export.session`.
-        stream: how far the workers of all processes have read the current stage's stream, and what that is; None: the
-            data are not streamed. See `data.iterable.StreamedImages.record`.
+        settings: settings of the run. A resumed run must keep those tagged `FIXED_ON_RESUME`.
+        stages: records of the stages, see `Stage.record`. A resumed run must keep those of stages that have begun.
+        networks: identities of the networks, see `networks.network_identities`. A resumed run must keep them.
+        step: number of finished optimizer steps.
+        seconds: training time without validation and checkpoints.
+        seconds_waiting: part of `seconds` that the main process waited for data.
+        samples_read: number of samples that all processes have read. The next six counts are over all processes too.
+        unreadable: number of samples that could not be read.
+        unfit: number of samples left out because they do not fit their size.
+        upscaled: number of enlarged images.
+        truncated: number of truncated captions.
+        lost_workers: number of data workers that died and were replaced.
+        tracker_failures: number of failed calls of the experiment tracker.
+        validated: step of the last validation.
+        skipped_steps: number of steps whose loss or gradient was not finite.
+        sessions: commit and library versions of each start of the run, see `export.session`.
+        stream: reading positions of all workers in the data of the current stage, see
+            `data.iterable.StreamedImages.record`; None for indexed data.
         history: one entry per logging interval.
         validation_history: one entry per validation.
-        alignment_history: one entry per measured cosine of the gradients of alignment and flow.
+        alignment_history: one entry per measured cosine between the gradients of alignment and flow-matching loss.
     """
 
     settings: dict[str, Any]
@@ -95,11 +102,13 @@ class RunState:
         step = state["step"]
         if step > self.stages[-1]["stop_step"]:
             raise ValueError(
-                f"The checkpoint is at step {step}, beyond the {self.stages[-1]['stop_step']} of this run "
-                "(`max_train_steps`, of all stages together): pass a new `--output_dir`, or more steps."
+                f"The checkpoint is at step {step}, but `max_train_steps` of all stages is "
+                f"{self.stages[-1]['stop_step']}: pass more steps, or another `--output_dir`."
             )
         saved = state["settings"]
-        same = [(name, saved.get(name), self.settings.get(name)) for name in marked(TrainingConfig, FIXED)]
+        same = [
+            (name, saved.get(name), self.settings.get(name)) for name in field_names(TrainingConfig, FIXED_ON_RESUME)
+        ]
         same += [(name, state["networks"].get(name), network) for name, network in self.networks.items()]
         for number, (old, new) in enumerate(zip(state["stages"], self.stages)):
             if step > old["first_step"]:
@@ -108,8 +117,8 @@ class RunState:
         for name, old_value, new_value in same:
             if old_value != new_value:
                 raise ValueError(
-                    f"The checkpoint was trained with `{name}` {old_value}, this run has {new_value}: a resumed run "
-                    "must keep it."
+                    f"`{name}` is {new_value}, but the checkpoint was trained with {old_value}: a resumed run "
+                    "must use the same."
                 )
         for name, value in state.items():
             if name not in ("settings", "stages", "networks"):
@@ -117,18 +126,23 @@ class RunState:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in another thread while training goes on.
+    """Writer that saves checkpoints in a background thread.
 
-    One is written aside, as `checkpoint-{step}.unfinished`: tensors by torch.distributed.checkpoint, every process its
-    own shards (of what is on several processes, each writes a share), as safetensors; the rest as JSON. When all that
-    is on the disk, every process hashes the shards it has written; then the checkpoint is marked complete and renamed,
-    and only then older ones are removed. There is no pickle in it.
+    A checkpoint is written to `checkpoint-{step}.unfinished`. torch.distributed.checkpoint writes the tensors as
+    safetensors: each process writes its shards, and a part of the tensors that several processes hold. Everything else
+    is JSON; nothing is pickled. Then each process hashes its files, the checkpoint is marked as complete and renamed,
+    and older ones are removed.
 
     Args:
-        output_dir: of the run.
-        total_limit: how many checkpoints are kept; None: all.
-        communicator: between the writers of all processes, for nothing else.
-        derived: contents of the files that every checkpoint of the run has, by name; those of the main process count.
+        output_dir: output folder of the run.
+        total_limit: number of checkpoints to keep; None: all.
+        communicator: communicator of the writers of all processes, used for nothing else.
+        derived: contents of files that every checkpoint contains, by name. The main process writes them.
+
+    Example:
+        >>> writer = CheckpointWriter(Path("outputs/run"), 3, ObjectCommunicator(accelerator, 60))
+        >>> writer.save(100, named_tensors(trained, optimizer, {}), {"state": state.state_dict()})
+        >>> writer.wait()
     """
 
     def __init__(
@@ -145,29 +159,29 @@ class CheckpointWriter:
         self.writing: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], run: dict[str, Any]) -> None:
-        """Begin to write `checkpoint-{step}`; called by every process. Returns as soon as a copy is in memory.
+        """Start to write `checkpoint-{step}`, and return once the tensors are copied. All processes must call this.
 
         Args:
-            step: optimizer steps done.
-            tensors: what `TrainableModules` and its optimizer consist of, by name; see `named_tensors`.
+            step: number of finished optimizer steps.
+            tensors: tensors by name, see `named_tensors`.
             run: plain data, the same on all processes.
 
         Raises:
-            OSError: if the one before could not be written.
+            OSError: the previous checkpoint could not be written.
         """
         self.wait()
         staged = self.stager.stage(tensors)
-        # to JSON now: the run goes on changing what it holds
+        # converted now, because training continues to change the data
         files = {f"generators-{self.communicator.rank}.json": json.dumps(generator_states()).encode()}
         if self.communicator.rank == 0:
             files |= self.derived | {RUN_FILE: json.dumps(run, indent=1).encode()}
         self.writing = self.thread.submit(self._write, step, staged, files)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is complete; called by every process.
+        """Wait until the last checkpoint is complete. All processes must call this.
 
         Raises:
-            OSError: on all processes, if one of them could not write its part. Earlier checkpoints are as they were.
+            OSError: a process could not write its part; raised on all processes. Earlier checkpoints are unchanged.
         """
         writing, self.writing = self.writing, None
         if writing is not None:
@@ -178,9 +192,9 @@ class CheckpointWriter:
         unfinished = folder.with_name(folder.name + UNFINISHED)
         try:
             self._all_or_raise(self._begin, unfinished)
-            with warnings.catch_warnings():  # it warns of there being a single process
+            with warnings.catch_warnings():  # of a single process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                writer = HuggingFaceStorageWriter(str(unfinished), file_of_each(tensors), save_distributed=True)
+                writer = HuggingFaceStorageWriter(str(unfinished), assign_files(tensors), save_distributed=True)
                 dcp.save(tensors, storage_writer=writer, process_group=self.communicator.group)
             self._all_or_raise(write_files, unfinished, files)
             hashed = self._all_or_raise(self._hash_own_files, unfinished)
@@ -188,32 +202,32 @@ class CheckpointWriter:
             self._all_or_raise(self._complete, unfinished, folder, entries)
         except (OSError, CheckpointException) as error:
             if self.communicator.rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)  # a full disk is no place for half a checkpoint
+                shutil.rmtree(unfinished, ignore_errors=True)  # free the disk space
             kept = [path.name for path in list_checkpoints(self.output_dir)]
             raise OSError(
-                f"{folder} could not be written: {reason(error)}. Complete are {kept}: make room and continue with "
-                "`--resume_from_checkpoint latest`."
+                f"{folder} could not be written: {describe_error(error)}. Complete checkpoints: {kept}. Free disk "
+                "space and continue with `--resume_from_checkpoint latest`."
             ) from error
 
     def _begin(self, unfinished: Path) -> None:
-        """Remove what a killed run has left, whose files must not be taken for this one's, and make the folder."""
+        """Create the folder, and remove leftovers of a run that was killed."""
         if self.communicator.rank:
             return
-        left = list(self.output_dir.glob(f"checkpoint-*{UNFINISHED}"))
+        leftovers = list(self.output_dir.glob(f"checkpoint-*{UNFINISHED}"))
         for aside in self.output_dir.glob(f"checkpoint-*{REMOVED}"):
             half_removed = aside.with_name(aside.name.removesuffix(REMOVED))
-            left += [aside] if is_complete(half_removed) else [aside, half_removed]
-        for folder in left:
+            leftovers += [aside] if is_complete(half_removed) else [aside, half_removed]
+        for folder in leftovers:
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
-                logger.warning(f"{folder}, which an earlier run has left, cannot be removed: remove it by hand.")
+                logger.warning(f"{folder} is left from an earlier run and cannot be removed: remove it manually.")
         unfinished.mkdir(parents=True)
 
     def _hash_own_files(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and hash of the files that this process has written; the main process takes those of no other."""
+        """Return size and hash of the files that this process has written; rank 0 includes all that are not shards."""
         own = []
         for path in folder.iterdir():
-            shard = SHARD.fullmatch(path.name)
+            shard = SHARD_NAME.fullmatch(path.name)
             if (int(shard[1]) - 1 if shard else 0) == self.communicator.rank:
                 own.append(path)
         return {path.name: {"bytes": path.stat().st_size, "hash": hash_file(path)} for path in own}
@@ -223,20 +237,21 @@ class CheckpointWriter:
             return
         write_hashed_json(unfinished / COMPLETE_FILE, {"algorithm": HASH_NAME, "files": entries}, sync=True)
         sync_folder(unfinished)
-        if folder.exists():  # damaged, or the run would have started from it
+        if folder.exists():  # it is damaged; otherwise the run would have resumed from it
             remove_checkpoint(folder)
         os.replace(unfinished, folder)
         sync_folder(self.output_dir)
         if self.total_limit is not None:
-            # later ones are damaged, or the run would have started from them: they do not count as kept
-            until_now = [path for path in list_checkpoints(self.output_dir) if step_of(path) <= step_of(folder)]
-            for old in until_now[: -self.total_limit]:
+            # later checkpoints are damaged, otherwise the run would have resumed from them: they do not count
+            earlier = [path for path in list_checkpoints(self.output_dir) if step_of(path) <= step_of(folder)]
+            for old in earlier[: -self.total_limit]:
                 remove_checkpoint(old)
 
     def _all_or_raise(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a function on all processes, and raise on all of them if it fails on one: none goes on alone.
+        """Call a function on all processes and return its results by rank.
 
-        Returns what it returned, by rank.
+        Raises:
+            OSError: the function failed on one process; raised on all processes.
         """
         failure = result = None
         try:
@@ -251,10 +266,10 @@ class CheckpointWriter:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. One that cannot be removed stays as it was, with a warning.
+    """Remove a checkpoint, or keep it unchanged and log a warning if the system refuses.
 
-    Its files are moved aside first, `complete.json` before all others: a file that cannot be removed cannot be moved
-    either, and then those that were moved go back.
+    The files are moved to another folder first, `complete.json` before all others. If one cannot be moved, it cannot
+    be removed either, and all are moved back.
     """
     aside, moved = folder.with_name(folder.name + REMOVED), []
     try:
@@ -268,13 +283,13 @@ def remove_checkpoint(folder: Path) -> None:
             for path in reversed(moved):
                 (aside / path.name).rename(path)
             aside.rmdir()
-        logger.warning(f"{folder} cannot be removed and stays: {error}")
+        logger.warning(f"{folder} cannot be removed: {error}")
         return
-    shutil.rmtree(aside, ignore_errors=True)  # what is left of it, the next checkpoint tries again
+    shutil.rmtree(aside, ignore_errors=True)  # the next checkpoint removes leftovers
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files, down to the disk."""
+    """Write files and flush them to the disk."""
     for name, content in contents.items():
         with open(folder / name, "wb") as file:
             file.write(content)
@@ -283,7 +298,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder, down to the disk."""
+    """Flush the directory entries of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,33 +306,35 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, without the traceback that torch.distributed.checkpoint puts around it."""
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error without the tracebacks that torch.distributed.checkpoint adds."""
     if isinstance(error, CheckpointException):
         return "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
     return str(error)
 
 
-def file_of_each(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Into which file, from 1, each tensor goes: a file is put together in memory, so none is much larger than
-    `FILE_BYTES`."""
-    places, size = {}, 0
+def assign_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the number, from 1, of the file for each tensor.
+
+    torch.distributed.checkpoint assembles a file in memory, so files are limited to about `MAX_FILE_BYTES`.
+    """
+    files, size = {}, 0
     for name, tensor in tensors.items():
-        places[name] = 1 + size // FILE_BYTES
+        files[name] = 1 + size // MAX_FILE_BYTES
         size += tensor.numel() * tensor.element_size()
-    return places
+    return files
 
 
 def named_tensors(trained: nn.Module, optimizer: Optimizer, averages: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Everything that training changes, by name; sharded where the parameters are, and not copied.
+    """Return all tensors that training changes by name, not copied, and sharded like the parameters.
 
     Args:
-        trained: the module; what of it is frozen is where the run has it from.
-        optimizer: of its parameters; all that it keeps of one are tensors.
-        averages: by the name of the parameter.
+        trained: module whose trainable parameters are included.
+        optimizer: optimizer of these parameters; its state must consist of tensors.
+        averages: moving averages by parameter name.
 
     Returns:
-        `weights.NAME`, `optimizer.NAME.KEY` for all that the optimizer keeps of a parameter, and `average.NAME`.
+        Tensors named `weights.NAME`, `optimizer.NAME.KEY` and `average.NAME`.
     """
     tensors: dict[str, Any] = {}
     for name, parameter in trainable_parameters(trained).items():
@@ -330,17 +347,17 @@ def named_tensors(trained: nn.Module, optimizer: Optimizer, averages: Mapping[st
 def load_tensors(
     checkpoint: Path, trained: nn.Module, optimizer: Optimizer, averages: Mapping[str, torch.Tensor]
 ) -> None:
-    """Read what `named_tensors` has named, in place, on any number of processes and in any sharding."""
+    """Load the tensors of `named_tensors` in place, with any number of processes and any sharding."""
     stored: Any = shard_reader(checkpoint).read_metadata().state_dict_metadata
     optimizer.state.clear()
     for name, parameter in trainable_parameters(trained).items():
         prefix = f"optimizer.{name}."
         for path in stored:
             key = path.removeprefix(prefix)
-            if key == path or "." in key:  # of another parameter, whose name may begin with this one's
+            if key == path or "." in key:  # of a parameter whose name starts with this one's
                 continue
             size = stored[path].size
-            # like the parameter, but for AdamW's count of steps; of what was in no loss yet there is nothing
+            # all state has the parameter's shape except AdamW's step count; unused parameters have no state
             optimizer.state[parameter][key] = (
                 torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size)
             )
@@ -348,41 +365,41 @@ def load_tensors(
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
-    """Read tensors of a checkpoint, in place.
+    """Load tensors of a checkpoint in place.
 
     Raises:
-        ValueError: if it does not have them, or in other shapes.
+        ValueError: a tensor is missing or has another shape.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, storage_reader=shard_reader(checkpoint))
-    except CheckpointException as error:  # no subclass of Exception: what handles errors would let it through
-        raise ValueError(f"The tensors of {checkpoint} cannot be read: {reason(error)}") from error
+    except CheckpointException as error:  # a BaseException, which error handlers would miss
+        raise ValueError(f"The tensors of {checkpoint} cannot be read: {describe_error(error)}") from error
 
 
 class ListedFiles(FileSystem):
-    """Files of a checkpoint that `complete.json` lists: macOS, network drives and editors put others beside them."""
+    """File system that only shows files listed in `complete.json`; macOS and network drives add others."""
 
     def ls(self, path: str | os.PathLike) -> list[str]:
         return [os.fspath(Path(path) / name) for name in listed_files(Path(path))]
 
 
 def shard_reader(checkpoint: Path) -> HuggingFaceStorageReader:
-    """A reader of the shards that a checkpoint lists."""
+    """Return a reader of the listed shards of a checkpoint."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     reader.fs = ListedFiles()
     return reader
 
 
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """The plain data of a checkpoint."""
+def read_run_file(checkpoint: Path) -> dict[str, Any]:
+    """Return the plain data of a checkpoint."""
     return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
 
 
 def generator_states() -> dict[str, Any]:
-    """The states of this process's global generators; no step draws from them, libraries may."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global state is what is asked for
+    """Return the states of the global random generators. Training steps do not use them, but libraries may."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global state is needed
     version, numbers, gauss = random.getstate()
     return {
         "python": [version, list(numbers), gauss],
@@ -393,7 +410,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generators(checkpoint: Path, rank: int) -> bool:
-    """Restore what `generator_states` has given; False if the checkpoint was written by fewer processes."""
+    """Restore the global generators; return False if the checkpoint has no states for this rank."""
     file = checkpoint / f"generators-{rank}.json"
     if not file.is_file():
         return False
@@ -408,38 +425,38 @@ def restore_generators(checkpoint: Path, rank: int) -> bool:
 
 
 def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a checkpoint, by name, as `complete.json` states them.
+    """Return the sizes and hashes in `complete.json` by file name.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is not what `CheckpointWriter` writes.
+        OSError: the file cannot be read.
+        ValueError: its content is not that of `CheckpointWriter`.
     """
     stored = read_hashed_json(checkpoint / COMPLETE_FILE)
     files: Any = stored.get("files")
     if stored.get("algorithm") != HASH_NAME or not isinstance(files, dict):
         raise ValueError(f"{COMPLETE_FILE} does not list the {HASH_NAME} of files")
-    if RUN_FILE not in files or not any(SHARD.fullmatch(name) for name in files):
+    if RUN_FILE not in files or not any(SHARD_NAME.fullmatch(name) for name in files):
         raise ValueError(f"{COMPLETE_FILE} lists no {RUN_FILE} or no shard")
     return files
 
 
 def check_size(file: Path, entry: Mapping[str, Any]) -> None:
-    """Raise an OSError or a ValueError unless a file is there and as large as it was when it was written."""
+    """Raise an OSError if a file is missing, and a ValueError if its size has changed."""
     size = file.stat().st_size
     if size != entry["bytes"]:
         raise ValueError(f"{file.name} has {size} bytes, not {entry['bytes']}")
 
 
 def find_damage(checkpoint: Path, communicator: ObjectCommunicator | None = None) -> str | None:
-    """Read all files of a checkpoint and compare them with their hashes.
+    """Compare all files of a checkpoint with their hashes.
 
     Args:
-        checkpoint: its folder.
-        communicator: between processes that all call this; each reads a share of the files, all get the same answer.
-            None: this process reads everything.
+        checkpoint: folder of the checkpoint.
+        communicator: communicator of processes that all call this and share the work; None: this process reads all
+            files.
 
     Returns:
-        What is damaged, with the name of the file, or None.
+        Description of the damage with the file name, the same on all processes, or None.
     """
     rank, processes = (0, 1) if communicator is None else (communicator.rank, communicator.size)
     damage = None
@@ -447,7 +464,7 @@ def find_damage(checkpoint: Path, communicator: ObjectCommunicator | None = None
         for name, entry in list(listed_files(checkpoint).items())[rank::processes]:
             check_size(checkpoint / name, entry)
             if hash_file(checkpoint / name) != entry["hash"]:
-                raise ValueError(f"the content of {name} is not what was written")
+                raise ValueError(f"the content of {name} has changed")
     except FileNotFoundError as error:
         damage = f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
@@ -457,7 +474,7 @@ def find_damage(checkpoint: Path, communicator: ObjectCommunicator | None = None
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """True if a checkpoint was written to its end, and no file was lost or cut since; `find_damage` reads them too."""
+    """True if all files of a checkpoint exist with their original sizes. `find_damage` also checks the contents."""
     try:
         for name, entry in listed_files(checkpoint).items():
             check_size(checkpoint / name, entry)
@@ -467,49 +484,52 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def named_checkpoints(output_dir: Path) -> list[Path]:
-    """List the folders that are called like a checkpoint, oldest first."""
-    return sorted((path for path in _called_like_checkpoints(output_dir) if path.is_dir()), key=step_of)
+    """Return the folders with the name of a checkpoint, oldest first."""
+    return sorted((path for path in _paths_named_like_checkpoints(output_dir) if path.is_dir()), key=step_of)
 
 
-def _called_like_checkpoints(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+def _paths_named_like_checkpoints(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
+    """Return the complete checkpoints of a folder, oldest first."""
     return [path for path in named_checkpoints(output_dir) if is_complete(path)]
 
 
 def find_checkpoint(
     output_dir: Path, resume_from: str | None, communicator: ObjectCommunicator | None = None
 ) -> Path | None:
-    """Where a run starts: None for the beginning, else the checkpoint that `--resume_from_checkpoint` names.
+    """Return the checkpoint to resume from, or None to start at step 0.
 
     Args:
-        output_dir: of the run.
-        resume_from: None; `latest`, which is the newest one that is not damaged, and the beginning when there is none
-            yet, so that a job that is started again and again can always ask for it; a folder, or a name inside
-            `output_dir`.
-        communicator: between processes that all call this, see `find_damage`.
+        output_dir: output folder of the run.
+        resume_from: None for step 0; a folder; a name inside `output_dir`; or `latest` for the newest checkpoint that
+            is not damaged, and step 0 if there is none, so that a requeued job can always pass it.
+        communicator: communicator of processes that all call this, see `find_damage`.
 
     Raises:
-        ValueError: if there is no such checkpoint, if it or all of them are damaged, if a file has the name of a
-            checkpoint, or if `output_dir` has later ones: they are of another run, and would be taken for this one's.
+        ValueError: the checkpoint does not exist, it or all of them are damaged, a file has the name of a checkpoint,
+            or `output_dir` has later checkpoints, which belong to another run.
     """
     found = named_checkpoints(output_dir)
-    files = sorted(path.name for path in _called_like_checkpoints(output_dir) if path.is_file())
-    if communicator is not None:  # what the main process sees: a network drive may show others an older list
+    files = sorted(path.name for path in _paths_named_like_checkpoints(output_dir) if path.is_file())
+    if communicator is not None:  # a network drive may show other processes an outdated list
         found, files = communicator.gather((found, files))[0]
     if files:
         raise ValueError(
-            f"`output_dir` {output_dir} has {files}, which are not folders, but are called like the checkpoints that "
-            "this run will write: move them away, or give another `output_dir`."
+            f"`output_dir` {output_dir} contains {files}, which are files with names of checkpoints: move them, or "
+            "pass another `--output_dir`."
         )
     if resume_from == "latest":
         return _newest_intact(reversed(found), output_dir, communicator)
     start = None
     if resume_from is not None:
-        folders = [folder for folder in (Path(resume_from), output_dir / resume_from) if NAME.fullmatch(folder.name)]
+        folders = [
+            folder
+            for folder in (Path(resume_from), output_dir / resume_from)
+            if CHECKPOINT_NAME.fullmatch(folder.name)
+        ]
         damages: list[str] = []
         for folder in filter(Path.is_dir, folders):
             damage = find_damage(folder, communicator)
@@ -521,14 +541,14 @@ def find_checkpoint(
             others = [path.name for path in found if path not in folders and is_complete(path)]
             raise ValueError(
                 f"`resume_from_checkpoint` is {resume_from!r}, which is not a complete checkpoint"
-                f"{''.join(damages[:1])}; {output_dir} has {others}. Name one of these, or pass `latest`, which "
-                "starts from the newest that is not damaged."
+                f"{''.join(damages[:1])}; complete checkpoints in {output_dir}: {others}. Pass one of "
+                "these, or `latest`."
             )
     later = [path.name for path in found if start is None or step_of(path) > step_of(start)]
     if later:
         raise ValueError(
-            f"`output_dir` {output_dir} has checkpoints that this run would not start from: {later}. Continue with "
-            "`--resume_from_checkpoint latest`, give another `output_dir`, or remove them."
+            f"`output_dir` {output_dir} has later checkpoints: {later}. Pass `--resume_from_checkpoint latest` to "
+            "continue them, or another `--output_dir`, or remove them."
         )
     return start
 
@@ -536,23 +556,23 @@ def find_checkpoint(
 def _newest_intact(
     newest_first: Iterable[Path], output_dir: Path, communicator: ObjectCommunicator | None
 ) -> Path | None:
-    """The first checkpoint that is not damaged; a warning names the damage of those before it."""
+    """Return the first checkpoint that is not damaged, and log a warning about the damaged ones."""
     damages: list[str] = []
     for folder in newest_first:
         damage = find_damage(folder, communicator)
         if damage is None:
             if damages and (communicator is None or communicator.rank == 0):
-                logger.warning(f"Damaged checkpoints in {output_dir}: {'; '.join(damages)}. Starting from {folder}.")
+                logger.warning(f"Damaged checkpoints in {output_dir}: {'; '.join(damages)}. Resuming from {folder}.")
             return folder
         damages.append(f"{folder.name} ({damage})")
     if damages:
         raise ValueError(
             f"`resume_from_checkpoint` is 'latest', but every checkpoint in {output_dir} is damaged: "
-            f"{'; '.join(damages)}. To start at step 0, remove them or give another `output_dir`."
+            f"{'; '.join(damages)}. To start at step 0, remove them or pass another `--output_dir`."
         )
     return None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint's name states."""
+    """Return the optimizer step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the pipeline, its model card, the loss plot, the record of the run."""
+"""Export of a run: pipeline or adapter, model card, loss plot, and the record of the run."""
 
 import shutil
 import subprocess
@@ -15,26 +15,26 @@ from ..hub.cards import REPORT_FILE, WIDGET_FOLDER, begun_stages, validation_she
 from ..hub.publishing import CARD_FILE, is_generated
 from ..techniques.lora import save_adapter
 from ..techniques.optimizers import trainable_parameters
-from .checkpoints import TOKENIZER_FILE, RunState, find_damage, read_run, read_tensors
-from .networks import Nets, build_nets, identity, restore_tokenizer
+from .checkpoints import TOKENIZER_FILE, RunState, find_damage, read_run_file, read_tensors
+from .networks import Nets, build_nets, network_identities, restore_tokenizer
 
 
 def commit_of_this_package() -> str | None:
-    """The git commit that the package runs from, `-dirty` where files differ from it; None for an installed wheel."""
+    """Return the git commit of the package, with `-dirty` for changed files; None for an installed wheel."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a wheel inside the repository of something else
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails for a wheel inside another repository
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def session(step: int) -> dict[str, Any]:
-    """What trains from a step on."""
+    """Describe a start of the run: step, commit and library versions."""
     libraries = ("torch", "diffusers", "transformers", "accelerate")
     return {
         "from_step": step,
@@ -44,10 +44,13 @@ def session(step: int) -> dict[str, Any]:
 
 
 def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any]) -> dict[str, Any]:
-    """Everything needed to know what was run: settings, versions, counts and the loss history.
+    """Return the record of a run: settings, versions, counts and histories.
 
     Args:
-        machine: "processes" of the run, over how many of them one copy of the weights was "sharded_over", "device".
+        cfg: configuration of the run.
+        state: state of the run.
+        nets: networks of the run.
+        machine: "processes", "sharded_over" and "device".
     """
     return {
         "steps": state.step,
@@ -78,14 +81,14 @@ def run_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[s
 
 
 def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any]) -> dict[str, Any]:
-    """Write `run_record` to training.json: at the start, and again whenever there is more to tell."""
+    """Write the record of the run to training.json."""
     record = run_record(cfg, state, nets, machine)
     write_json(Path(cfg.output_dir) / REPORT_FILE, record)
     return record
 
 
 def plot_loss(state: RunState, path: Path) -> None:
-    """The training loss, and the validation loss where there is one, over the steps."""
+    """Plot training and validation loss over the steps."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="flow-matching loss", yscale="log")
     axes.plot([e["step"] for e in state.history], [e["loss/flow"] for e in state.history], lw=1, label="training")
@@ -98,16 +101,28 @@ def plot_loss(state: RunState, path: Path) -> None:
 
 
 def last_stage(cfg: TrainingConfig, state: RunState) -> TrainingConfig:
-    """The settings of the last stage that has begun."""
+    """Return the configuration of the last stage that has begun."""
     return begun_stages(cfg, state.step)[-1]
 
 
 def export_run(
-    cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict[str, Any], card_template: Path,
+    cfg: TrainingConfig,
+    state: RunState,
+    nets: Nets,
+    machine: dict[str, Any],
+    card_template: Path,
     repo_id: str | None = None,
-) -> None:  # fmt: skip
-    """Save the pipeline, or the adapter, and everything beside it to `output_dir`; the main process calls this once,
-    at the end."""
+) -> None:
+    """Save the pipeline or the adapter, the record, the loss plot and the model card to `output_dir`.
+
+    Args:
+        cfg: configuration of the run.
+        state: state of the run.
+        nets: networks of the run.
+        machine: see `run_record`.
+        card_template: template of the model card.
+        repo_id: repository that the card's code loads from; None: `output_dir`.
+    """
     output_dir = Path(cfg.output_dir)
     stage = last_stage(cfg, state)
     pipeline = nets.pipeline(stage)
@@ -117,22 +132,22 @@ def export_run(
         save_adapter(cfg, nets.transformer, output_dir)
     write_record(cfg, state, nets, machine)
     plot_loss(state, output_dir / "loss_curve.png")
-    shutil.rmtree(output_dir / WIDGET_FOLDER, ignore_errors=True)  # of what was there before
+    shutil.rmtree(output_dir / WIDGET_FOLDER, ignore_errors=True)  # from an earlier export
     card = output_dir / CARD_FILE
     if card.is_file() and not is_generated(card):
-        print(f"{card} was not generated by this package, or was claimed by its user: it is kept")
+        print(f"{card} was edited and is not replaced")
     else:
         write_card(output_dir, card_template, load_from=repo_id or cfg.output_dir)
 
 
 def _check_unchanged(checkpoint: Path, state: RunState, networks: dict[str, Any]) -> None:
-    """Refuse networks from elsewhere that are not those that the run had."""
+    """Raise a ValueError if networks that the run loads have changed since its training."""
     for name in ("tokenizer", "transformer", "frozen_networks", "adapter", "adapted_weights"):
         before, now = state.networks.get(name), networks.get(name)
         if before != now:
             raise ValueError(
-                f"`checkpoint` {checkpoint} was trained with `{name}` {before}, but the run's settings name one that "
-                f"is {now} today: restore what it was."
+                f"`checkpoint` {checkpoint} was trained with `{name}` {before}, but the settings now load {now}: "
+                "restore the original files."
             )
 
 
@@ -143,38 +158,43 @@ def export_checkpoint(
     card_template: Path,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Make a pipeline of a checkpoint, on one process, whatever the run was on.
+    """Export a checkpoint as a pipeline or an adapter, on one process.
 
-    Nothing is read but the checkpoint and the networks that the run started from; the data are not needed.
+    The number of processes and the sharding of the run do not matter, and the data is not needed. The networks that
+    the run started from must be available.
 
     Args:
-        checkpoint: a complete one; of a finished run or of one that goes on.
-        output_dir: of the pipeline, the record of the run until then, and the model card.
-        average: the averaged weights or the trained ones; None: the averaged ones where there are any.
-        card_template: of the model card.
-        dtype: of the stored weights; bfloat16 halves the files, and is not to train on from.
+        checkpoint: folder of a complete checkpoint.
+        output_dir: folder for the result.
+        average: True for the averaged weights, False for the trained ones, None for averages if there are any.
+        card_template: template of the model card.
+        dtype: data type of the weights in the files; bfloat16 halves them, but is not for further training.
 
     Raises:
-        ValueError: if there is no complete checkpoint, a file of it is damaged, it has no averages, or a network that
-            the run did not train is not what it was.
+        ValueError: the checkpoint is incomplete or damaged, it has no averages, or a frozen network has changed.
+
+    Example:
+        >>> export_checkpoint(Path("outputs/run/checkpoint-1000"), Path("outputs/run-1000"), None, template)
     """
     damage = find_damage(checkpoint)
     if damage is not None:
         raise ValueError(
-            f"`checkpoint` is {str(checkpoint)!r}, which is not a complete checkpoint: {damage}. Export another one."
+            f"`checkpoint` is {str(checkpoint)!r}, which is not a complete checkpoint: {damage}. Pass another one."
         )
-    saved = read_run(checkpoint)
+    saved = read_run_file(checkpoint)
     state = RunState(**saved["state"])
     cfg = TrainingConfig(**state.settings | {"output_dir": str(output_dir)})
     if average and not cfg.use_ema:
-        raise ValueError(f"`weights` is average, but the run of {checkpoint} kept none: it was without `use_ema`.")
+        raise ValueError(
+            f"`weights` is average, but {checkpoint} has none, because `use_ema` was off: pass `--weights trained`."
+        )
     kind = "weights" if average is False or not cfg.use_ema else "average"
     tokenizer = None
     if cfg.text_encoder_config:
         text = (checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
         tokenizer = restore_tokenizer(text, cfg.max_sequence_length)
     nets = build_nets(cfg, techniques=False, trained_tokenizer=tokenizer)
-    _check_unchanged(checkpoint, state, identity(cfg, nets, None))
+    _check_unchanged(checkpoint, state, network_identities(cfg, nets, None))
     nets.apply_stage(last_stage(cfg, state))
     parameters = {
         f"{kind}.{name}.{key}": parameter.data
@@ -183,7 +203,7 @@ def export_checkpoint(
     }
     read_tensors(checkpoint, parameters)
     for module in (nets.transformer, nets.text_encoder, *([] if nets.vae is None else [nets.vae])):
-        # diffusers' own `to` warns of modules that stay in float32, of which PRX has none
+        # not `ModelMixin.to`, which warns about modules kept in float32; PRX has none
         torch.nn.Module.to(module, dtype)
     images = validation_sheet(checkpoint.parent, state.step).with_suffix("")
     if images.is_dir():  # the card shows them

@@ -1,7 +1,7 @@
-"""Configurations of the frozen networks that the study uses, so that they can be counted where the Hub is not asked.
+"""Networks without weights, from configurations on disk, on the Hub, or in tables.
 
-Only what sets shapes stands here; the rest are the defaults of the classes. The tables (`tables=True`) serve planning
-alone: training reads the configuration that lies beside the weights.
+The tables describe the frozen networks of the study, so that the planner works offline (`tables=True`). They contain
+only settings that determine shapes and differ from the defaults of the classes.
 """
 
 from typing import Any
@@ -113,15 +113,15 @@ TEACHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: bool = False) -> Any:
-    """An autoencoder with the weights that its class draws.
+    """Make an autoencoder from its configuration.
 
     Args:
-        name_or_path: its folder or Hub id, or that of a pipeline.
-        revision: on the Hub.
-        tables: take what is in `AUTOENCODERS` from there.
+        name_or_path: folder or Hub id of the autoencoder or of a pipeline.
+        revision: revision on the Hub.
+        tables: True to use entries of `AUTOENCODERS`.
 
     Raises:
-        ValueError: if it cannot be read, or is of a class that `latents.py` does not know.
+        ValueError: the configuration cannot be read, or `latents` does not support the class.
     """
     if tables and name_or_path in AUTOENCODERS:
         vae_class, config = AUTOENCODERS[name_or_path]
@@ -134,15 +134,15 @@ def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: boo
 
 
 def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) -> Any:
-    """The configuration of a text encoder: of an encoder-decoder or a model of images and text, the whole.
+    """Return the complete configuration of a model with a text encoder.
 
     Args:
-        name_or_path: a folder or a Hub id.
-        subfolder: of a pipeline.
-        tables: take what is in `TEXT_ENCODERS` from there.
+        name_or_path: folder or Hub id.
+        subfolder: subfolder within a pipeline.
+        tables: True to use entries of `TEXT_ENCODERS`.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: the configuration cannot be read.
     """
     if tables and name_or_path in TEXT_ENCODERS:
         config_class, settings = TEXT_ENCODERS[name_or_path]
@@ -150,12 +150,12 @@ def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) ->
         return encoder_only(config) if config_class is T5GemmaModuleConfig else config
     try:
         return AutoConfig.from_pretrained(name_or_path, subfolder=subfolder)
-    except (OSError, ValueError) as error:  # not there, or of a class that transformers does not know
+    except (OSError, ValueError) as error:  # missing, or unknown to transformers
         raise _unreadable("text_encoder_name_or_path", name_or_path, TEXT_ENCODERS) from error
 
 
 def meta_text_encoder(config: Any) -> Any:
-    """The network that `text.load_text_encoder` takes, from the configuration of the whole, its weights not drawn."""
+    """Make the text encoder that `text.load_text_encoder` would load, without initializing weights."""
     with no_init_weights():
         if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
             if config.model_type == "t5gemma":
@@ -165,15 +165,15 @@ def meta_text_encoder(config: Any) -> Any:
 
 
 def meta_teacher(setting: str, name_or_path: str, tables: bool = False) -> Any:
-    """A vision transformer of transformers, its weights not drawn; of a model of images and text, its image half.
+    """Make a vision model of transformers without initializing weights; for CLIP-like models, the vision half.
 
     Args:
-        setting: the name of the setting that gives it, for the message.
-        name_or_path: a folder or a Hub id.
-        tables: take what is in `TEACHERS` from there.
+        setting: name of the setting, for the error message.
+        name_or_path: folder or Hub id.
+        tables: True to use entries of `TEACHERS`.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: the configuration cannot be read.
     """
     if tables and name_or_path in TEACHERS:
         config_class, settings = TEACHERS[name_or_path]
@@ -183,13 +183,13 @@ def meta_teacher(setting: str, name_or_path: str, tables: bool = False) -> Any:
             config = AutoConfig.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
             raise _unreadable(setting, name_or_path, TEACHERS) from error
-    with no_init_weights():  # some of them look at values that they have drawn, which an outline has not
+    with no_init_weights():  # some classes read values of initialized weights, which the meta device lacks
         model = AutoModel.from_config(config)
     return getattr(model, "vision_model", model)
 
 
 def _unreadable(setting: str, name: str, known: dict[str, Any]) -> ValueError:
     return ValueError(
-        f"`{setting}` is {name!r}, whose configuration is neither on this disk nor can it be read from the Hub; the "
-        f"planner knows {sorted(known)} without either."
+        f"`{setting}` is {name!r}, whose configuration cannot be read from disk or from the Hub. The planner knows "
+        f"{sorted(known)} offline."
     )

@@ -1,4 +1,4 @@
-"""The networks of a run: loaded from a pipeline, from their own folders, or made new."""
+"""Networks of a run: loaded from a pipeline or their own folders, or newly initialized."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
-from ..config.fields import settings_of
+from ..config.fields import config_fields
 from ..config.training_config import TrainingConfig
 from ..fingerprints import fingerprint, tokenizer_fingerprint
 from ..latents import latent_channels, load_vae, vae_scale_factor
@@ -43,17 +43,21 @@ PAD, END = "<pad>", "<eos>"
 
 @dataclass
 class Nets:
-    """Everything a training step computes with: a PRXTransformer2DModel, a text encoder of transformers with its
-    tokenizer, a VAE that `latents` knows (None in pixel space), a scheduler. In training the networks may be
-    inside the wrappers of accelerate.
+    """Networks that a training step computes with; during training they may be wrapped by accelerate.
 
     Args:
-        transformer, text_encoder, tokenizer, vae, scheduler: the parts of the pipeline.
-        patch_size: of the transformer.
-        caption_cleaning: cleaning of captions, and of prompts by the pipeline of these networks.
-        teacher, projector, teacher_cache: a VisionTeacher, a projector and features on disk, for the alignment (REPA);
-            without a projector nothing is aligned.
-        lpips, dino: an LPIPSLoss and a VisionTeacher, for the perceptual losses; None: off.
+        transformer: PRXTransformer2DModel.
+        text_encoder: text encoder of transformers.
+        tokenizer: tokenizer of the text encoder.
+        vae: autoencoder of a class that `latents` supports; None in pixel space.
+        scheduler: scheduler of the pipeline.
+        patch_size: patch size of the transformer, in latents or pixels.
+        caption_cleaning: cleaning of captions, and of prompts in the pipeline.
+        teacher: vision teacher of the alignment (REPA), or None.
+        projector: projector of the alignment; None turns it off.
+        teacher_cache: teacher features on disk, or None.
+        lpips: LPIPS loss, or None.
+        dino: vision teacher of the DINO loss, or None.
     """
 
     transformer: Any
@@ -71,27 +75,34 @@ class Nets:
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)  # see `fingerprint_of`
 
     def fingerprint_of(self, name: Literal["vae", "text_encoder"]) -> str:
-        """Return the fingerprint of a frozen network; its weights, which may be gigabytes, are read once."""
+        """Return the fingerprint of a frozen network, computed once."""
         if name not in self._fingerprints:
             self._fingerprints[name] = fingerprint(getattr(self, name))
         return self._fingerprints[name]
 
+    def to(self, device: torch.device) -> None:
+        """Move all networks to a device."""
+        networks = (self.transformer, self.text_encoder, self.vae, self.projector, self.teacher, self.lpips, self.dino)
+        for module in networks:
+            if module is not None:
+                module.to(device)
+
     @property
     def pixels_per_token(self) -> int:
-        """Side in pixels of what one image token stands for."""
+        """Side length in pixels of the area that one image token covers."""
         return self.patch_size * vae_scale_factor(self.vae)
 
     def token_grid(self, latents: torch.Tensor) -> tuple[int, int]:
-        """(rows, columns) of image tokens of latents (B, C, h, w)."""
+        """Return (rows, columns) of the image tokens for latents (B, C, h, w)."""
         return latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
 
     @property
     def clean_caption(self) -> Callable[[str], str]:
-        """The function of `caption_cleaning`."""
+        """Function that cleans a caption."""
         return CLEANERS[self.caption_cleaning]
 
     def trainable(self, cfg: TrainingConfig) -> dict[str, nn.Module]:
-        """The modules that the optimizer changes, by their name here: of each what has `requires_grad`."""
+        """Return the modules with trainable parameters by attribute name."""
         modules: dict[str, nn.Module] = {"transformer": self.transformer}
         if cfg.train_text_encoder:
             modules["text_encoder"] = self.text_encoder
@@ -100,11 +111,11 @@ class Nets:
         return modules
 
     def for_losses(self, cfg: TrainingConfig, aligning: bool) -> "Nets":
-        """The same networks, of those that only losses need the ones of a stage's.
+        """Return these networks without those for losses that a stage does not use.
 
         Args:
-            cfg: of the stage.
-            aligning: whether the alignment is on.
+            cfg: configuration of the stage.
+            aligning: True if the alignment is on.
         """
         return replace(
             self,
@@ -114,7 +125,7 @@ class Nets:
         )
 
     def apply_stage(self, cfg: TrainingConfig) -> None:
-        """Take a stage's noise levels."""
+        """Configure the scheduler for the timesteps of a stage."""
         self.scheduler = self.scheduler.from_config(
             self.scheduler.config,
             shift=cfg.timestep_shift,
@@ -123,7 +134,7 @@ class Nets:
         )
 
     def pipeline(self, cfg: TrainingConfig) -> PRXPipeline | PRXPixelPipeline:
-        """The networks as a pipeline; they are shared with it, not copied."""
+        """Return a pipeline that shares these networks."""
         shared: dict[str, Any] = {
             "transformer": self.transformer,
             "scheduler": self.scheduler,
@@ -140,7 +151,7 @@ class Nets:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing byte-level BPE tokenizer from captions: it knows every text, and ends it in an end token."""
+    """Train a lowercase byte-level BPE tokenizer, which encodes any text and appends an end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -159,24 +170,25 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
 
 def restore_tokenizer(text: str, max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `train_tokenizer` from its `backend_tokenizer.to_str()`."""
+    """Restore a tokenizer of `train_tokenizer` from its `backend_tokenizer.to_str()`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text), pad_token=PAD, eos_token=END, model_max_length=max_length
     )
 
 
 def new_text_encoder(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> T5GemmaEncoderModel:
-    """An untrained T5Gemma encoder.
+    """Make an untrained T5Gemma encoder.
 
     Args:
-        settings: keys of T5GemmaModuleConfig; the vocabulary and special tokens come from the tokenizer.
+        settings: arguments of T5GemmaModuleConfig.
+        tokenizer: tokenizer that determines the vocabulary and the special tokens.
 
     Raises:
-        ValueError: for a key that T5GemmaModuleConfig does not have.
+        ValueError: T5GemmaModuleConfig does not have a key.
     """
     unknown = sorted(set(settings) - set(T5GemmaModuleConfig().to_dict()))
     if unknown:
-        raise ValueError(f"`text_encoder_config` has keys {unknown} that T5GemmaModuleConfig does not have.")
+        raise ValueError(f"`text_encoder_config` has unknown keys {unknown}; accepted: those of T5GemmaModuleConfig.")
     module = T5GemmaModuleConfig(
         **settings,
         vocab_size=len(tokenizer),
@@ -190,21 +202,26 @@ def new_text_encoder(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def new_transformer(settings: dict[str, Any], in_channels: int, context_in_dim: int) -> PRXTransformer2DModel:
-    """An untrained transformer; channels and text width follow the other networks unless the settings name them.
+    """Make an untrained transformer.
+
+    Args:
+        settings: arguments of PRXTransformer2DModel.
+        in_channels: number of latent or pixel channels, if the settings lack it.
+        context_in_dim: width of the text embeddings, if the settings lack it.
 
     Raises:
-        ValueError: for a key that the class does not have, or channels or a width that do not fit.
+        ValueError: the class does not have a key, or a value is invalid.
     """
     known = set(PRXTransformer2DModel._get_init_keys(PRXTransformer2DModel)) - {"self"}
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise ValueError(f"`transformer_config` has unknown keys {unknown}; known: {sorted(known)}.")
+        raise ValueError(f"`transformer_config` has unknown keys {unknown}; accepted: {sorted(known)}.")
     settings = {"in_channels": in_channels, "context_in_dim": context_in_dim, **settings}
     return PRXTransformer2DModel(**settings)
 
 
 def new_projector(cfg: TrainingConfig, transformer: PRXTransformer2DModel, teacher_width: int) -> nn.Module:
-    """The projector of a stage's alignment, from the transformer's features to those of a teacher of this width."""
+    """Make the projector from the transformer's features to those of a teacher with this width."""
     config = transformer.config
     return build_projector(
         cfg.repa_projector,
@@ -217,40 +234,41 @@ def new_projector(cfg: TrainingConfig, transformer: PRXTransformer2DModel, teach
     )
 
 
-def kept_blocks(cfg: TrainingConfig, depth: int) -> int:
-    """How many of the blocks keep their activations under gradient checkpointing, within the budget."""
+def count_uncheckpointed_blocks(cfg: TrainingConfig, depth: int) -> int:
+    """Return the number of trailing blocks that are not checkpointed."""
     return int(cfg.activation_budget * depth)
 
 
 def check_positions(cfg: TrainingConfig, text_config: Any) -> None:
-    """Refuse more tokens than a text encoder has positions for.
+    """Validate that a text encoder has enough positions for `max_sequence_length`.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: it has fewer positions.
     """
     positions = getattr(_encoder_half(text_config), "max_position_embeddings", None)
     if positions is not None and cfg.max_sequence_length > positions:
         raise ValueError(
-            f"`max_sequence_length` is {cfg.max_sequence_length}, but the text encoder has positions for {positions}"
-            " tokens: set it to that or less."
+            f"`max_sequence_length` is {cfg.max_sequence_length}, but the text encoder has {positions} positions: "
+            f"pass at most {positions}."
         )
 
 
 def check_fit(config: Mapping[str, Any], vae: Any, stages: Sequence[TrainingConfig]) -> None:
-    """Refuse what a transformer and an autoencoder cannot do; needs no weights.
+    """Validate transformer, autoencoder and stages against each other; no weights are needed.
 
     Args:
-        config: of the transformer.
-        vae: the autoencoder, or one without values; None in pixel space.
-        stages: of the run.
+        config: configuration of the transformer.
+        vae: autoencoder, possibly on the meta device; None in pixel space.
+        stages: configurations of the stages.
 
     Raises:
-        ValueError: with the setting, its value and what would fit.
+        ValueError: a setting does not fit the networks.
     """
     depth, channels = config["depth"], latent_channels(vae)
     if config["in_channels"] != channels:
         raise ValueError(
-            f"The transformer's `in_channels` is {config['in_channels']}, but the other networks need {channels}."
+            f"`in_channels` of the transformer is {config['in_channels']}, but the autoencoder or pixel space has "
+            f"{channels} channels."
         )
     multiple = config["patch_size"] * vae_scale_factor(vae)
     for cfg in stages:
@@ -267,14 +285,13 @@ def check_fit(config: Mapping[str, Any], vae: Any, stages: Sequence[TrainingConf
             )
         if cfg.repa_weight and cfg.repa_block >= depth:
             raise ValueError(f"`repa_block` is {cfg.repa_block}, but the transformer has {depth} blocks.")
-        perceptual = cfg.lpips_weight or cfg.dino_weight
-        if perceptual and vae is not None and not cfg.perceptual_decode_latents:
+        if cfg.has_perceptual_loss and vae is not None and not cfg.perceptual_decode_latents:
             raise ValueError(
-                "`lpips_weight` and `dino_weight` compare pixels, but this is a run in latents: set "
-                "`perceptual_decode_latents` to decode the predicted latents in every step."
+                "`lpips_weight` and `dino_weight` compare pixels, but the run is in latent space: pass "
+                "`--perceptual_decode_latents` to decode the predicted latents in every step."
             )
         if cfg.perceptual_decode_latents and vae is None:
-            raise ValueError("`perceptual_decode_latents` is set, but this is a run in pixels: leave it out.")
+            raise ValueError("`perceptual_decode_latents` is set, but the run is in pixel space: remove it.")
 
 
 def build_nets(
@@ -283,17 +300,22 @@ def build_nets(
     teacher_width: int | None = None,
     trained_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Nets:
-    """Load or make every network of the run, in float32, on the CPU.
+    """Load or make all networks of a run, in float32 on the CPU.
 
     Args:
-        techniques: False leaves out what only the auxiliary losses need.
+        cfg: configuration of the run.
+        techniques: False leaves out networks that only auxiliary losses need.
         teacher_width: see `add_techniques`.
-        trained_tokenizer: tokenizer for a new text encoder, as `train_tokenizer` makes it; None without one.
+        trained_tokenizer: tokenizer of `train_tokenizer` for a new text encoder, or None.
 
     Raises:
-        ValueError: if the networks do not fit each other.
+        ValueError: the networks do not fit each other.
+
+    Example:
+        >>> nets = build_nets(cfg)
+        >>> pipeline = nets.pipeline(cfg)
     """
-    torch.manual_seed(cfg.seed)  # of new networks
+    torch.manual_seed(cfg.seed)  # for new networks
     loaded: dict[str, Any] = {}
     if cfg.pretrained_model_name_or_path is not None:
         pipeline = pipeline_class_of(cfg).from_pretrained(
@@ -306,14 +328,14 @@ def build_nets(
     tokenizer: Any
     vae = load_vae(cfg.vae_name_or_path) if cfg.vae_name_or_path is not None else loaded.get("vae")
     if cfg.text_encoder_config:
-        assert trained_tokenizer is not None, "a new text encoder needs the tokenizer that was trained for it"
+        assert trained_tokenizer is not None, "a new text encoder needs its trained tokenizer"
         tokenizer = trained_tokenizer
         text_encoder: nn.Module = new_text_encoder(cfg.text_encoder_config, tokenizer)
     elif cfg.text_encoder_name_or_path is not None:
         text_encoder, tokenizer = load_text_encoder(cfg.text_encoder_name_or_path, torch.float32)
     else:
         text_encoder, tokenizer = loaded["text_encoder"], loaded["tokenizer"]
-    tokenizer.model_max_length = cfg.max_sequence_length  # where PRXPipeline will cut prompts
+    tokenizer.model_max_length = cfg.max_sequence_length  # PRXPipeline truncates prompts here
 
     check_positions(cfg, text_encoder.config)
     context_in_dim = text_width(text_encoder)
@@ -324,28 +346,44 @@ def build_nets(
     stored = transformer.config["context_in_dim"]
     if stored != context_in_dim:
         raise ValueError(
-            f"The transformer's `context_in_dim` is {stored}, but the other networks need {context_in_dim}."
+            f"`context_in_dim` of the transformer is {stored}, but the text encoder has the width {context_in_dim}."
         )
     check_fit(transformer.config, vae, cfg.stage_configs())
-    options = {
+    nets = Nets(
+        transformer,
+        text_encoder,
+        tokenizer,
+        vae,
+        build_scheduler(cfg, loaded.get("scheduler")),
+        transformer.config["patch_size"],
+        cfg.caption_cleaning,
+    )
+    if techniques:
+        add_techniques(nets, cfg.stage_configs(), teacher_width)
+    _prepare_for_training(nets, cfg)
+    return nets
+
+
+def build_scheduler(cfg: TrainingConfig, pretrained: Any) -> PRXFlowMatchScheduler | PRXXPredictionScheduler:
+    """Make the scheduler of a run; other settings of the pretrained scheduler of the same class are kept."""
+    settings = {
         "shift": cfg.timestep_shift,
         "timestep_sampling": cfg.timestep_sampling,
         "uniform_fraction": cfg.uniform_fraction,
     }
     scheduler_class = PRXFlowMatchScheduler if cfg.prediction_type == "velocity" else PRXXPredictionScheduler
-    scheduler = scheduler_class(**options)
-    if isinstance(loaded.get("scheduler"), scheduler_class):  # what this run does not set stays as it was
-        scheduler = scheduler_class.from_config(loaded["scheduler"].config, **options)
-        if scheduler.shift != loaded["scheduler"].shift:
-            logger.warning(
-                f"`shift` is {cfg.timestep_shift}; the pretrained pipeline's is {loaded['scheduler'].shift}."
-            )
-    nets = Nets(
-        transformer, text_encoder, tokenizer, vae, scheduler, transformer.config["patch_size"], cfg.caption_cleaning
-    )
-    if techniques:
-        add_techniques(nets, cfg.stage_configs(), teacher_width)
-    for module in (text_encoder, vae):
+    if not isinstance(pretrained, scheduler_class):
+        return scheduler_class(**settings)
+    scheduler = scheduler_class.from_config(pretrained.config, **settings)
+    if scheduler.shift != pretrained.shift:
+        logger.warning(f"`shift` is {cfg.timestep_shift}; the pretrained pipeline has {pretrained.shift}.")
+    return scheduler
+
+
+def _prepare_for_training(nets: Nets, cfg: TrainingConfig) -> None:
+    """Set which parameters are trainable, their data type, the adapter, and options of the transformer."""
+    transformer = nets.transformer
+    for module in (nets.text_encoder, nets.vae):
         if module is not None:
             module.requires_grad_(False).eval()
     for module in nets.trainable(cfg).values():
@@ -356,39 +394,38 @@ def build_nets(
         add_adapter(cfg, transformer)
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-        transformer.kept_blocks = kept_blocks(cfg, transformer.config["depth"])
+        transformer.kept_blocks = count_uncheckpointed_blocks(cfg, transformer.config["depth"])
     if cfg.attention_backend is not None:
         transformer.set_attention_backend(cfg.attention_backend)
-    return nets
 
 
 def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int | None = None) -> None:
-    """Load what the auxiliary losses of any stage need, beside the networks of the pipeline.
+    """Load the networks of the auxiliary losses of all stages into `nets`.
 
     Args:
-        nets: of the pipeline; what is loaded is put there.
-        stages: of the run.
-        teacher_width: of a run whose alignment is over, the width of its teacher, which is not loaded again; the
-            projector stays in the run's checkpoints.
+        nets: networks of the pipeline.
+        stages: configurations of the stages.
+        teacher_width: width of the teacher if the alignment is over. The teacher is not loaded then; the projector
+            remains in the checkpoints.
 
     Raises:
-        ValueError: if two stages ask for different ones, or they do not fit each other.
+        ValueError: stages need different networks, or the networks do not fit each other.
     """
     aligned = [cfg for cfg in stages if cfg.repa_weight]
     if aligned:
-        of_alignment = ("repa_teacher", "repa_projector", "repa_projector_size", "repa_block", "repa_cache_dir")
-        of_its_end = ("repa_until_step", "repa_check_steps", "repa_check_window")
-        cfg = _the_same(aligned, *of_alignment, *of_its_end)
+        shared = ("repa_teacher", "repa_projector", "repa_projector_size", "repa_block", "repa_cache_dir")
+        shared_end = ("repa_until_step", "repa_check_steps", "repa_check_window")
+        cfg = _require_equal(aligned, *shared, *shared_end)
         nets.teacher = None if teacher_width else load_teacher(str(cfg.repa_teacher))
         nets.projector = new_projector(cfg, nets.transformer, teacher_width or nets.teacher.hidden_size)
         nets.teacher_cache = None if cfg.repa_cache_dir is None else FeatureCache(cfg.repa_cache_dir)
     with_lpips = [cfg for cfg in stages if cfg.lpips_weight]
     if with_lpips:
-        cfg = _the_same(with_lpips, "lpips_scale", "lpips_backbone")
+        cfg = _require_equal(with_lpips, "lpips_scale", "lpips_backbone")
         nets.lpips = LPIPSLoss(cfg.lpips_scale, cfg.lpips_backbone)
     with_dino = [cfg for cfg in stages if cfg.dino_weight]
     if with_dino:
-        cfg = _the_same(with_dino, "dino_teacher")
+        cfg = _require_equal(with_dino, "dino_teacher")
         same = nets.teacher is not None and nets.teacher.name == cfg.dino_teacher
         nets.dino = nets.teacher if same else load_teacher(str(cfg.dino_teacher))
         for cfg in with_dino:
@@ -396,10 +433,10 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int 
 
 
 def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
-    """Refuse pictures for a teacher that are not made of whole patches.
+    """Validate that images for the DINO loss consist of whole patches.
 
     Raises:
-        ValueError: with both sizes in pixels.
+        ValueError: `dino_size` is not a multiple of the patch size.
     """
     if cfg.dino_size % patch_size:
         raise ValueError(
@@ -408,31 +445,32 @@ def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
 
 
 def has_unused_parameters(nets: Nets, stages: list[TrainingConfig]) -> bool:
-    """Whether there are steps in which some trained parameters are in no loss: SPRINT's mask token where there is no
-    route, the projector where there is no alignment."""
+    """True if any step leaves trainable parameters unused, which DDP needs to know.
+
+    SPRINT's mask token is unused without a route, and the projector without alignment.
+    """
     fuses, aligns = nets.transformer.config["fusion_range"] is not None, nets.projector is not None
     ends = any(cfg.repa_until_step is not None or cfg.repa_check_steps is not None for cfg in stages)
     never_off = all(cfg.repa_weight for cfg in stages) and not ends
     return (fuses and not all(cfg.route_ratio for cfg in stages)) or (aligns and not never_off)
 
 
-def _the_same(stages: list[TrainingConfig], *names: str) -> TrainingConfig:
-    """The first of the stages, after checking that they agree: a run has one network of each kind, and one end of the
-    alignment."""
+def _require_equal(stages: list[TrainingConfig], *names: str) -> TrainingConfig:
+    """Return the first stage; raise a ValueError if the stages differ in one of the settings."""
     for name in names:
         values = [getattr(cfg, name) for cfg in stages]
         if any(value != values[0] for value in values):
-            raise ValueError(f"Stages have different values of `{name}`, {values}: a run can have one.")
+            raise ValueError(f"Stages have different values of `{name}`, {values}: all must be equal.")
     return stages[0]
 
 
-def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:
-    """Identify the networks of a run, of which a resumed run must have the same. Types are those of JSON.
+def network_identities(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict[str, Any]:
+    """Return facts that identify the networks of a run, as JSON types. A resumed run must have the same.
 
     Args:
-        cfg: run configuration.
-        nets: networks as they were loaded or made.
-        teacher_width: width of a teacher that is not loaded any more.
+        cfg: configuration of the run.
+        nets: networks before training.
+        teacher_width: width of a teacher that is no longer loaded, or None.
     """
     trained = nets.trainable(cfg)
     networks: tuple[Literal["vae", "text_encoder"], ...] = ("vae", "text_encoder")
@@ -453,7 +491,7 @@ def identity(cfg: TrainingConfig, nets: Nets, teacher_width: int | None) -> dict
 
 
 def pipeline_class_of(cfg: TrainingConfig) -> type[PRXPipeline] | type[PRXPixelPipeline]:
-    """Which of the two pipelines a saved one is."""
+    """Return the class of the pretrained pipeline."""
     config = DiffusionPipeline.load_config(cfg.pretrained_model_name_or_path, revision=cfg.revision)
     return _named_class(config["_class_name"])
 
@@ -461,69 +499,69 @@ def pipeline_class_of(cfg: TrainingConfig) -> type[PRXPipeline] | type[PRXPixelP
 def _named_class(name: Any) -> type[PRXPipeline] | type[PRXPixelPipeline]:
     classes = {"PRXPipeline": PRXPipeline, "PRXPixelPipeline": PRXPixelPipeline}
     if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"`pretrained_model_name_or_path` holds a {name}; accepted: {sorted(classes)}.")
+        raise ValueError(f"`pretrained_model_name_or_path` contains a {name}; accepted: {sorted(classes)}.")
     return classes[name]
 
 
 def saved_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """Read from a saved pipeline, without its weights, how it was trained: the settings of a run that continues it.
+    """Return the settings for training a saved pipeline further, from its configuration files.
 
     Args:
-        name_or_path: a folder or a Hub id.
+        name_or_path: folder or Hub id.
         revision: revision on the Hub.
 
     Raises:
-        ValueError: if there is no PRX pipeline, or the Hub could not be reached.
+        ValueError: it is not a PRX pipeline, or the Hub cannot be reached.
     """
     try:
         cfg: Any = DiffusionPipeline.load_config(name_or_path, revision=revision)
     except OSError as error:
-        where_not = "" if Path(name_or_path).is_dir() else ", which is not a folder on this disk"
-        raise ValueError(f"`pretrained_model_name_or_path` is {name_or_path!r}{where_not}: {error}") from error
+        hint = "" if Path(name_or_path).is_dir() else ", which is not a local folder"
+        raise ValueError(f"`pretrained_model_name_or_path` is {name_or_path!r}{hint}: {error}") from error
     pipeline_class: Any = _named_class(cfg.get("_class_name") if isinstance(cfg, dict) else cfg)
-    unsaid = {name: value.default for name, value in inspect.signature(pipeline_class.__init__).parameters.items()}
-    where: dict[str, Any] = {"revision": revision} if revision else {}
+    defaults = {name: value.default for name, value in inspect.signature(pipeline_class.__init__).parameters.items()}
+    source: dict[str, Any] = {"revision": revision} if revision else {}
     if pipeline_class is PRXPixelPipeline:
-        tokens = cfg.get("prompt_max_tokens", unsaid["prompt_max_tokens"])
+        tokens = cfg.get("prompt_max_tokens", defaults["prompt_max_tokens"])
     else:
-        tokens = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **where).model_max_length
-    scheduler = PRXFlowMatchScheduler.load_config(name_or_path, subfolder="scheduler", **where)
+        tokens = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **source).model_max_length
+    scheduler = PRXFlowMatchScheduler.load_config(name_or_path, subfolder="scheduler", **source)
     found = {
         "prediction_type": cfg.get("prediction_type") or pipeline_class.default_prediction_type,
-        "noise_scale": cfg.get("noise_scale", unsaid["noise_scale"]),
+        "noise_scale": cfg.get("noise_scale", defaults["noise_scale"]),
         "resolution": cfg.get("default_sample_size") or pipeline_class.default_resolution,
         "max_sequence_length": tokens,
         "shift": scheduler.get("shift", 1.0),
         "caption_cleaning": cfg.get("caption_cleaning") or pipeline_class.default_caption_cleaning,
     }
-    if tokens > LONGEST_TEXT:  # the tokenizer states no length
+    if tokens > LONGEST_TEXT:  # the tokenizer has no limit
         del found["max_sequence_length"]
-    known = settings_of(TrainingConfig)
+    known = config_fields(TrainingConfig)
     try:
-        return {name: known[name].read(name, value) for name, value in found.items()}
+        return {name: known[name].parse(name, value) for name, value in found.items()}
     except ValueError as error:
-        raise ValueError(f"The pipeline {name_or_path} cannot be continued as it is: {error}") from error
+        raise ValueError(f"The pipeline {name_or_path} cannot be trained further: {error}") from error
 
 
 def _check_continued(cfg: TrainingConfig, pipeline: PRXPipeline | PRXPixelPipeline) -> None:
-    """A transformer that goes on learning must be asked for what it has learnt to predict, from the same noise."""
+    """Raise a ValueError if a pretrained transformer would get another prediction type or noise scale."""
     for name in ("prediction_type", "noise_scale"):
         if getattr(cfg, name) != pipeline.config[name]:
             raise ValueError(
                 f"`{name}` is {getattr(cfg, name)}, but the pretrained pipeline was trained with "
-                f"{pipeline.config[name]}: set it to that."
+                f"{pipeline.config[name]}: pass the same."
             )
     if cfg.caption_cleaning != pipeline.caption_cleaning:
         logger.warning(
-            f"`caption_cleaning` is {cfg.caption_cleaning}; the pretrained pipeline's is {pipeline.caption_cleaning}."
+            f"`caption_cleaning` is {cfg.caption_cleaning}; the pretrained pipeline has {pipeline.caption_cleaning}."
         )
 
 
 def text_width(text_encoder: Any) -> int:
-    """Width of the text encoder's hidden states, which `context_in_dim` of the transformer follows."""
+    """Return the width of the text encoder's hidden states, `context_in_dim` of the transformer."""
     return _encoder_half(text_encoder.config).hidden_size
 
 
 def _encoder_half(text_config: Any) -> Any:
-    """T5Gemma keeps its settings in the configuration of its encoder half."""
+    """Return the part of a text configuration that describes the encoder; T5Gemma nests it."""
     return getattr(text_config, "encoder", text_config)

@@ -1,10 +1,9 @@
-"""Computing once what frozen networks make of the data: latents, text embeddings, features of a teacher.
+"""Precomputation of latents, text embeddings and teacher features with the frozen networks of a run.
 
-`data/precomputed.py` says what a cache looks like. A run from a cache checks, before its first step: that the cache is
-complete, and the index and the tables of every shard are undamaged; that all settings below are the same, those of the
-networks by a hash of their weights; the number of samples, and the size in pixels of each; images and captions of
-`IMAGES_COMPARED` samples. Of every sample that it reads it compares the hashes of the stored image, of the caption,
-and of every value that comes from the cache. `precompute` compares all of them, and computes anew what differs.
+`data/precomputed.py` defines the files of a cache. Before its first step, a run that uses a cache checks that it is
+complete and undamaged, that settings and network weights (by hash) are the same, and that number, sizes, and a sample
+of the images and captions match the data set. While it trains, it checks the hashes of every sample that it reads.
+`precompute` checks all samples, and computes those again that differ.
 """
 
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..config.fields import CACHED, marked
-from ..config.training_config import TrainingConfig, cache_folder
+from ..config.fields import SHARED_CACHE, field_names
+from ..config.training_config import TrainingConfig
 from ..data.buckets import Buckets
 from ..data.precomputed import (
     INDEX_FILE,
@@ -52,21 +51,28 @@ from .networks import Nets, build_nets
 from .preflight import meta_networks
 from .stages import Stage, build_stages, quiet_data
 
-SHARD_SAMPLES = 512  # about 0.5 GB with Flux's latents at 256 pixels and captions of 110 tokens of width 2304
+SHARD_SAMPLES = 512  # about 0.5 GB with FLUX latents at 256 pixels and captions of 110 tokens of width 2304
 
-# Messages of each kind that are printed of what is damaged or has changed.
-SHOWN = 5
-# What makes a sample of an image.
+MAX_MESSAGES = 5  # about damaged samples, and about changed ones
+# Settings that determine the pixels of a sample.
 IMAGE_SETTINGS = ("resolution", "aspect_ratio_buckets", "max_aspect_ratio", "max_upscale", "max_crop")
-# Names, which are kept for people and messages: networks are told apart by their weights, data by their content.
+# Settings that are stored for messages only; networks are compared by weights, and data by content.
 MADE_FROM = (
-    "pretrained_model_name_or_path", "revision", "vae_name_or_path", "text_encoder_name_or_path", "repa_teacher",
-    "dataset_name", "train_data_dir", "data_sources", "dataset_split", "caption_column",
-)  # fmt: skip
+    "pretrained_model_name_or_path",
+    "revision",
+    "vae_name_or_path",
+    "text_encoder_name_or_path",
+    "repa_teacher",
+    "dataset_name",
+    "train_data_dir",
+    "data_sources",
+    "dataset_split",
+    "caption_column",
+)
 
 
 def network_settings(nets: Nets) -> dict[str, Any]:
-    """What the frozen networks of a run are."""
+    """Return facts that identify the frozen networks of a run."""
     return {
         "vae": None if nets.vae is None else nets.fingerprint_of("vae"),
         "text_encoder": nets.fingerprint_of("text_encoder"),
@@ -78,13 +84,13 @@ def network_settings(nets: Nets) -> dict[str, Any]:
 def cache_settings(
     stages: Sequence[TrainingConfig], nets: Nets, networks: dict[str, Any], samples: int
 ) -> dict[str, Any]:
-    """All that the content of a cache depends on.
+    """Return everything that the content of a cache depends on.
 
     Args:
-        stages: those that use the cache.
-        nets: of the run.
-        networks: from `network_settings`.
-        samples: how many the data set has.
+        stages: configurations of the stages that use the cache.
+        nets: networks of the run.
+        networks: result of `network_settings`.
+        samples: number of samples in the data set.
     """
     cfg = stages[0]
     columns = needed_columns(stages, nets)
@@ -105,7 +111,7 @@ def cache_settings(
 
 
 def needed_columns(stages: Sequence[TrainingConfig], nets: Nets) -> list[str]:
-    """The columns, beside those of the text, that the losses of some stages read."""
+    """Return the columns, besides text, that the stages need."""
     columns = [] if nets.vae is None else ["latent_mean", "latent_std"]
     if nets.vae is None or any(cfg.lpips_weight or cfg.dino_weight for cfg in stages):
         columns.append("pixels_uint8")
@@ -114,14 +120,14 @@ def needed_columns(stages: Sequence[TrainingConfig], nets: Nets) -> list[str]:
     return columns
 
 
-# --- using a cache
+# Using a cache
 
 
 def open_precomputed(stages: Sequence[Stage], nets: Nets) -> None:
-    """Give every stage that has a `precomputed_dir` its cache, after its images were sorted into buckets.
+    """Open the cache of every stage with `precomputed_dir`; the stages must have buckets.
 
     Raises:
-        ValueError: if a cache is missing, not complete, damaged, or not that of the stage, with what is different.
+        ValueError: a cache is missing, incomplete or damaged, or was made with other settings or data.
     """
     cached = [stage for stage in stages if stage.cfg.precomputed_dir is not None]
     networks = network_settings(nets) if cached else {}
@@ -129,44 +135,47 @@ def open_precomputed(stages: Sequence[Stage], nets: Nets) -> None:
         assert stage.buckets is not None
         settings = cache_settings([stage.cfg], nets, networks, len(stage.source))
         columns = needed_columns([stage.cfg], nets)
-        stage.precomputed = PrecomputedImages(cache_folder(stage.cfg), settings, columns)
+        stage.precomputed = PrecomputedImages(stage.cfg.precomputed_folder, settings, columns)
         stage.precomputed.verify(stage.source, stage.buckets)
 
 
-# --- making a cache
+# Making a cache
 
 
 def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
-    """Compute what is missing in the caches of a run's stages, on one or several processes.
+    """Compute the missing samples in the caches of a run's stages, on one or several processes.
 
-    May be killed and started again, also with another number of processes: what is in a shard is not computed again.
+    After an interruption, call it again, with any number of processes: finished shards are kept.
 
     Args:
-        cfg: the configuration of the training run.
-        shard_samples: samples of a shard.
+        cfg: configuration of the training run.
+        shard_samples: number of samples per shard.
 
     Raises:
-        ValueError: for data that cannot be cached, or a cache that was begun with other settings.
-        OSError: if a disk is full; what was written before is kept.
+        ValueError: the data cannot be cached, or the cache was started with other settings.
+        OSError: the disk is full; finished shards are kept.
+
+    Example:
+        >>> precompute(parse_config(["--config", "recipe.yaml", "--precomputed_dir", "cache", "--center_crop"]))
     """
     check_environment(cfg)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=cfg.mixed_precision)
     shared: dict[Path, list[Stage]] = {}
-    # what the main process finds in the data and keeps, the others find there
+    # the other processes read the caches that the main process writes
     with accelerator.main_process_first(), quiet_data(not accelerator.is_main_process):
         built = build_stages(cfg)
     for stage in built:
         if stage.cfg.precomputed_dir is not None:
-            shared.setdefault(cache_folder(stage.cfg), []).append(stage)
+            shared.setdefault(stage.cfg.precomputed_folder, []).append(stage)
     if not shared:
-        raise ValueError("`precomputed_dir` is None: give the folder that the results are to be written to.")
+        raise ValueError("`precomputed_dir` is not set: pass `--precomputed_dir` with a folder for the results.")
     pixels_per_token = meta_networks(cfg).pixels_per_token
     for folder, stages in shared.items():
         _check_shared(folder, stages)
-        if accelerator.is_main_process and shard_files(folder):  # an image may have changed since its size was read
-            stages[0].forget_sizes()
-        with accelerator.main_process_first():  # reads the sizes of all images, the others find them
-            stages[0].sort(pixels_per_token, accelerator.num_processes)
+        if accelerator.is_main_process and shard_files(folder):  # images may have changed since then
+            stages[0].clear_size_cache()
+        with accelerator.main_process_first():  # the others read the cached sizes
+            stages[0].assign_buckets(pixels_per_token, accelerator.num_processes)
             if stages[0].cfg.aspect_ratio_buckets == "none":
                 stages[0].check_squares(pixels_per_token)
         for message in stages[0].left_out:
@@ -174,7 +183,7 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
         assert stages[0].buckets is not None
         accelerator.print(f"{folder}: {len(stages[0].source)} samples, {stages[0].buckets.summary()}")
     if cfg.dry_run:
-        accelerator.print("a dry run: nothing is computed")
+        accelerator.print("dry run: nothing is computed")
         accelerator.end_training()
         return
     nets = replace(build_nets(cfg), transformer=None, projector=None, lpips=None, dino=None)
@@ -189,15 +198,15 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
 
 
 def _check_shared(folder: Path, stages: list[Stage]) -> None:
-    """Refuse stages that cannot share a cache."""
-    for name in marked(TrainingConfig, CACHED):
+    """Raise a ValueError if stages that share a cache differ in a setting of its samples."""
+    for name in field_names(TrainingConfig, SHARED_CACHE):
         values = [getattr(stage.cfg, name) for stage in stages]
-        if name == "caption_weights":  # every caption is kept, whatever its weight
+        if name == "caption_weights":  # all captions are stored, whatever their weights
             values = [sorted(weights) for weights in values]
         if any(value != values[0] for value in values):
             raise ValueError(
-                f"Stages of the same `resolution` share the folder {folder}, but their `{name}` is {values}: give one "
-                "of them a `precomputed_dir` of its own."
+                f"Stages with the same `resolution` share the folder {folder}, but their `{name}` differs: {values}. "
+                "Set another `precomputed_dir` for one of them."
             )
 
 
@@ -209,7 +218,7 @@ def _precompute_folder(
     accelerator: Accelerator,
     shard_samples: int,
 ) -> None:
-    """This process's part of one cache, and the index when all are through."""
+    """Compute the share of this process of one cache; the main process then writes the index."""
     source, buckets, configs = stages[0].source, stages[0].buckets, [stage.cfg for stage in stages]
     cfg, columns = configs[0], needed_columns(configs, nets)
     assert buckets is not None
@@ -221,7 +230,7 @@ def _precompute_folder(
     check_settings(begun["settings"], settings, folder, begun["made_from"])
     _drop_damaged_and_changed(folder, source, buckets, accelerator, cfg.dataloader_num_workers)
     done, number = processed_samples(folder, len(source)), next_shard_number(folder)
-    accelerator.wait_for_everyone()  # all have seen the same shards before another is written
+    accelerator.wait_for_everyone()  # all processes must list the shards before one is written
 
     if accelerator.is_main_process and not _has_empty_text(folder):
         with torch.no_grad(), accelerator.autocast():
@@ -238,7 +247,7 @@ def _precompute_folder(
     writer = ShardWriter(folder, accelerator.process_index, number, shard_samples)
     with tqdm(
         total=sum(map(len, batches)),
-        desc=f"precomputing {folder}, {int(done.sum())} of {len(done)} samples are there",
+        desc=f"precomputing {folder} ({int(done.sum())} of {len(done)} samples exist)",
         disable=not accelerator.is_local_main_process,
         unit="image",
     ) as progress:
@@ -250,7 +259,7 @@ def _precompute_folder(
             if usable:
                 with torch.no_grad(), accelerator.autocast():
                     samples = encode_samples(usable, columns, nets, cfg)
-                for sample in samples:  # not under autocast, which refuses float16 on a CPU
+                for sample in samples:  # outside of autocast, which does not support float16 on a CPU
                     writer.add(sample)
             progress.update(len(items))
     writer.write()
@@ -263,9 +272,9 @@ def _precompute_folder(
 def _drop_damaged_and_changed(
     folder: Path, source: Any, buckets: Buckets, accelerator: Accelerator, num_workers: int
 ) -> None:
-    """Remove from the shards what is damaged, and what has another image, caption or bucket now.
+    """Remove damaged samples, and samples whose image, caption or bucket has changed, from the shards.
 
-    Every process verifies a share of the shards; the index goes before any of them is changed.
+    Each process checks a part of the shards. The index is removed before a shard is changed.
     """
     mine = shard_files(folder)[accelerator.process_index :: accelerator.num_processes]
     checks: list[ShardCheck] = []
@@ -279,8 +288,8 @@ def _drop_damaged_and_changed(
         ("changed in the data set since they were computed", [message for _, changed in found for message in changed]),
     ):
         if messages:
-            accelerator.print(f"{folder}: {len(messages)} are {title} and are computed anew:")
-            for message in messages[:SHOWN]:
+            accelerator.print(f"{folder}: {len(messages)} samples are {title} and are computed again:")
+            for message in messages[:MAX_MESSAGES]:
                 accelerator.print(f"  {message}")
     if found and accelerator.is_main_process:
         (folder / INDEX_FILE).unlink(missing_ok=True)
@@ -299,52 +308,47 @@ def _has_empty_text(folder: Path) -> bool:
 
 
 def _check_readable(folder: Path, samples: int, cfg: TrainingConfig) -> None:
-    """Do not call a cache complete of which much could not be read; the shards stay.
-
-    Raises:
-        ValueError: with the first reason.
-    """
+    """Raise a ValueError if too many samples are unreadable; the shards are kept."""
     reasons = [reason for kind, reason in skipped_samples(folder).values() if kind == "unreadable"]
-    if reasons and (len(reasons) == samples or cfg.too_many_unreadable(len(reasons), samples)):
+    if reasons and (len(reasons) == samples or cfg.exceeds_corrupt_share(len(reasons), samples)):
         raise ValueError(
-            f"{len(reasons)} of {samples} samples cannot be read, more than `max_corrupt_share` "
-            f"{cfg.max_corrupt_share} allows; the first: {reasons[0]}."
+            f"`max_corrupt_share` is {cfg.max_corrupt_share}, but {len(reasons)} of {samples} samples are unreadable; "
+            f"the first: {reasons[0]}."
         )
 
 
 def _begin(folder: Path, begun: dict[str, Any]) -> None:
-    """Make the folder of a cache, or take up one that is there."""
+    """Make the folder of a cache, or continue an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"*{UNFINISHED}"):  # by a process that was killed
-        left.unlink()
+    for leftover in folder.glob(f"*{UNFINISHED}"):  # of a killed process
+        leftover.unlink()
     if not (folder / SETTINGS_FILE).is_file():
         write_settings(folder, begun)
 
 
 def _batches(buckets: Buckets, done: np.ndarray, batch_size: int) -> list[list[tuple[int, int]]]:
-    """(place in the data set, bucket) of the samples that are not done, in batches of one bucket each."""
+    """Return batches of (index in the data set, bucket) for missing samples; each batch has one bucket."""
     batches = []
-    for bucket, places in enumerate(buckets.members):
-        members = np.asarray(places)
-        left = members[~done[members]].tolist()
-        for first in range(0, len(left), batch_size):
-            batches.append([(index, bucket) for index in left[first : first + batch_size]])
+    for bucket, indices in enumerate(map(np.asarray, buckets.members)):
+        missing = indices[~done[indices]].tolist()
+        for first in range(0, len(missing), batch_size):
+            batches.append([(index, bucket) for index in missing[first : first + batch_size]])
     return batches
 
 
 def encode_samples(
     items: list[dict[str, Any]], columns: Sequence[str], nets: Nets, cfg: TrainingConfig
 ) -> list[dict[str, torch.Tensor]]:
-    """What is stored of samples of one size.
+    """Encode samples of one size.
 
     Args:
-        items: from `ImagesToEncode`.
-        columns: from `needed_columns`.
-        nets: on their device.
-        cfg: for the limit of tokens.
+        items: entries of `ImagesToEncode`.
+        columns: result of `needed_columns`.
+        nets: networks on their device.
+        cfg: configuration of the stage.
 
     Returns:
-        A sample of a shard for each, on the CPU.
+        Samples for a shard, on the CPU.
     """
     pixels_uint8 = torch.stack([item["pixels_uint8"] for item in items])  # (B, 3, H, W)
     images = encode_images(pixels_uint8.to(nets.text_encoder.device), columns, nets)
@@ -365,7 +369,7 @@ def encode_samples(
 
 
 def encode_images(pixels_uint8: torch.Tensor, columns: Sequence[str], nets: Nets) -> dict[str, torch.Tensor]:
-    """The stored columns of images (B, 3, H, W), on the CPU: (B, ...) each."""
+    """Return the stored columns (B, ...) of images (B, 3, H, W), on the CPU."""
     found: dict[str, torch.Tensor | None] = {"pixels_uint8": pixels_uint8}
     if nets.vae is not None:
         latents = encode(nets.vae, pixels_uint8.float() / 127.5 - 1)
@@ -375,13 +379,13 @@ def encode_images(pixels_uint8: torch.Tensor, columns: Sequence[str], nets: Nets
         grid = (pixels_uint8.shape[2] // nets.pixels_per_token, pixels_uint8.shape[3] // nets.pixels_per_token)
         features = teacher_features(nets.teacher, pixels_uint8, grid).half()  # (B, N, E)
         if not features.isfinite().all():
-            raise ValueError(f"`repa_teacher` {nets.teacher.name!r} gives features that float16 cannot hold (65504).")
+            raise ValueError(f"`repa_teacher` {nets.teacher.name!r} gives features beyond float16 (65504).")
         found["teacher_features"] = features
     return {name: value.cpu() for name, value in found.items() if value is not None and name in columns}
 
 
 def embed_captions(captions: list[str], nets: Nets, cfg: TrainingConfig) -> list[tuple[torch.Tensor, bool]]:
-    """Of each caption its real tokens' embedding (T, E), bfloat16, on the CPU, and whether the limit has cut it."""
+    """Return (embedding (T, E) without padding, bfloat16 on the CPU; truncated) for each caption."""
     clean, device = nets.clean_caption, nets.text_encoder.device
     ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, clean)  # (B, L)
     cut = find_cut(nets.tokenizer, captions, mask, clean)
@@ -392,8 +396,8 @@ def embed_captions(captions: list[str], nets: Nets, cfg: TrainingConfig) -> list
 
 
 def summary(folder: Path, index: dict[str, Any]) -> str:
-    """What a cache holds, and how large it is."""
+    """Summarize the content and the size of a cache."""
     skipped = ", ".join(f"{count} {kind}" for kind, count in index["skipped"].items())
     lines = [f"{folder}: {index['samples']} samples in {len(index['shards'])} shards; left out: {skipped}"]
     lines += [f"  {name}: {size / 1e6:.1f} MB" for name, size in index["bytes"].items() if size >= 1e5]
-    return "\n".join([*lines, f"  in all: {sum(index['bytes'].values()) / 1e6:.1f} MB"])
+    return "\n".join([*lines, f"  total: {sum(index['bytes'].values()) / 1e6:.1f} MB"])

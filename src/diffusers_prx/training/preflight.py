@@ -1,4 +1,4 @@
-"""What a run would be, told before any weights are loaded: from configurations, data and captions alone."""
+"""Plan of a run and checks before weights are loaded, from configurations, data and captions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, T5GemmaModuleConfig
 
-from ..config.training_config import TrainingConfig, cache_folder, sources_of
+from ..config.data_sources import data_sources_of
+from ..config.training_config import TrainingConfig
 from ..data.captions import CaptionStatistics, caption_statistics
 from ..data.mixing import ENDLESS
 from ..data.precomputed import require_complete
@@ -32,10 +33,11 @@ INDENT = 14
 
 @dataclass(frozen=True)
 class MetaNetworks:
-    """The networks of a run without their weights.
+    """Networks of a run without weights.
 
     Args:
-        transformer, vae: on the device that was asked for; no autoencoder in pixel space.
+        transformer: transformer on the meta device.
+        vae: autoencoder on the meta device; None in pixel space.
         pixels_per_token: see `Nets.pixels_per_token`.
     """
 
@@ -45,20 +47,24 @@ class MetaNetworks:
 
 
 def meta_networks(cfg: TrainingConfig, device: str = "meta", tables: bool = False) -> MetaNetworks:
-    """Read the configurations of the networks, and no weights.
+    """Make the networks of a run from their configurations, without weights.
 
     Args:
-        cfg: of the run.
-        device: where the weights would be; they are drawn there, so take one that keeps none.
-        tables: take from `network_configs` what is there, instead of asking the Hub.
+        cfg: configuration of the run.
+        device: device of the parameters; other devices than meta initialize them.
+        tables: True to use the tables of `network_configs` instead of the Hub.
 
     Raises:
-        ValueError: for an autoencoder of a class that `latents.py` does not know, an unknown key of
-            `transformer_config`, an unknown layer in `lora_layers`, or settings that do not fit the networks.
+        ValueError: the class of the autoencoder is not supported, `transformer_config` has an unknown key,
+            `lora_layers` has an unknown layer, or settings do not fit the networks.
+
+    Example:
+        >>> networks = meta_networks(cfg)
+        >>> sum(weight.numel() for weight in networks.transformer.parameters())
     """
     vae, saved = None, cfg.pretrained_model_name_or_path
-    where: dict[str, Any] = {"subfolder": "transformer", "revision": cfg.revision}
-    stored = {} if saved is None else dict(PRXTransformer2DModel.load_config(saved, **where))
+    source: dict[str, Any] = {"subfolder": "transformer", "revision": cfg.revision}
+    stored = {} if saved is None else dict(PRXTransformer2DModel.load_config(saved, **source))
     with torch.device(device):
         if cfg.vae_name_or_path is not None:
             vae = meta_autoencoder(cfg.vae_name_or_path, tables=tables)
@@ -66,7 +72,7 @@ def meta_networks(cfg: TrainingConfig, device: str = "meta", tables: bool = Fals
             vae = meta_autoencoder(saved, cfg.revision)
         transformer: Any
         if cfg.transformer_config:
-            # a saved pipeline's text encoder is as wide as its transformer says
+            # the text encoder of a saved pipeline fits its transformer
             width = stored["context_in_dim"] if _keeps_text_encoder(cfg) else _text_width(cfg, tables)
             transformer = new_transformer(cfg.transformer_config, latent_channels(vae), width)
         else:
@@ -78,14 +84,14 @@ def meta_networks(cfg: TrainingConfig, device: str = "meta", tables: bool = Fals
 
 
 def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
-    """Look for what the auxiliary losses and a cache need, without loading it.
+    """Validate that files for auxiliary losses, precomputed data and the upload exist, without loading them.
 
     Args:
-        cfg: of the run.
-        aligns: whether the teacher of the alignment is needed, where there is one.
+        cfg: configuration of the run.
+        aligns: False if the alignment is over, so that its teacher is not needed.
 
     Raises:
-        ValueError: if something is not there, or does not fit.
+        ValueError: something is missing or does not fit.
     """
     for stage in cfg.stage_configs():
         with torch.device("meta"):
@@ -96,9 +102,9 @@ def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
                 teacher = build_teacher(meta_teacher("dino_teacher", name), [0.0] * 3, [1.0] * 3, name)
                 check_dino_size(stage, teacher.patch_size)
         if stage.lpips_backbone is not None and not Path(stage.lpips_backbone).is_file():
-            raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is no file.")
+            raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is not a file.")
         if stage.precomputed_dir is not None:
-            require_complete(cache_folder(stage))
+            require_complete(stage.precomputed_folder)
     if cfg.push_to_hub:
         require_token()
 
@@ -108,7 +114,7 @@ def _keeps_text_encoder(cfg: TrainingConfig) -> bool:
 
 
 def _text_width(cfg: TrainingConfig, tables: bool) -> int:
-    """Width of the text encoder's hidden states; T5Gemma keeps it in the configuration of its encoder half."""
+    """Return the width of the text encoder's hidden states; T5Gemma nests the configuration of its encoder."""
     if cfg.text_encoder_config:
         return T5GemmaModuleConfig(**cfg.text_encoder_config).hidden_size
     config = text_config(str(cfg.text_encoder_name_or_path), tables=tables)
@@ -118,13 +124,16 @@ def _text_width(cfg: TrainingConfig, tables: bool) -> int:
 
 
 def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes that a process keeps for what it trains, without activations and other networks.
+    """Return the bytes that a process needs for trained networks, without activations and frozen networks.
 
     Args:
-        cfg: of the run.
-        trained: modules with parameters, on any device, by their names in the run (see `Nets.trainable`).
+        cfg: configuration of the run.
+        trained: trainable modules on any device, by name (see `Nets.trainable`).
+
+    Returns:
+        Bytes of "weights", "gradients", "optimizer" and, with a moving average, "average".
     """
-    kept: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     with_momentum = muon_weights(trained, cfg.muon_fused) if cfg.optimizer == "muon" else {}
     for name, module in trained.items():
         size = BYTES[cfg.weights_dtype if name == "transformer" else "float32"]
@@ -133,61 +142,62 @@ def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
         if cfg.lora_rank is not None:
             size = BYTES["float32"]
         values = size * sum(weight.numel() for weight in trainable)
-        # Muon keeps a momentum and no second moment
+        # Muon has no second moment
         second = size * sum(weight.numel() for weight in trainable if weight not in with_momentum)
-        kept.update(weights=frozen + values, gradients=values, optimizer=values + second)
+        sizes.update(weights=frozen + values, gradients=values, optimizer=values + second)
         if cfg.use_ema and name != "projector":
-            kept["average"] += values
-    return dict(kept)
+            sizes["average"] += values
+    return dict(sizes)
 
 
-def caption_figures(cfg: TrainingConfig, stage: Stage) -> CaptionStatistics | None:
-    """Statistics of a stage's captions; None where they are not asked for, where they are those of scenes or one and
-    the same, and where the tokenizer does not exist yet."""
-    given = all(source.name == "scenes" or source.instance_prompt is not None for source in sources_of(stage.cfg))
-    if not cfg.caption_statistics_samples or given or cfg.text_encoder_config:
+def caption_statistics_of(cfg: TrainingConfig, stage: Stage) -> CaptionStatistics | None:
+    """Return statistics of a stage's captions; None if off, for drawn or constant captions, or without tokenizer."""
+    is_known = all(
+        source.name == "scenes" or source.instance_prompt is not None for source in data_sources_of(stage.cfg)
+    )
+    if not cfg.caption_statistics_samples or is_known or cfg.text_encoder_config:
         return None
     if cfg.text_encoder_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(cfg.text_encoder_name_or_path)
     else:
-        where: dict[str, Any] = {"subfolder": "tokenizer"} | ({"revision": cfg.revision} if cfg.revision else {})
-        tokenizer = AutoTokenizer.from_pretrained(str(cfg.pretrained_model_name_or_path), **where)
+        source: dict[str, Any] = {"subfolder": "tokenizer"} | ({"revision": cfg.revision} if cfg.revision else {})
+        tokenizer = AutoTokenizer.from_pretrained(str(cfg.pretrained_model_name_or_path), **source)
     captions = stage.captions(cfg.caption_statistics_samples)
     first = next(captions, None)
     if first is None:
-        return None  # training will say which samples cannot be read
+        return None  # training reports unreadable samples
     return caption_statistics(
         chain([first], captions), tokenizer, cfg.max_sequence_length, CLEANERS[cfg.caption_cleaning]
     )
 
 
-def report(
+def describe_plan(
     cfg: TrainingConfig,
     stages: Sequence[Stage],
     transformer: Any,
     captions: Sequence[CaptionStatistics | None],
     processes: int,
 ) -> str:
-    """What the run would be, in lines of a name and its value.
+    """Return the plan of a run as lines with a name and a value.
 
     Args:
-        cfg: of the run.
-        stages: sorted into buckets.
-        transformer: a module with parameters, on any device.
-        captions: from `caption_figures`, one per stage.
-        processes: of the run.
+        cfg: configuration of the run.
+        stages: stages with buckets.
+        transformer: transformer on any device.
+        captions: results of `caption_statistics_of`, one per stage.
+        processes: number of processes.
     """
     count = sum(weight.numel() for weight in transformer.parameters())
     trainable = sum(weight.numel() for weight in trainable_parameters(transformer).values())
     parts = memory(cfg, {"transformer": transformer})
-    shown = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+    memory_parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
     rows = [
         (
             "transformer",
             f"{count:,} parameters" + (f", of which {trainable:,} are trained" if trainable < count else ""),
         ),
         ("types", f"weights {cfg.weights_dtype}, computation {_computation(cfg)}"),
-        ("memory", f"{sum(parts.values()) / 1e9:.3g} GB ({shown}), besides activations and other networks"),
+        ("memory", f"{sum(parts.values()) / 1e9:.3g} GB ({memory_parts}), without activations and frozen networks"),
     ]
     if cfg.push_to_hub:
         rows.append(("upload to", cfg.repo_id))
@@ -204,7 +214,7 @@ def _computation(cfg: TrainingConfig) -> str:
 
 
 def _stage_rows(stage: Stage, figures: CaptionStatistics | None, processes: int) -> list[tuple[str, str]]:
-    cfg, step_size, sources = stage.cfg, stage.step_size(processes), sources_of(stage.cfg)
+    cfg, step_size, sources = stage.cfg, stage.step_size(processes), data_sources_of(stage.cfg)
     assert stage.buckets is not None
     rows = []
     if stage.stream is not None:
@@ -219,8 +229,8 @@ def _stage_rows(stage: Stage, figures: CaptionStatistics | None, processes: int)
         rows.append(
             (
                 "  held out",
-                f"{held_out} samples, since {cfg.num_validation_samples} (`num_validation_samples`) would be more "
-                "than half of the data: pass a smaller --num_validation_samples, or 0 for no validation loss",
+                f"{held_out} samples, because `num_validation_samples` {cfg.num_validation_samples} is more than half "
+                "of the data: pass a smaller number, or 0 for no validation loss",
             )
         )
     elif held_out:
@@ -240,7 +250,7 @@ def _stage_rows(stage: Stage, figures: CaptionStatistics | None, processes: int)
     samples = sum(map(len, stage.buckets.members))
     if 0 < samples < ENDLESS:
         epochs = cfg.max_train_steps * step_size / samples
-        rows.append(("  epoch", f"{samples / step_size:.1f} steps; the stage has {epochs:.3g} epochs"))
+        rows.append(("  epoch", f"{samples / step_size:.1f} steps; {epochs:.3g} epochs in this stage"))
     if figures is not None:
         rows.append(("  captions", figures.summary()))
         if all(source.name != "scenes" for source in sources):

@@ -1,5 +1,7 @@
-"""Random numbers of a run as pure functions of (seed, step, sample): the same after a resume, at any world size,
-at any accumulation, and when a checkpointed forward is computed again."""
+"""Random numbers of a run as pure functions of (seed, step, sample).
+
+They do not depend on resuming, world size, gradient accumulation or recomputed forward passes.
+"""
 
 import hashlib
 import struct
@@ -10,22 +12,26 @@ import torch
 
 
 def derive_seed(seed: int, step: int, sample_index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose of one sample of one step; purposes do not share random numbers.
+    """Return a 63-bit seed for one purpose of one sample in one step.
 
-    PyTorch's generators on a CPU use the lowest 32 bits of a seed: there two of some 100,000 draws may be the same.
+    PyTorch's CPU generators use only the lowest 32 bits, so two of about 100,000 draws may be equal.
     """
     key = struct.pack("<qqq", seed, step, sample_index) + purpose.encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 class StepRandom:
-    """All random draws of one micro-batch.
+    """Random numbers of one micro-batch.
 
     Args:
-        seed: the run's seed.
-        step: the optimizer step, from 0.
-        sample_index: the place of every sample of the micro-batch in the run's stream of samples.
-        device: where the numbers are drawn; CPU and GPU generators give different numbers.
+        seed: seed of the run.
+        step: optimizer step, from 0.
+        sample_index: index of each sample in the run's sequence of samples.
+        device: device of the generators; CPU and GPU give different numbers.
+
+    Example:
+        >>> StepRandom(42, step=0, sample_index=[0, 1]).normal("noise", (3, 32, 32)).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(self, seed: int, step: int, sample_index: Sequence[int], device: torch.device | str = "cpu"):
@@ -35,7 +41,7 @@ class StepRandom:
         self.device = torch.device(device)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """One generator per sample."""
+        """Return one generator per sample."""
         return [
             torch.Generator(self.device).manual_seed(derive_seed(self.seed, self.step, index, purpose))
             for index in self.sample_index
@@ -43,18 +49,20 @@ class StepRandom:
 
     @contextmanager
     def seeded(self, purpose: str) -> Iterator[None]:
-        """The global generators for a while, for layers that draw from nothing else (dropout). Their numbers follow
-        from the whole micro-batch, so that another split of the work gives others."""
+        """Seed the global generators temporarily, for dropout layers, which use no other.
+
+        The numbers depend on the first sample of the micro-batch, so they change with the batch size.
+        """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, self.step, self.sample_index[0], purpose))
             yield
 
     def normal(self, purpose: str, shape: Sequence[int]) -> torch.Tensor:
-        """Standard normal numbers, float32, of shape (B, *shape)."""
+        """Return standard normal numbers (B, *shape), float32."""
         return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self.generators(purpose)])
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> torch.Tensor:
-        """Numbers in [0, 1), float32, of shape (B, *shape)."""
+        """Return uniform numbers in [0, 1) (B, *shape), float32."""
         return torch.stack(
             [torch.rand(tuple(shape), generator=g, device=self.device) for g in self.generators(purpose)]
         )

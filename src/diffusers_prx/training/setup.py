@@ -1,4 +1,4 @@
-"""Setting up a run: open the data, say what the run will be, load the networks, distribute them, and resume."""
+"""Setup of a run: open the data, print the plan, load the networks, distribute them, and resume."""
 
 import sys
 from collections import Counter
@@ -23,23 +23,29 @@ from .checkpoints import (
     RunState,
     find_checkpoint,
     load_tensors,
-    read_run,
+    read_run_file,
     restore_generators,
 )
 from .distributed import ObjectCommunicator, TrainableModules, distribute, shard_count, start_accelerator
 from .export import session
-from .faults import FolderLock, Watchdog
-from .networks import build_nets, has_unused_parameters, identity, restore_tokenizer, train_tokenizer
+from .folder_lock import FolderLock
+from .networks import build_nets, has_unused_parameters, network_identities, restore_tokenizer, train_tokenizer
 from .precompute import open_precomputed
-from .preflight import caption_figures, check_techniques, meta_networks, report
+from .preflight import caption_statistics_of, check_techniques, describe_plan, meta_networks
 from .run import Run, alignment_is_over
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages, quiet_data
 from .tracking import Tracking
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint that a run goes on from: its folder, and its plain data."""
+    """Checkpoint to resume from.
+
+    Args:
+        folder: folder of the checkpoint.
+        saved: content of its `run.json`.
+    """
 
     folder: Path
     saved: dict[str, Any]
@@ -50,16 +56,16 @@ class Resumed:
 
 
 def set_up_run(cfg: TrainingConfig, card_template: Path) -> Run:
-    """Prepare everything up to the first step.
+    """Prepare a run up to its first step.
 
     Args:
         cfg: configuration of the run.
         card_template: template of the model card.
 
     Raises:
-        ValueError: for data and networks that are missing or do not fit, an output folder that another run uses, and
-            with `push_to_hub` a token that may not write to the repository.
-        SystemExit: with `dry_run`, once the run is printed.
+        ValueError: data or networks are missing or do not fit, another run uses the output folder, or the token
+            cannot write to the repository of `push_to_hub`.
+        SystemExit: the plan is printed and `dry_run` is set.
 
     Example:
         >>> run = set_up_run(cfg, Path("model_cards/template.md"))
@@ -90,9 +96,9 @@ def _build(
     lock: FolderLock | None,
 ) -> Run:
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.resume_from_checkpoint, communicator)
-    resumed = None if checkpoint is None else Resumed(checkpoint, read_run(checkpoint))
+    resumed = None if checkpoint is None else Resumed(checkpoint, read_run_file(checkpoint))
 
-    # data and a plan, before any weights are loaded
+    # data and plan, before weights are loaded
     networks = meta_networks(cfg)
     stages = open_data(cfg, accelerator, networks.pixels_per_token, resumed)
     burn_in, teacher_width = alignment_of(stages, resumed)
@@ -100,42 +106,34 @@ def _build(
     if accelerator.is_main_process:
         print_plan(cfg, stages, networks.transformer, machine)
     if cfg.dry_run:
-        accelerator.print("a dry run: nothing is trained")
+        accelerator.print("dry run: nothing is trained")
         accelerator.end_training()
         sys.exit(0)
-    # now: neither a wrong token nor a wrong name may cost a training
+    # checked now, so that a wrong token does not cost the result of a training
     repo_id = repository(cfg.repo_id) if cfg.push_to_hub and accelerator.is_main_process else None
 
     # networks
-    set_seed(cfg.seed)  # of all global generators: nothing of ours draws from them, libraries may
-    tokenizer = tokenizer_of(cfg, stages[0], communicator, resumed)
+    set_seed(cfg.seed)  # global generators; only libraries use them
+    tokenizer = prepare_tokenizer(cfg, stages[0], communicator, resumed)
     nets = build_nets(cfg, teacher_width=teacher_width, trained_tokenizer=tokenizer)
     open_precomputed(stages, nets)
-    state = RunState(
-        settings=cfg.to_dict(),
-        stages=[stage.record(accelerator.num_processes) for stage in stages],
-        networks=identity(cfg, nets, teacher_width),
-    )
-    if resumed is not None:  # before weights are loaded: it says what does not fit
-        state.load_state_dict(resumed.saved["state"])
-    state.sessions = [*state.sessions, session(state.step)]
+    networks_record = network_identities(cfg, nets, teacher_width)
+    state = new_state(cfg, stages, networks_record, accelerator.num_processes, resumed)
 
-    # on their devices, distributed, with an optimizer
-    for module in (
-        nets.transformer, nets.text_encoder, nets.vae, nets.projector, nets.teacher, nets.lpips, nets.dino,
-    ):  # fmt: skip
-        if module is not None:
-            module.to(accelerator.device)
+    # devices, distribution, optimizer
+    nets.to(accelerator.device)
     modules = nets.trainable(cfg)
     if cfg.compile:
         nets.transformer.compile_repeated_blocks(fullgraph=True)
     trained = TrainableModules(modules)
     model = distribute(trained, cfg, accelerator, has_unused_parameters(nets, [stage.cfg for stage in stages]))
     optimizer: Any = accelerator.prepare(build_optimizer(cfg, modules))
-    derived = {file: content for stage in stages for file, content in stage.derived().items()}
-    if tokenizer is not None:
-        derived[TOKENIZER_FILE] = tokenizer.backend_tokenizer.to_str().encode()
-    writer_communicator = ObjectCommunicator(accelerator, 2 * cfg.step_timeout_seconds)
+    writer = CheckpointWriter(
+        Path(cfg.output_dir),
+        cfg.checkpoints_total_limit,
+        ObjectCommunicator(accelerator, 2 * cfg.step_timeout_seconds),
+        files_of_every_checkpoint(stages, tokenizer),
+    )
     counts: Counter[str] = Counter()
     run = Run(
         cfg=cfg,
@@ -154,7 +152,7 @@ def _build(
         averages=EMAWeights(trained, cfg),
         burn_in=burn_in,
         state=state,
-        writer=CheckpointWriter(Path(cfg.output_dir), cfg.checkpoints_total_limit, writer_communicator, derived),
+        writer=writer,
         watchdog=Watchdog(accelerator.process_index, cfg.step_timeout_seconds),
         tracking=Tracking(accelerator, counts),
         counts=counts,
@@ -167,18 +165,46 @@ def _build(
     return run
 
 
-def lock_folder(output_dir: Path, communicator: ObjectCommunicator) -> FolderLock | None:
-    """Take the output folder; the main process holds it for all.
+def new_state(
+    cfg: TrainingConfig,
+    stages: list[Stage],
+    networks: dict[str, Any],
+    processes: int,
+    resumed: Resumed | None,
+) -> RunState:
+    """Make the state of a run, and restore that of the checkpoint.
 
     Raises:
-        ValueError: on all processes, if another run has it.
+        ValueError: the run differs from that of the checkpoint.
+    """
+    records = [stage.record(processes) for stage in stages]
+    state = RunState(settings=cfg.to_dict(), stages=records, networks=networks)
+    if resumed is not None:
+        state.load_state_dict(resumed.saved["state"])
+    state.sessions = [*state.sessions, session(state.step)]
+    return state
+
+
+def files_of_every_checkpoint(stages: list[Stage], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, bytes]:
+    """Return the contents of files that the run derived from its data, by name."""
+    files = {name: content for stage in stages for name, content in stage.checkpoint_files().items()}
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = tokenizer.backend_tokenizer.to_str().encode()
+    return files
+
+
+def lock_folder(output_dir: Path, communicator: ObjectCommunicator) -> FolderLock | None:
+    """Lock the output folder on the main process.
+
+    Raises:
+        ValueError: another run holds the lock; raised on all processes.
     """
     lock = failure = None
     if communicator.rank == 0:
         try:
             lock = FolderLock(output_dir)
-            for left in output_dir.glob(f"{REPORT_FILE}.*{UNFINISHED}"):  # by a run that was killed
-                left.unlink(missing_ok=True)
+            for leftover in output_dir.glob(f"{REPORT_FILE}.*{UNFINISHED}"):  # of a killed run
+                leftover.unlink(missing_ok=True)
         except (ValueError, OSError) as error:
             failure = str(error)
     failure = communicator.gather(failure)[0]
@@ -190,18 +216,20 @@ def lock_folder(output_dir: Path, communicator: ObjectCommunicator) -> FolderLoc
 def open_data(
     cfg: TrainingConfig, accelerator: Accelerator, pixels_per_token: int, resumed: Resumed | None
 ) -> list[Stage]:
-    """Open the data of all stages and sort them into sizes; a stage that has begun keeps what it has sorted then."""
-    # what the main process finds in the data and keeps, the others find there
+    """Open the data of all stages and assign it to buckets; stages that have begun use the checkpoint's sizes."""
+    # the other processes read the caches that the main process writes
     with accelerator.main_process_first(), quiet_data(not accelerator.is_main_process):
         stages = build_stages(cfg, accelerator.process_index, accelerator.num_processes)
         for stage in stages:
             begun = resumed is not None and stage.first_step < resumed.step
-            stage.sort(pixels_per_token, accelerator.num_processes, resumed.folder if resumed and begun else None)
+            stage.assign_buckets(
+                pixels_per_token, accelerator.num_processes, resumed.folder if resumed and begun else None
+            )
     return stages
 
 
 def alignment_of(stages: list[Stage], resumed: Resumed | None) -> tuple[BurnIn, int | None]:
-    """Return the rule that ends the alignment, and the width of its teacher if that is not needed any more."""
+    """Return the rule that ends the alignment, and the width of the teacher if the alignment is over."""
     aligned = [stage for stage in stages if stage.cfg.repa_weight]
     burn_in = new_burn_in(aligned[0].cfg) if aligned else BurnIn()
     if resumed is None:
@@ -212,24 +240,24 @@ def alignment_of(stages: list[Stage], resumed: Resumed | None) -> tuple[BurnIn, 
 
 
 def new_burn_in(cfg: TrainingConfig) -> BurnIn:
-    """Make the rule that ends the alignment of a run: at a step, by the measured gradients, or never."""
+    """Make the rule that ends the alignment: at a step, by measured gradients, or never."""
     if cfg.repa_check_steps is None:
         return BurnIn(cfg.repa_until_step)
     return BurnIn(cfg.repa_until_step, cfg.repa_check_window, cfg.repa_check_steps)
 
 
 def print_plan(cfg: TrainingConfig, stages: list[Stage], transformer: Any, machine: dict[str, Any]) -> None:
-    """Print what the run will be; `transformer` needs no weights."""
-    figures = [caption_figures(cfg, stage) for stage in stages]
-    print(report(cfg, stages, transformer, figures, machine["processes"]))
+    """Print the plan of the run; the transformer may be on the meta device."""
+    captions = [caption_statistics_of(cfg, stage) for stage in stages]
+    print(describe_plan(cfg, stages, transformer, captions, machine["processes"]))
     if machine["sharded_over"] > 1:
         print(f"sharding      {cfg.sharding}: each process holds 1/{machine['sharded_over']} of that memory")
 
 
-def tokenizer_of(
+def prepare_tokenizer(
     cfg: TrainingConfig, stage: Stage, communicator: ObjectCommunicator, resumed: Resumed | None
 ) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a new text encoder: the checkpoint's, or one that the main process trains for all."""
+    """Return the tokenizer of a new text encoder, from the checkpoint or trained on the main process; else None."""
     if not cfg.text_encoder_config:
         return None
     if resumed is not None:
@@ -244,17 +272,16 @@ def tokenizer_of(
 
 
 def restore(run: Run, resumed: Resumed) -> None:
-    """Load weights, optimizer, averages and generators of a checkpoint, of any number of processes and any
-    sharding."""
+    """Load weights, optimizer state, averages and generators, whatever the number of processes and the sharding."""
     load_tensors(resumed.folder, run.trained, run.optimizer.optimizer, run.averages.tensors())
     run.averages.load_state_dict(resumed.saved["average_updates"])
     rank = run.accelerator.process_index
     if not restore_generators(resumed.folder, rank):
         print(
-            f"{resumed.folder} was written by fewer processes: the global generators of process {rank}, from which "
-            "libraries may draw, start anew"
+            f"{resumed.folder} was written by fewer processes: the global random generators of process {rank}, which "
+            "libraries may use, are newly seeded"
         )
     for stage in run.stages:
         if stage.stream is not None and stage.first_step < run.state.step < stage.stop_step:
-            stage.places = stage.stream.restore(run.state.stream or {})
+            stage.stream_positions = stage.stream.restore(run.state.stream or {})
     run.accelerator.print(f"resumed from {resumed.folder} at step {run.state.step}")

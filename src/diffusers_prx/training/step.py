@@ -1,4 +1,4 @@
-"""One training step, whole: what goes in, every random draw, the forward, the losses."""
+"""One training step: inputs, random draws, forward pass and losses."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from .rng import StepRandom
 
 
 class StepOutput(NamedTuple):
-    """What a step hands to the loop; a tuple, in which DDP and FSDP2 find the tensors that have gradients.
+    """Result of a training step; a tuple, so that DDP and FSDP2 find the tensors with gradients.
 
     Args:
-        loss: the weighted sum of `losses`, a scalar to go backward from.
-        losses: every loss by name, before its weight.
-        loss_per_sample: (B,) the flow-matching loss of each sample.
-        truncated: how many captions were longer than the token limit.
+        loss: weighted sum of `losses`, a scalar.
+        losses: unweighted scalar losses by name.
+        loss_per_sample: flow-matching loss of each sample (B,).
+        truncated: number of truncated captions.
     """
 
     loss: torch.Tensor
@@ -36,19 +36,19 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Inputs of the losses of a micro-batch: encoded, and drawn.
+    """Encoded micro-batch with all random draws, the input of `compute_losses`.
 
     Args:
-        clean: (B, C, h, w) latents, or pixels in [-1, 1].
-        noise: (B, C, h, w), times the run's noise scale.
-        timestep: (B,) noise levels in [0, 1].
-        text: (B, L, E) encoded captions.
-        text_mask: (B, L) bool, or None when nothing is padded.
-        captions: B captions; an empty one was dropped.
-        route: tokens that go around blocks, or None.
-        pixels_pm1: (B, 3, H, W) in [-1, 1], for the perceptual losses; None from a cache without pixels.
-        teacher_features: (B, N, E) for the alignment, or None.
-        dino_crop: (B, 2) draws in [0, 1) of the crop for the DINO loss, or None.
+        clean: latents, or pixels in [-1, 1], (B, C, h, w).
+        noise: noise times the run's noise scale, (B, C, h, w).
+        timestep: noise levels in [0, 1], (B,).
+        text: encoded captions (B, L, E).
+        text_mask: bool mask (B, L), or None without padding.
+        captions: B captions; dropped ones are empty.
+        route: tokens that skip blocks, or None.
+        pixels_pm1: images in [-1, 1] (B, 3, H, W) for the perceptual losses, or None.
+        teacher_features: features (B, N, E) for the alignment, or None.
+        dino_crop: random crop positions in [0, 1) (B, 2) for the DINO loss, or None.
     """
 
     clean: torch.Tensor
@@ -66,23 +66,27 @@ class StepInputs:
 def train_step(
     batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: StepRandom, timestep: torch.Tensor | None = None
 ) -> StepOutput:
-    """Compute the loss of one micro-batch: encode it, draw every random number, and evaluate the losses.
+    """Compute the loss of one micro-batch: encode it, draw all random numbers, and evaluate the losses.
 
     Args:
-        batch: "pixels_uint8" (B, 3, H, W) on the device of the networks, and "captions", B strings; or from the cache,
-            as `data.precomputed.collate_precomputed` puts it together.
+        batch: "pixels_uint8" (B, 3, H, W) on the device of the networks and "captions", B strings; or a precomputed
+            batch of `data.precomputed.collate_precomputed`.
         nets: networks, prepared for training.
         cfg: configuration of the stage.
         rng: random numbers of this micro-batch.
-        timestep: (B,) noise levels in [0, 1] to use instead of drawing them: for the validation loss.
+        timestep: noise levels in [0, 1] (B,) for the validation loss; None draws them.
+
+    Example:
+        >>> rng = StepRandom(cfg.seed, step, batch["sample_index"], device)
+        >>> train_step(batch, nets, cfg, rng).loss.backward()
     """
-    # encode the images, or read the cache, which has pixels only for losses that look at them
+    # encode the images, or use precomputed latents
     pixels_pm1: Any = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
     latents = cached_latents(batch) if "latent_mean" in batch else encode_images(pixels_pm1, nets)
     latent_noise = None if latents.std is None else rng.normal("latents", latents.std.shape[1:])
     clean = latents.draw(latent_noise)  # (B, C, h, w)
 
-    # drop captions, for guidance; encode the others, or read the cache
+    # drop captions for guidance; encode the others, or use precomputed text
     dropped = (rng.uniform("caption_dropout") < cfg.caption_dropout).tolist()
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
     if "text" in batch:
@@ -103,7 +107,7 @@ def train_step(
         scores = rng.uniform("route", (rows * columns,))  # (B, N)
         route = sample_route(scores, cfg.route_ratio, *cfg.route_range)
 
-    # features of the teacher, from the cache or computed; the draws of a crop
+    # compute the teacher's features, or use precomputed ones; draw the crop
     features = batch["teacher_features"].float() if "teacher_features" in batch else None  # (B, N, E)
     if nets.projector is not None and features is None:
         features = teacher_features(nets.teacher, batch["pixels_uint8"], (rows, columns), nets.teacher_cache)
@@ -118,42 +122,46 @@ def train_step(
 def compute_losses(
     inputs: StepInputs, nets: Nets, cfg: TrainingConfig
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Evaluate every loss of a micro-batch with one forward of the transformer. No random number is drawn here.
+    """Evaluate all losses of a micro-batch with one forward pass. The function is deterministic.
 
     Args:
-        inputs: encoded batch and draws.
-        nets: networks, prepared for training; those of losses that are off are None.
+        inputs: encoded batch and random draws.
+        nets: networks, prepared for training; those of unused losses are None.
         cfg: configuration of the stage.
 
     Returns:
-        Each loss by name, a scalar before its weight, and the flow-matching loss of each sample (B,).
+        Unweighted scalar losses by name, and the flow-matching loss of each sample (B,).
     """
     clean, noise, timestep = inputs.clean, inputs.noise, inputs.timestep
     t = timestep[:, None, None, None]
     noisy = (1 - t) * clean + t * noise  # (B, C, h, w)
 
-    # one forward
-    feature_block = cfg.repa_block if nets.projector is not None else None
-    prediction, *tapped = nets.transformer(
-        noisy, timestep, inputs.text, inputs.text_mask, return_dict=False,
-        route=inputs.route, feature_block=feature_block,
-    )  # (B, C, h, w); with a feature block its features (B, K, D) and their indices (B, K) or None  # fmt: skip
+    # one forward pass; `block_features` are the features (B, K, D) of a block and their indices (B, K) or None
+    prediction, *block_features = nets.transformer(
+        noisy,
+        timestep,
+        inputs.text,
+        inputs.text_mask,
+        return_dict=False,
+        route=inputs.route,
+        feature_block=cfg.repa_block if nets.projector is not None else None,
+    )  # (B, C, h, w)
 
-    # velocity, predicted and wanted
+    # predicted and target velocity
     predicted_velocity = nets.scheduler.velocity(prediction, noisy, timestep)
     velocity = noise - clean
     if nets.scheduler.prediction_type == "x_prediction":
-        velocity = nets.scheduler.velocity(clean, noisy, timestep)  # with the clamp of the prediction's
+        velocity = nets.scheduler.velocity(clean, noisy, timestep)  # clamped like the prediction
 
     # the losses
     loss_per_sample = F.mse_loss(predicted_velocity, velocity, reduction="none").mean(dim=(1, 2, 3))  # (B,)
     losses = {"flow": loss_per_sample.mean()}
     if cfg.contrastive_weight > 0:
-        seen = [nets.clean_caption(caption) for caption in inputs.captions]
-        losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, seen)
+        captions = [nets.clean_caption(caption) for caption in inputs.captions]
+        losses["contrastive"] = contrastive_loss(predicted_velocity, velocity, captions)
     if nets.projector is not None:
         assert inputs.teacher_features is not None
-        features, indices = tapped
+        features, indices = block_features
         grid = nets.token_grid(clean)
         losses["alignment"] = alignment(features, indices, inputs.teacher_features, nets, cfg, grid)
     if nets.lpips is not None or nets.dino is not None:
@@ -178,8 +186,16 @@ def alignment(
     cfg: TrainingConfig,
     grid: tuple[int, int],
 ) -> torch.Tensor:
-    """Compute REPA's loss (arXiv 2410.06940) between projected features (B, K, D) of the tokens at `indices` (B, K),
-    all when None, and the teacher's (B, N, E)."""
+    """Compute the REPA loss (arXiv 2410.06940).
+
+    Args:
+        features: features of a block (B, K, D).
+        indices: indices of their tokens (B, K); None for all tokens.
+        target: features of the teacher (B, N, E).
+        nets: networks with a projector.
+        cfg: configuration of the stage.
+        grid: (rows, columns) of the image tokens.
+    """
     if cfg.repa_spatial_gamma is not None:
         target = spatial_normalize(target, cfg.repa_spatial_gamma)  # (B, N, E)
     projected = nets.projector(features, indices, grid)  # (B, K, E)
@@ -187,7 +203,7 @@ def alignment(
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], cfg: TrainingConfig) -> torch.Tensor:
-    """Add up losses with the weights of a stage, a scalar to go backward from."""
+    """Return the sum of losses with the weights of a stage, a scalar."""
     weights = {"flow": 1.0, "contrastive": -cfg.contrastive_weight, "alignment": cfg.repa_weight}
     weights |= {"lpips": cfg.lpips_weight, "dino": cfg.dino_weight}
     return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
@@ -195,15 +211,19 @@ def weighted_sum(losses: dict[str, torch.Tensor], cfg: TrainingConfig) -> torch.
 
 @torch.no_grad()
 def encode_images(pixels_pm1: torch.Tensor, nets: Nets) -> EncodedImages:
-    """The distribution of the latents of images (B, 3, H, W) in [-1, 1]; without a VAE: the pixels."""
+    """Return the distribution of the latents of images (B, 3, H, W) in [-1, 1], or the pixels without a VAE."""
     return encode(nets.vae, pixels_pm1)
 
 
 def encode_captions(
     captions: list[str], nets: Nets, cfg: TrainingConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """The text (B, L, E) of captions, L the longest one's; its bool mask (B, L), or None when nothing is padded; and
-    how many captions the limit of tokens has cut. With gradients only where the text encoder is trained."""
+    """Encode captions, with gradients only if the text encoder is trained.
+
+    Returns:
+        Text (B, L, E) with the length L of the longest caption, its bool mask (B, L) or None without padding, and the
+        number of truncated captions.
+    """
     ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, nets.clean_caption)
     truncated = sum(find_cut(nets.tokenizer, captions, mask, nets.clean_caption))
     ids, mask = trim_tokens(ids, mask)  # (B, L)

@@ -1,4 +1,4 @@
-"""Experiment trackers, which tell what a run does and must not stop it."""
+"""Experiment trackers whose failures do not stop a run."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from ..config.training_config import TrainingConfig
 
 
 class Tracking:
-    """accelerate's trackers. One that raises, as when its server has gone away, is named and counted; the run goes on.
+    """Trackers of accelerate. Errors, for example of a server, are printed and counted.
 
     Args:
-        accelerator: with the trackers of `report_to`.
-        counts: "tracker_failures" is counted in it.
+        accelerator: accelerator with the trackers of `report_to`.
+        counts: counter whose entry "tracker_failures" is increased.
     """
 
     def __init__(self, accelerator: Accelerator, counts: Counter[str]):
@@ -28,16 +28,16 @@ class Tracking:
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in cfg.to_dict().items()
         }
-        self._tell(self.accelerator.init_trackers, "prx", config=plain)
+        self._call(self.accelerator.init_trackers, "prx", config=plain)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self._tell(self.accelerator.log, values, step=step)
+        self._call(self.accelerator.log, values, step=step)
 
     def image(self, name: str, image: PIL.Image.Image, step: int) -> None:
-        self._tell(self._image, name, image, step)
+        self._call(self._image, name, image, step)
 
     def end(self) -> None:
-        self._tell(self.accelerator.end_training)
+        self._call(self.accelerator.end_training)
 
     def _image(self, name: str, image: PIL.Image.Image, step: int) -> None:
         for tracker in self.accelerator.trackers:
@@ -46,13 +46,13 @@ class Tracking:
             elif tracker.name == "wandb":
                 tracker.log_images({name: [image]}, step=step)
             elif tracker.name == "trackio":
-                import trackio  # an optional dependency, there when --report_to asks for it
+                import trackio  # optional dependency of --report_to trackio
 
                 tracker.log({name: trackio.Image(image)}, step=step)
 
-    def _tell(self, call: Callable[..., None], *told: Any, **options: Any) -> None:
+    def _call(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         try:
-            call(*told, **options)
-        except Exception as error:  # whatever a tracker and its server may raise
+            function(*arguments, **options)
+        except Exception as error:  # trackers raise many types
             self.counts["tracker_failures"] += 1
-            tqdm.write(f"the tracker failed, the run goes on: {error!r}")
+            tqdm.write(f"the experiment tracker failed; training continues: {error!r}")

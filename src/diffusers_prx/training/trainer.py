@@ -1,4 +1,4 @@
-"""The training loop: stages, steps, and what is done between them. The arithmetic of a step is in `step.py`."""
+"""The training loop over stages and steps. `step.py` computes the losses of a step."""
 
 import logging
 import math
@@ -13,30 +13,34 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..techniques.alignment import gradient_cosine
 from ..techniques.optimizers import build_lr_scheduler
-from .bookkeeping import finish, leave, log, note_non_finite, save, validate
-from .distributed import norm_of_clipped
+from .bookkeeping import finish, log, record_non_finite_step, save, stop_for_signal, validate
+from .distributed import clip_gradients
 from .export import write_record
-from .faults import GRACE_SECONDS, PREEMPTED_FILE, steady_batches
+from .lost_workers import batches_despite_lost_workers
 from .rng import StepRandom
 from .run import Run
 from .stages import Stage
 from .step import StepOutput, train_step
+from .watchdog import GRACE_SECONDS, PREEMPTED_FILE
 
-# fewer image tokens than this, and a route costs quality: FID 18.20 became 21.61 (TREAD) and 22.56 (SPRINT) at 256
-# tokens, while at 1024 it became 14.10 and 16.90 from 17.42 (PRX study)
-TOKENS_FOR_A_ROUTE = 512
-# whose messages appear above the progress bar instead of inside of it; the libraries have handlers of their own
+# Routing costs quality below about this number of image tokens. PRX study: FID 18.20 without routing, 21.61 with TREAD
+# and 22.56 with SPRINT at 256 tokens; 17.42, 14.10 and 16.90 at 1,024 tokens.
+MIN_TOKENS_FOR_ROUTING = 512
+# Loggers whose messages are printed above the progress bar; the libraries have their own handlers.
 LOGGERS = [logging.getLogger(name) for name in ("", "diffusers", "transformers", "datasets", "huggingface_hub")]
 
 
 def train(run: Run) -> None:
-    """Train through all stages, validate and export; then the output folder is free for another run.
+    """Train all stages, validate and export, then release the lock on the output folder.
 
     Raises:
-        ValueError: for data that cannot be read, and losses that are not finite.
-        OSError: if a checkpoint cannot be written.
-        SystemExit: with `EXIT_PREEMPTED`, once a signal has ended the run and its checkpoint is complete; with
-            `EXIT_NOT_UPLOADED`, if everything is saved and its upload has failed.
+        ValueError: too much data cannot be read, or a loss is not finite.
+        OSError: a checkpoint cannot be written.
+        SystemExit: with `EXIT_PREEMPTED` after a stop signal, once the checkpoint is complete; with
+            `EXIT_NOT_UPLOADED` if the upload of the saved result failed.
+
+    Example:
+        >>> train(set_up_run(cfg, Path("model_cards/template.md")))
     """
     try:
         bar = tqdm(
@@ -51,30 +55,30 @@ def train(run: Run) -> None:
                 (run.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
                 write_record(run.cfg, run.state, run.nets, run.machine)
             for stage in run.stages:
-                # a finished run that is resumed trains nothing, but exports again what its last stage made
-                at_its_end = run.state.step == stage.stop_step and run.validation_is_due(stage)
-                if run.state.step < stage.stop_step or at_its_end or stage is run.stages[-1]:
+                # a finished run that is resumed only validates and exports its last stage again
+                is_unvalidated = run.state.step == stage.stop_step and run.validation_is_due(stage)
+                if run.state.step < stage.stop_step or is_unvalidated or stage is run.stages[-1]:
                     train_stage(run, stage, progress)
             run.writer.wait()
         finish(run)
-    finally:  # once the last checkpoint is written; not if its thread waits for processes that are gone
+    finally:  # after the last checkpoint, unless its thread waits for processes that ended
         wait([run.writer.thread.submit(run.unlock)], timeout=GRACE_SECONDS)
 
 
 def train_stage(run: Run, stage: Stage, progress: tqdm) -> None:
-    """Make every optimizer step of a stage from the current one on."""
+    """Run the remaining optimizer steps of a stage."""
     cfg, accelerator, state = stage.cfg, run.accelerator, run.state
     lr_scheduler = enter_stage(run, stage)
     losses_to_log: list[dict[str, torch.Tensor]] = []
     outputs: list[tuple[dict[str, Any], StepOutput]] = []
     started = time.perf_counter()
-    run.watchdog.begin()
+    run.watchdog.begin_step()
     if run.validation_is_due(stage):
         validate(run, stage)
-    batches = steady_batches(
+    batches = batches_despite_lost_workers(
         stage, state.step, accelerator.process_index, accelerator.num_processes, accelerator.device, run.counts
     )
-    for batch in timed(batches, run):
+    for batch in measure_waiting(batches, run):
         output = micro_step(run, stage, batch)
         outputs.append(({name: batch[name] for name in ("sample_index", "captions")}, output))
         if not accelerator.sync_gradients:
@@ -95,18 +99,18 @@ def train_stage(run: Run, stage: Stage, progress: tqdm) -> None:
             losses_to_log = []
         if run.stop_signal:
             save(run, stage)
-            leave(run)
+            stop_for_signal(run)
         if run.validation_is_due(stage):
-            run.watchdog.begin()
+            run.watchdog.begin_step()
             validate(run, stage)
         if state.step % cfg.checkpointing_steps == 0 or last:
             save(run, stage)
         started = time.perf_counter()
-        run.watchdog.begin()
+        run.watchdog.begin_step()
 
 
 def enter_stage(run: Run, stage: Stage) -> Any:
-    """Take a stage's settings, schedules and networks of losses. Returns its learning-rate schedule."""
+    """Apply the settings of a stage, and return its learning-rate schedule."""
     cfg = stage.cfg
     run.accelerator.gradient_accumulation_steps = cfg.gradient_accumulation_steps
     run.accelerator.step = 0  # counts micro-batches
@@ -116,18 +120,18 @@ def enter_stage(run: Run, stage: Stage) -> Any:
     if len(run.stages) > 1:
         number = [other is stage for other in run.stages].index(True)
         run.print(f"stage {number}: steps {stage.first_step} to {stage.stop_step}, {cfg.resolution} pixels")
-    if cfg.route_ratio and tokens < TOKENS_FOR_A_ROUTE:
+    if cfg.route_ratio and tokens < MIN_TOKENS_FOR_ROUTING:
         run.print(
-            f"`route_ratio` is {cfg.route_ratio} on {tokens} image tokens: the PRX study found that routing costs "
-            f"quality below about {TOKENS_FOR_A_ROUTE} tokens (FID 18.2 became 21.6 and 22.6 at 256) and gains at "
-            "1024."
+            f"`route_ratio` is {cfg.route_ratio} with {tokens} image tokens: in the PRX study, routing lowers the "
+            f"quality below about {MIN_TOKENS_FOR_ROUTING} tokens (FID 18.2 became 21.6 and 22.6 at 256 tokens) and "
+            "improves it at 1,024."
         )
-    # stepped here, once per optimizer step: accelerate would step it once per process
+    # not prepared by accelerate, which would step it once per process
     return build_lr_scheduler(cfg, run.optimizer.optimizer, run.state.step - stage.first_step)
 
 
-def timed(batches: Iterator[dict[str, Any]], run: Run) -> Iterator[dict[str, Any]]:
-    """Yield the batches and add up how long this process waits for them."""
+def measure_waiting(batches: Iterator[dict[str, Any]], run: Run) -> Iterator[dict[str, Any]]:
+    """Yield the batches, and add the time of waiting for them to the state."""
     while True:
         asked = time.perf_counter()
         batch = next(batches, None)
@@ -138,7 +142,7 @@ def timed(batches: Iterator[dict[str, Any]], run: Run) -> Iterator[dict[str, Any
 
 
 def micro_step(run: Run, stage: Stage, batch: dict[str, Any]) -> StepOutput:
-    """Do forward and backward of one micro-batch."""
+    """Compute the losses and gradients of one micro-batch."""
     cfg, accelerator, step = stage.cfg, run.accelerator, run.state.step
     rng = StepRandom(cfg.seed, step, batch["sample_index"], accelerator.device)
     nets = run.nets.for_losses(cfg, cfg.repa_weight > 0 and run.burn_in.active(step))
@@ -160,52 +164,52 @@ def micro_step(run: Run, stage: Stage, batch: dict[str, Any]) -> StepOutput:
 
 
 def check_alignment(run: Run, stage: Stage, output: StepOutput) -> None:
-    """Measure the cosine between the gradients of alignment and flow at the weights of the aligned block, and end the
-    alignment where the two oppose each other."""
+    """Measure the cosine between the gradients of alignment and flow-matching loss at the aligned block, and end the
+    alignment if they oppose each other."""
     accelerator, step = run.accelerator, run.state.step
     block = run.nets.transformer.blocks[stage.cfg.repa_block]
     weights = [weight for weight in block.parameters() if weight.requires_grad]
     cosine = gradient_cosine(output.losses["flow"], output.losses["alignment"], weights)
     cosine = float(accelerator.reduce(torch.tensor(cosine, device=accelerator.device), "mean"))
     if not math.isfinite(cosine):
-        return  # nor will the step be
+        return  # the step will be skipped or stop the run
     run.burn_in.observe(step, cosine)
     run.state.alignment_history.append({"step": step, "cosine": cosine})
     run.tracking.log({"alignment/gradient_cosine": cosine}, step)
     if run.burn_in.ended_at is not None:
-        run.print(f"alignment ends at step {run.burn_in.ended_at}: its gradient opposes the flow's")
+        run.print(f"alignment ends at step {run.burn_in.ended_at}: its gradient opposes the main loss")
 
 
 def optimizer_step(
     run: Run, stage: Stage, lr_scheduler: Any, outputs: list[tuple[dict[str, Any], StepOutput]]
 ) -> tuple[torch.Tensor | None, float]:
-    """Do what follows the backward passes of a step.
+    """Clip gradients, update weights and averages, and advance the learning rate.
 
     Returns:
-        The norm of the gradients, None for a step that was skipped because it or a loss is not finite; and this
-        process's flow-matching loss.
+        Norm of the gradients, None if the step is skipped because it or a loss is not finite; and the flow-matching
+        loss of this process.
     """
     cfg = stage.cfg
-    grad_norm = norm_of_clipped(run.accelerator, run.parameters, cfg.max_grad_norm)
+    grad_norm = clip_gradients(run.accelerator, run.parameters, cfg.max_grad_norm)
     loss = torch.stack([output.loss for _, output in outputs]).sum()
     flow = torch.stack([output.losses["flow"] for _, output in outputs]).mean()
-    total, shown = torch.stack([loss + grad_norm, flow]).tolist()  # the one wait for the device in a step
-    # one question to all processes per step: whether one of them is broken, and whether one was told to stop
+    total, flow_loss = torch.stack([loss + grad_norm, flow]).tolist()  # the only synchronization in a step
+    # one message per step: any process with a non-finite loss, any with a stop signal
     broken, run.stop_signal = run.communicator.maximum([not math.isfinite(total), run.watchdog.received])
     if broken:
-        note_non_finite(run, stage, outputs, float(grad_norm))
+        record_non_finite_step(run, stage, outputs, float(grad_norm))
     else:
         run.skipped_in_a_row = 0
         run.optimizer.step()
     run.optimizer.zero_grad()
-    lr_scheduler.step()  # a function of the step, skipped or not
+    lr_scheduler.step()  # skipped steps count too
     if broken:
-        return None, shown
-    if not run.precision_checked:  # now that the optimizer has its moments
+        return None, flow_loss
+    if not run.precision_checked:  # the optimizer has state only after a step
         run.precision_checked = True
-        if cfg.weights_dtype == "bf16" and cfg.lora_rank is None:
-            run.print("`weights_dtype` is bf16: updates smaller than a weight's last digit are lost")
-        run.print(f"stored values by type: {dict(run.check_precision())}")
+        if cfg.trains_bf16_weights:
+            run.print("`weights_dtype` is bf16: small updates are lost")
+        run.print(f"stored values by data type: {dict(run.check_precision())}")
     if (run.state.step + 1) % cfg.ema_update_every == 0:
         run.averages.update()
-    return grad_norm, shown
+    return grad_norm, flow_loss

@@ -1,4 +1,4 @@
-"""What a run is watched by: the loss per noise level on fixed noise, and pictures of fixed prompts."""
+"""Validation: loss per noise level with fixed noise, and images of fixed prompts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,25 +14,29 @@ from .networks import Nets
 from .rng import StepRandom
 from .step import train_step
 
-# the middles of ten equal bins of [0, 1]
+# Centers of ten equal bins of [0, 1].
 TIMESTEP_BINS = tuple((k + 0.5) / 10 for k in range(10))
 
 
 @torch.no_grad()
 def losses_by_sample(nets: Nets, cfg: TrainingConfig, batches: Iterable[dict[str, Any]]) -> dict[int, list[float]]:
-    """The flow-matching loss at ten noise levels on the same images and the same noise every time.
+    """Compute the flow-matching loss of held-out images at ten noise levels, always with the same noise.
 
     Args:
-        batches: held-out batches, on the device of the networks.
+        nets: networks of the run.
+        cfg: configuration of the stage.
+        batches: held-out batches on the device of the networks.
 
     Returns:
-        The place of each sample among the held-out ones -> its losses at `TIMESTEP_BINS`.
+        Losses at `TIMESTEP_BINS` by index of the held-out sample.
     """
     cfg = replace(cfg, caption_dropout=0.0, route_ratio=0.0, contrastive_weight=0.0)
     nets = replace(nets, projector=None, lpips=None, dino=None)
     found: dict[int, list[float]] = {}
     for batch in batches:
-        rng = StepRandom(cfg.seed, -1, batch["sample_index"], batch["pixels_uint8"].device)  # no training step is -1
+        rng = StepRandom(
+            cfg.seed, -1, batch["sample_index"], batch["pixels_uint8"].device
+        )  # training steps start at 0
         timesteps = [torch.full((len(batch["captions"]),), t, device=rng.device) for t in TIMESTEP_BINS]
         levels = [train_step(batch, nets, cfg, rng, timestep).loss_per_sample for timestep in timesteps]
         found |= zip(batch["sample_index"], torch.stack(levels, dim=1).tolist())  # (B, 10)
@@ -40,10 +44,10 @@ def losses_by_sample(nets: Nets, cfg: TrainingConfig, batches: Iterable[dict[str
 
 
 def validation_loss(losses: Mapping[int, Sequence[float]]) -> dict[str, float]:
-    """The mean of what `losses_by_sample` has given, on all processes: exactly summed, so in any order.
+    """Average the losses of `losses_by_sample` from all processes; the exact sum does not depend on their order.
 
     Returns:
-        {"validation/loss_t0.05": ..., ..., "validation/loss": the mean over the levels}.
+        {"validation/loss_t0.05": ..., ..., "validation/loss": mean over all noise levels}.
     """
     means = [math.fsum(level) / len(losses) for level in zip(*losses.values())]
     by_level = {f"validation/loss_t{t:.2f}": mean for t, mean in zip(TIMESTEP_BINS, means)}
@@ -51,13 +55,16 @@ def validation_loss(losses: Mapping[int, Sequence[float]]) -> dict[str, float]:
 
 
 def validation_images(nets: Nets, cfg: TrainingConfig, rank: int, processes: int) -> dict[int, PIL.Image.Image]:
-    """This process's share of one picture per validation prompt, by the prompt's place, from which its noise follows.
+    """Draw the validation prompts of this process.
 
-    All processes call the networks equally often.
+    All processes call the networks equally often, which FSDP requires.
+
+    Returns:
+        Images by index of the prompt, which also determines the noise.
     """
     pipeline = nets.pipeline(cfg)
     pipeline.set_progress_bar_config(disable=True)
-    places, prompts = zip(*split_evenly(cfg.validation_prompts, rank, processes))
+    indices, prompts = zip(*split_evenly(cfg.validation_prompts, rank, processes))
     device = nets.transformer.device
     output: Any = pipeline(
         list(prompts),
@@ -66,6 +73,6 @@ def validation_images(nets: Nets, cfg: TrainingConfig, rank: int, processes: int
         use_resolution_binning=False,
         guidance_scale=cfg.validation_guidance_scale,
         num_inference_steps=cfg.validation_inference_steps,
-        generator=[torch.Generator(device).manual_seed(cfg.seed + place) for place in places],
+        generator=[torch.Generator(device).manual_seed(cfg.seed + index) for index in indices],
     )
-    return dict(zip(places, output.images))
+    return dict(zip(indices, output.images))

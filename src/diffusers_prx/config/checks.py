@@ -1,0 +1,271 @@
+"""Validation of combinations of settings, before anything is loaded."""
+
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..files import expand_path
+from .data_sources import DataSource, check_entry, data_sources_of, is_weight
+from .settings import TrainingSettings
+
+
+def check_combinations(cfg: TrainingSettings) -> None:
+    """Validate all settings of a run, or of one of its stages, against each other.
+
+    Raises:
+        ValueError: settings exclude each other, or one lacks another.
+    """
+    check_adapter(cfg)
+    check_data(cfg)
+    check_model(cfg)
+    if cfg.precomputed_dir is not None:
+        check_precomputed(cfg)
+    check_optimization(cfg)
+    check_techniques(cfg)
+    check_upload(cfg)
+
+
+def check_model(cfg: TrainingSettings) -> None:
+    """Validate the origin of each network."""
+    if cfg.pretrained_model_name_or_path is None:
+        if cfg.revision is not None:
+            raise ValueError(f"`revision` is {cfg.revision!r}, but `pretrained_model_name_or_path` is not set.")
+        if not cfg.transformer_config:
+            raise ValueError("Pass `pretrained_model_name_or_path`, or `transformer_config` for a new transformer.")
+        if not cfg.text_encoder_config and cfg.text_encoder_name_or_path is None:
+            raise ValueError("Pass `text_encoder_name_or_path`, or `text_encoder_config` for a new text encoder.")
+    elif cfg.revision is not None and Path(cfg.pretrained_model_name_or_path).is_dir():
+        raise ValueError(
+            f"`revision` is {cfg.revision!r}, but `pretrained_model_name_or_path` is a folder: only Hub repositories "
+            "have revisions. Remove `revision`."
+        )
+    if cfg.text_encoder_config and cfg.text_encoder_name_or_path is not None:
+        raise ValueError("Pass either `text_encoder_config` (a new one) or `text_encoder_name_or_path`, not both.")
+    if cfg.text_encoder_config and not cfg.train_text_encoder:
+        raise ValueError("`text_encoder_config` makes an untrained text encoder: set `train_text_encoder`.")
+
+
+def check_adapter(cfg: TrainingSettings) -> None:
+    """Validate the settings of a LoRA adapter, and the settings that an adapter rules out."""
+    if cfg.lora_rank is None:
+        unused: dict[str, object] = {
+            "lora_alpha": cfg.lora_alpha,
+            "lora_dropout": cfg.lora_dropout,
+            "use_dora": cfg.use_dora,
+        }
+        if not cfg.has_default_lora_layers:
+            unused["lora_layers"] = cfg.lora_layers
+        for name, value in unused.items():
+            if value:
+                raise ValueError(f"`{name}` is {value}, but `lora_rank` is not set: pass a rank, or remove it.")
+        return
+    if not cfg.lora_layers or not all(isinstance(name, str) and name for name in cfg.lora_layers):
+        raise ValueError(f"`lora_layers` must be a list of layer names, got {cfg.lora_layers}.")
+    if cfg.pretrained_model_name_or_path is None:
+        raise ValueError(
+            f"`lora_rank` is {cfg.lora_rank}, but an adapter needs a trained pipeline: pass "
+            "`pretrained_model_name_or_path`."
+        )
+    for name in ("transformer_config", "vae_name_or_path", "text_encoder_name_or_path", "train_text_encoder"):
+        if getattr(cfg, name):
+            raise ValueError(
+                f"`{name}` is {getattr(cfg, name)}, but an adapter (`lora_rank`) is loaded into the unchanged "
+                "pretrained pipeline: remove it."
+            )
+    if cfg.optimizer == "muon":
+        raise ValueError(
+            "`optimizer` is muon, which orthogonalizes updates of whole weights; an adapter (`lora_rank`) has only "
+            "their factors: pass `--optimizer adamw`."
+        )
+
+
+def check_data(cfg: TrainingSettings) -> None:
+    """Validate the data sources and how they are read."""
+    given = [bool(cfg.data_sources), cfg.dataset_name is not None, cfg.train_data_dir is not None]
+    if sum(given) != 1:
+        raise ValueError(
+            f"`dataset_name` is {cfg.dataset_name!r}, `train_data_dir` is {cfg.train_data_dir!r} and `data_sources` "
+            f"is {cfg.data_sources}: pass exactly one of the three. Built-in data: `--dataset_name scenes`."
+        )
+    for entry in cfg.data_sources:
+        check_entry(entry, bool(cfg.caption_weights))
+    sources = data_sources_of(cfg)
+    drawn_source = next((source.name for source in sources if source.is_drawn), None)
+    weights = [source.weight for source in sources]
+    is_weighted = any(weight is not None for weight in weights)
+    if cfg.dataset_config_name is not None and (drawn_source or cfg.dataset_name is None):
+        raise ValueError(
+            f"`dataset_config_name` is {cfg.dataset_config_name!r}, but only `dataset_name` with a Hub data set has "
+            "configurations: remove it, or set `config_name` of an entry of `data_sources`."
+        )
+    if is_weighted and None in weights:
+        raise ValueError(
+            f"`data_sources` have the weights {weights}: give every source a `weight`, or none to read each sample "
+            "equally often."
+        )
+    if len(sources) > 1 and not is_weighted and (drawn_source or cfg.streaming):
+        raise ValueError(
+            "`data_sources` without an end (scenes, or any source with `streaming`) need a `weight` each."
+        )
+    for column, weight in cfg.caption_weights.items():
+        if not is_weight(weight):
+            raise ValueError(f"`caption_weights` must be positive and finite, got {weight!r} for {column}.")
+    check_instance_prompts(cfg, sources)
+    for name, is_used in (("weight", is_weighted and len(sources) > 1), ("streaming", cfg.streaming)):
+        if is_used and cfg.aspect_ratio_buckets != "none":
+            raise ValueError(
+                f"`aspect_ratio_buckets` is {cfg.aspect_ratio_buckets}, which needs the sizes of all images: remove "
+                f"it or `{name}`."
+            )
+        if is_used and cfg.precomputed_dir is not None:
+            raise ValueError(f"`precomputed_dir` needs data with an end: remove it or `{name}`.")
+    if drawn_source:
+        for name in ("streaming", "random_flip"):
+            if getattr(cfg, name):
+                raise ValueError(
+                    f"`{name}` is True, but {drawn_source} is not stored, and its captions name left and right: "
+                    "remove it."
+                )
+        if cfg.aspect_ratio_buckets != "none":
+            raise ValueError(
+                f"`aspect_ratio_buckets` is {cfg.aspect_ratio_buckets}, but {drawn_source} is square: remove it."
+            )
+    if cfg.emoji_dir is None and any(source.name == "emoji_scenes" for source in sources):
+        raise ValueError(
+            "`emoji_dir` is not set, but emoji_scenes needs it: pass `--emoji_dir` with the folder that "
+            "training/tools/fetch_emoji.py has written."
+        )
+
+
+def check_instance_prompts(cfg: TrainingSettings, sources: list[DataSource]) -> None:
+    """Validate the captions that replace those of the data."""
+    if cfg.instance_prompt is not None and all(source.is_drawn for source in sources):
+        raise ValueError(
+            f"`instance_prompt` is {cfg.instance_prompt!r}, but {sources[0].name} has its own captions: remove it."
+        )
+    with_prompt = [source for source in sources if source.instance_prompt is not None]
+    for name in ("caption_weights", "streaming"):
+        if with_prompt and getattr(cfg, name):
+            raise ValueError(
+                f"`instance_prompt` is {with_prompt[0].instance_prompt!r}, which needs indexed data with one caption "
+                f"per image: remove `{name}`."
+            )
+    output_dir = Path(expand_path(cfg.output_dir)).resolve()
+    for source in with_prompt:
+        if not str(source.instance_prompt).strip():
+            raise ValueError(f"`instance_prompt` must not be empty, got {source.instance_prompt!r}.")
+        if Path(expand_path(source.name)).resolve() in (output_dir, *output_dir.parents):
+            raise ValueError(
+                f"`output_dir` is {cfg.output_dir}, inside the data folder {source.name}: with `instance_prompt`, the "
+                "run would train on its own validation images. Pass another `--output_dir`."
+            )
+
+
+def check_precomputed(cfg: TrainingSettings) -> None:
+    """Validate that the data can be read from a cache."""
+    drawn_sources = [source.name for source in data_sources_of(cfg) if source.is_drawn]
+    if drawn_sources and cfg.scenes_size is None:
+        raise ValueError(
+            f"`precomputed_dir` is {cfg.precomputed_dir!r}, but {drawn_sources[0]} has no end: pass `--scenes_size`."
+        )
+    if cfg.train_text_encoder:
+        raise ValueError(
+            "`precomputed_dir` holds the output of a frozen text encoder: remove it or `train_text_encoder`."
+        )
+    if not cfg.center_crop or cfg.random_flip:
+        raise ValueError(
+            f"`precomputed_dir` holds one crop of each image, but `center_crop` is {cfg.center_crop} and "
+            f"`random_flip` is {cfg.random_flip}: pass `--center_crop` and remove `random_flip`."
+        )
+    if cfg.repa_cache_dir is not None:
+        raise ValueError("`precomputed_dir` already holds the teacher's features: remove `repa_cache_dir`.")
+
+
+def check_optimization(cfg: TrainingSettings) -> None:
+    """Validate schedules, precision, memory and sharding."""
+    if cfg.timestep_sampling == "uniform" and not cfg.has_default_uniform_fraction:
+        raise ValueError(
+            f"`uniform_fraction` is {cfg.uniform_fraction}, which applies to logit_normal timesteps, but "
+            "`timestep_sampling` is uniform: remove one of them."
+        )
+    if cfg.lr_scheduler == "constant" and cfg.lr_decay_steps is not None:
+        raise ValueError("`lr_decay_steps` needs `lr_scheduler` linear or cosine; it is constant.")
+    decay = cfg.lr_decay_steps or 0
+    if cfg.warmup_steps + decay > cfg.max_train_steps:
+        raise ValueError(
+            f"`lr_warmup_steps` ({cfg.warmup_steps}) and `lr_decay_steps` ({decay}) together must be at most "
+            f"`max_train_steps` ({cfg.max_train_steps})."
+        )
+    if cfg.weights_dtype == "bf16" and cfg.mixed_precision != "bf16":
+        raise ValueError("`weights_dtype` bf16 needs `mixed_precision` bf16.")
+    if cfg.activation_budget and not cfg.gradient_checkpointing:
+        raise ValueError(
+            f"`activation_budget` is {cfg.activation_budget}, but `gradient_checkpointing` is off, so all activations "
+            "are kept: remove it, or pass `--gradient_checkpointing`."
+        )
+    if cfg.use_ema and cfg.ema_update_every > cfg.max_train_steps:
+        raise ValueError(
+            f"`ema_update_every` ({cfg.ema_update_every}) must be at most `max_train_steps` ({cfg.max_train_steps}): "
+            "otherwise the average stays at the initial weights."
+        )
+    if cfg.sharding_size is not None and cfg.sharding != "hybrid":
+        raise ValueError(f"`sharding_size` is {cfg.sharding_size}, but `sharding` is {cfg.sharding}, not hybrid.")
+    if cfg.sharding != "none" and cfg.repa_check_steps is not None:
+        raise ValueError(
+            f"`repa_check_steps` compares gradients of whole weights, which `sharding` {cfg.sharding} does not keep: "
+            "end the alignment with `repa_until_step` instead."
+        )
+
+
+def check_techniques(cfg: TrainingSettings) -> None:
+    """Validate the settings of the study's techniques that need no network."""
+    if (
+        len(cfg.route_range) != 2
+        or not all(isinstance(block, int) for block in cfg.route_range)
+        or not 0 <= cfg.route_range[0] < cfg.route_range[1]
+    ):
+        raise ValueError(f"`route_range` must be a half-open range [start, stop) of blocks, got {cfg.route_range}.")
+    if cfg.contrastive_weight and cfg.train_batch_size < 2:
+        raise ValueError(
+            f"`contrastive_weight` pairs samples: `train_batch_size` must be at least 2, got {cfg.train_batch_size}."
+        )
+    for weight, teacher in (("repa_weight", "repa_teacher"), ("dino_weight", "dino_teacher")):
+        if bool(getattr(cfg, weight)) != (getattr(cfg, teacher) is not None):
+            raise ValueError(
+                f"`{weight}` is {getattr(cfg, weight)} and `{teacher}` is {getattr(cfg, teacher)}: set both or "
+                "neither."
+            )
+    for name in ("repa_spatial_gamma", "repa_until_step", "repa_check_steps", "repa_cache_dir"):
+        if getattr(cfg, name) is not None and not cfg.repa_weight:
+            raise ValueError(f"`{name}` is {getattr(cfg, name)}, but `repa_weight` is 0: set both or neither.")
+    if cfg.lpips_backbone is not None and not cfg.lpips_weight:
+        raise ValueError(f"`lpips_backbone` is {cfg.lpips_backbone}, but `lpips_weight` is 0: set both or neither.")
+    if cfg.repa_weight and cfg.repa_projector == "conv" and cfg.route_ratio:
+        raise ValueError(
+            f"`repa_projector` is conv, which needs all tokens, but `route_ratio` is {cfg.route_ratio}: pass "
+            "`--repa_projector mlp` or attention, or remove `route_ratio`."
+        )
+    cfg.check_perceptual_size(cfg.resolution)
+    if cfg.perceptual_decode_latents and not cfg.has_perceptual_loss:
+        raise ValueError("`perceptual_decode_latents` is set, but `lpips_weight` and `dino_weight` are 0.")
+
+
+def check_upload(cfg: TrainingSettings) -> None:
+    """Validate the name of the repository to upload to."""
+    if cfg.hub_model_id is not None and not cfg.push_to_hub:
+        raise ValueError(f"`hub_model_id` is {cfg.hub_model_id!r}, but `push_to_hub` is not set.")
+    if cfg.push_to_hub:
+        check_repo_id(cfg.repo_id)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Validate the name of a Hub repository, offline.
+
+    Raises:
+        ValueError: the Hub would not accept the name.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not a valid repository name: {error}") from error
