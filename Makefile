@@ -1,10 +1,10 @@
-# Two commands from a fresh clone: `make quickstart` and `make test`. Variables, each with its default:
-#   PYTHON=python3    the Python (3.10 or newer) that makes the environment
-#   VENV=.venv        where the environment goes
-#   PIP_ARGS=         more arguments for pip install
-#   PYTEST_ARGS=      more arguments for pytest
-#   QUICKSTART_ARGS=  more flags for the quickstart's training, e.g. --max_train_steps 100
-#   EMOJI_ARGS=       more flags for the training of `make emoji`
+# From a fresh clone: `make quickstart` or `make test`. Variables and their defaults:
+#   PYTHON=python3    Python (3.10 or newer) that creates the environment
+#   VENV=.venv        folder of the environment
+#   PIP_ARGS=         further arguments for pip install
+#   PYTEST_ARGS=      further arguments for pytest
+#   QUICKSTART_ARGS=  further flags for the training of the quickstart, e.g. --max_train_steps 100
+#   EMOJI_ARGS=       further flags for the training of `make emoji`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,30 +21,30 @@ VERSIONS := torch|torchvision|diffusers|transformers|accelerate|datasets|peft|hu
 VERSIONS_TESTS := tests/models tests/pipelines tests/schedulers tests/data tests/test_latents.py tests/test_text.py tests/test_convert.py
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# accelerate launch gives a process one thread unless told; a model of this size gains nothing from more than eight.
+# the default of `accelerate launch` is one thread; a model of this size gains nothing from more than eight
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart emoji demo test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
 .DELETE_ON_ERROR:
 
-help: ## this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[A-Za-z0-9_-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make the environment in .venv and install the package with all that developing takes
+install: $(STAMP) ## create the environment in .venv and install the package with its development tools
 
 $(STAMP): pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or newer, or say make PYTHON=/path/to/python" >&2; exit 1; }
-	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('error: Python 3.10 or newer is needed; $(PYTHON) is %d.%d. Say make PYTHON=/path/to/python' % sys.version_info[:2])"
-	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: PYTHON is $(PYTHON), which was not found: install Python 3.10 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('error: PYTHON is $(PYTHON), version %d.%d; accepted: 3.10 or newer. Pass PYTHON=/path/to/python' % sys.version_info[:2])"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot create an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@if [ "$$(uname -s)" = Linux ] && [ -z "$(PIP_ARGS)" ] && ! command -v nvidia-smi >/dev/null; then \
-		echo "No NVIDIA GPU was found. pip takes PyTorch's CUDA build all the same (several GB); the CPU build is smaller:"; \
+		echo "No NVIDIA GPU was found. pip installs the CUDA build of PyTorch anyway (several GB); the CPU build is smaller:"; \
 		echo "    make install PIP_ARGS='--extra-index-url $(CPU_INDEX)'"; \
 	fi
 	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[dev]"
 	@touch $@
 
-quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out prompts, leave it in outputs/quickstart
+quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out prompts, save it in outputs/quickstart
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) \
 		training/train_prx.py --config training/recipes/quickstart.yaml --resume_from_checkpoint latest \
@@ -65,7 +65,7 @@ data/networks/minilm-small: | data/emoji
 	$(BIN)/python training/tools/fetch_networks.py minilm --num_layers 4 --vocab_size 10000 --captions data/emoji/64 \
 		--output_dir $@
 
-emoji: $(STAMP) | data/emoji data/networks/lite2 data/networks/minilm-small ## fetch real drawings, train a small PRX on them, measure it, leave it in outputs/emoji_small
+emoji: $(STAMP) | data/emoji data/networks/lite2 data/networks/minilm-small ## fetch real drawings, train a small PRX on them, measure it, save it in outputs/emoji_small
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) \
 		training/train_prx.py --config training/recipes/emoji_small.yaml --resume_from_checkpoint latest \
@@ -74,24 +74,24 @@ emoji: $(STAMP) | data/emoji data/networks/lite2 data/networks/minilm-small ## f
 		--metrics fid:data/networks/lite2 mmd:data/networks/lite2 \
 		--reference data/emoji/64 --reference_split heldout_pairs --num_images 512
 
-demo: $(STAMP) ## open the demo in spaces/prx: draw with the models of this machine in a browser
+demo: $(STAMP) ## serve the demo in spaces/prx: draw in a browser with the models of this machine
 	$(BIN)/python spaces/prx/app.py
 
-# diffusers, transformers and peft import torchao wherever it is installed, and that prints warnings of torch and of
-# diffusers: it has a folder of its own, which only the tests see.
+# diffusers, transformers and peft import torchao if it is installed, which prints warnings: it has its own folder, which
+# only the tests see
 $(TORCHAO): $(STAMP)
 	$(BIN)/python -m pip install $(PIP_ARGS) --upgrade --no-deps --target $(VENV)/torchao \
 		"$$($(BIN)/python -c 'import importlib.metadata as m; print(next(r.partition(";")[0] for r in m.requires("diffusers-prx") if r.startswith("torchao")))')"
 	@touch $@
 
-# worksteal keeps a file's tests on one worker (its shared fixtures are made once) until the other has nothing left to do
+# worksteal keeps the tests of a file, and its shared fixtures, on one worker until the other is idle
 test: $(STAMP) $(TORCHAO) ## run the whole test suite, offline, on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-test-lower: ## in .venv-lower: install the lowest versions that pyproject.toml allows, test models, pipelines and data, train three steps
+test-lower: ## install the lowest versions that pyproject.toml allows in .venv-lower, test models, pipelines and data, train three steps
 	$(MAKE) test-versions VENV=.venv-lower PIP_ARGS="--constraint tests/lower-bounds.txt $(PIP_ARGS)"
 
-test-upper: ## the same in .venv-upper, with the newest versions that pyproject.toml allows
+test-upper: ## the same with the newest versions, in .venv-upper
 	$(MAKE) test-versions VENV=.venv-upper PIP_ARGS="--upgrade --upgrade-strategy eager $(PIP_ARGS)"
 
 test-versions: $(STAMP)
@@ -102,12 +102,12 @@ test-versions: $(STAMP)
 		--output_dir $(VENV)/three_steps --max_train_steps 3 --lr_warmup_steps 1 --lr_decay_steps 1
 	HF_HUB_OFFLINE=1 $(BIN)/python training/evaluate_prx.py --model $(VENV)/three_steps --scenes --num_prompts 4
 
-soak: $(STAMP) $(TORCHAO) ## run the tests that take minutes, which `make test` skips: CPU twins of all recipes, a hundred kills of one run, the demo under load
+soak: $(STAMP) $(TORCHAO) ## run the slow tests: CPU versions of all recipes, a hundred kills of one run, the demo under load
 	RUN_SLOW=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m slow \
 		--ignore tests/training/test_faults.py $(PYTEST_ARGS)
 	RUN_SLOW=1 $(TEST_ENV) $(BIN)/python -m pytest -m slow tests/training/test_faults.py
 
-quality: $(STAMP) ## lint, formatting, types
+quality: $(STAMP) ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -116,15 +116,15 @@ docs: $(STAMP) ## build the pages of docs/ into build/docs; a broken link or an 
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs 2 -b html -d build/doctrees docs build/docs
 	@echo "open build/docs/index.html"
 
-bench: $(STAMP) ## time the model against the one in diffusers, the techniques, Muon and the loading of data
+bench: $(STAMP) ## time the model against diffusers', the techniques, Muon and data loading
 	$(BIN)/python training/benchmarks/bench_model.py
 	$(BIN)/python training/benchmarks/bench_techniques.py
 	$(BIN)/python training/benchmarks/bench_muon.py
 	$(BIN)/python training/benchmarks/bench_loader.py
 
-bench-sampling: $(STAMP) ## time whole pipeline calls against diffusers' pipeline, and measure their peak memory
+bench-sampling: $(STAMP) ## time pipeline calls against diffusers' pipeline, and measure their peak memory
 	$(BIN)/python training/benchmarks/bench_sampling.py
 
-clean: ## remove the environment and what tools leave behind; outputs/ stays
+clean: ## remove the environment, build files and caches, but not outputs/
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find src tests training spaces -name __pycache__ -type d -prune -exec rm -rf {} +

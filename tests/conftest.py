@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one thread, fixed seeds; and which tests a machine can run."""
+"""Common conditions of all tests: no network, one thread, fixed seeds; and skips for missing hardware."""
 
 import os
 import random
@@ -9,9 +9,9 @@ from typing import Any
 NETWORK = os.environ.get("RUN_NETWORK") == "1"
 SLOW = os.environ.get("RUN_SLOW") == "1"
 
-# Set before torch and the Hugging Face libraries are imported: they read these once. Child processes inherit them.
-os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs one worker per core; numbers depend on the count of threads
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning from every fork
+# set before torch and the Hugging Face libraries read them at import; child processes inherit them
+os.environ["OMP_NUM_THREADS"] = "1"  # one pytest-xdist worker per core; numbers depend on the number of threads
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or every fork prints a warning
 os.environ["HF_HUB_OFFLINE"] = "0" if NETWORK else "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -29,7 +29,7 @@ LOOPBACK = ("localhost", "::1", "0.0.0.0", "::", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine or this run leaves out."""
+    """Skip tests whose marker is not met, with the reason."""
     reasons = {
         "network": None if NETWORK else "needs the Hugging Face Hub: set RUN_NETWORK=1",
         "slow": None if SLOW else "takes minutes: set RUN_SLOW=1",
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """Nothing is compiled yet, and nothing of the test stays compiled."""
+    """Reset torch.compile before and after a test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -51,7 +51,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Each test starts from the same random state, whatever ran before it."""
+    """Start each test from the same random state."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test may use the global state
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Fail a test that looks up or connects to anything but this machine, also where a library swallows the error."""
+    """Fail a test that looks up or connects to another host, even if a library swallows the error."""
     if request.node.get_closest_marker("network"):
         yield []
         return
@@ -72,7 +72,7 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         if name is None or name in LOOPBACK or name == socket.gethostname() or name.startswith("127."):
             return
         attempts.append(name)
-        raise OSError(f"This test asked the network for {name!r}; tests run offline (mark it `network` if it must).")
+        raise OSError(f"This test tried to reach {name!r}; tests run offline (mark it `network` if it must).")
 
     def check_address(sock: socket.socket, address: Any) -> None:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -94,4 +94,4 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
     monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
     yield attempts
-    assert not attempts, f"The test asked the network for {sorted(set(attempts))}; tests run offline."
+    assert not attempts, f"The test tried to reach {sorted(set(attempts))}; tests run offline."

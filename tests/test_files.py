@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes and hashed files."""
 
 import json
 
@@ -18,7 +18,7 @@ from disks import full_disk
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_a_file_is_there_when_it_is_whole(tmp_path, sync):
+def test_a_file_appears_when_it_is_complete(tmp_path, sync):
     path = tmp_path / "new" / "file.txt"
     with atomic_write(path, sync) as file:
         file.write_text("half")
@@ -28,7 +28,7 @@ def test_a_file_is_there_when_it_is_whole(tmp_path, sync):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, "before")
     with full_disk(20), pytest.raises(OSError, match="File too large"):
@@ -37,14 +37,14 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_writers_do_not_meet(tmp_path):
+def test_two_writers_do_not_interfere(tmp_path):
     path = tmp_path / "file.txt"
     with atomic_write(path) as one, atomic_write(path) as other:
         assert one != other
         assert one.name.endswith(UNFINISHED)
         one.write_text("one")
         other.write_text("other")
-    assert path.read_text() == "one"  # whose block ended last
+    assert path.read_text() == "one"  # the block that ended last
 
 
 def test_json(tmp_path):
@@ -71,7 +71,7 @@ def test_a_flipped_bit_anywhere_in_a_hashed_file_is_detected(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{}", b'{"hash": 1}', b"[" * 100_000, b"\xff"])
-def test_what_is_no_hashed_file_is_refused(tmp_path, content):
+def test_files_without_a_hash_are_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     for read in (read_hashed_json, read_hashed_tensors):
         with pytest.raises(ValueError, match="is damaged"):

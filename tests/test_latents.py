@@ -1,4 +1,4 @@
-"""The latents of each VAE against the VAE's own methods, and FLUX.2's against the arithmetic of its own pipeline."""
+"""Latents of each VAE against its own methods, and of FLUX.2 against the arithmetic of its pipeline."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_dc(pixels):
 @pytest.mark.parametrize("factors", [{}, {"scaling_factor": 1.7, "shift_factor": 0.2}])
 @torch.no_grad()
 def test_tiny(pixels, factors):
-    """Its scale of 1 is a default that is meant: its codes are the scaled latents of the VAE that it imitates."""
+    """Its scale is 1: it predicts the scaled latents of the VAE that it imitates."""
     vae = zoo.vae_tiny(**factors)
     scale, shift = factors.get("scaling_factor", 1.0), factors.get("shift_factor", 0.0)
     encoded = latents.encode(vae, pixels)
@@ -94,7 +94,7 @@ def test_flux2_is_the_arithmetic_of_its_pipeline():
 
 @torch.no_grad()
 def test_flux2_latents_one_by_one(pixels):
-    """Drawn with noise, against a loop over every value: which channel it becomes, and which statistics it gets."""
+    """Against a loop over every value, with noise: its channel, and its statistics."""
     vae = zoo.vae_flux2()
     gaussian = vae.encode(pixels).latent_dist
     encoded = latents.encode(vae, pixels)
@@ -134,7 +134,7 @@ def test_without_a_vae_latents_are_pixels(pixels):
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_round_trip(name, pixels):
-    """Latents of the stated size, float32, that decode to what the VAE's own encode and decode give."""
+    """Latents have the stated size, are float32, and decode to the result of the VAE's own encode and decode."""
     vae = ALL[name]()
     encoded = latents.encode(vae, pixels)
     side = 16 // latents.vae_scale_factor(vae)
@@ -167,13 +167,13 @@ def test_kl_without_shift(pixels):
     torch.testing.assert_close(latents.encode(vae, pixels).mean, vae.encode(pixels).latent_dist.mean * 0.36)
 
 
-def test_compiled_vae_is_seen_through():
+def test_compiled_vaes_are_accepted():
     vae = torch.compile(zoo.vae_flux2(), backend="eager")
     assert (latents.vae_scale_factor(vae), latents.latent_channels(vae)) == (4, 12)
 
 
 @pytest.mark.parametrize("name", ["kl", "dc", "tiny", "none"])
-def test_one_scale(name):
+def test_encode_and_decode_use_the_same_scale(name):
     assert latents.has_one_scale(ALL[name]())
     assert not latents.has_one_scale(zoo.vae_flux2())
 
@@ -201,7 +201,7 @@ def test_a_vae_without_a_scale_is_refused():
 
 @pytest.mark.parametrize(("name", "default"), [("kl", 0.18215), ("dc", 1.0)])
 def test_the_default_scale_of_the_class_is_none(name, default, tmp_path):
-    """diffusers fills in its own when config.json states none; given to `from_pretrained` it is a statement."""
+    """diffusers fills in a default where config.json has none; a value passed to `from_pretrained` counts."""
     vae = SCALED[name]()
     settings = {key: value for key, value in vae.config.items() if key != "scaling_factor" and key[0] != "_"}
     cls = type(vae)
@@ -216,7 +216,7 @@ def test_the_default_scale_of_the_class_is_none(name, default, tmp_path):
 
 
 def test_flux2_loaded_as_the_plain_class_is_refused(tmp_path):
-    """No patchify, no statistics, and a scale of 0.18215: it would train, towards nothing."""
+    """As AutoencoderKL it has no patchify, no statistics and a scale of 0.18215: training would fail silently."""
     zoo.vae_flux2().save_pretrained(tmp_path)
     assert_refused(AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False), "scaling_factor")
 
@@ -224,14 +224,14 @@ def test_flux2_loaded_as_the_plain_class_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("scaling_factor", 0.0), ("scaling_factor", math.nan), ("shift_factor", "0")]
 )
-def test_scales_that_are_no_scales_are_refused(name, value):
+def test_invalid_scales_are_refused(name, value):
     vae = tiny.vae_kl()
     vae.register_to_config(**{name: value})
     assert_refused(vae, name)
 
 
 @pytest.mark.parametrize("name", ["kl", "none"])
-def test_tensors_that_do_not_fit_are_refused(name):
+def test_tensors_of_the_wrong_shape_are_refused(name):
     vae = ALL[name]()
     channels = latents.latent_channels(vae)
     pixels = torch.zeros(1, 3, 16, 16)
@@ -244,7 +244,7 @@ def test_tensors_that_do_not_fit_are_refused(name):
             latents.decode(vae, wrong)
 
 
-def test_statistics_that_we_do_not_apply_are_refused():
+def test_unsupported_statistics_are_refused():
     vae = tiny.vae_kl()
     vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     assert_refused(vae, "latents_mean")
@@ -257,7 +257,7 @@ def test_other_classes_are_refused():
 
 
 @pytest.mark.parametrize("name", ["kl", "dc", "tiny", "flux2"])
-def test_sizes_that_do_not_fit_are_refused(name):
-    """A convolution with stride would cut the last column in silence."""
+def test_indivisible_sizes_are_refused(name):
+    """A strided convolution would drop the last column silently."""
     with pytest.raises(ValueError, match=r"`pixels_pm1` is 16 x 17.*multiples of [24]\."):
         latents.encode(ALL[name](), torch.zeros(1, 3, 16, 17))

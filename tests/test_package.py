@@ -1,4 +1,4 @@
-"""The package as it is installed: lazy names, wheel and sdist, dependencies; other libraries stay as they are."""
+"""The installed package: lazy names, wheel and sdist, dependencies, no patched libraries, no warnings."""
 
 import ast
 import email
@@ -24,10 +24,10 @@ import diffusers_prx
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 
-# import name -> distribution, where they differ
+# import name -> distribution, where the names differ
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "markdown_it": "markdown-it-py"}
 
-# Declared, though our code may never import it: why.
+# declared but not imported by our code -> reason
 USED_WITHOUT_IMPORT = {
     "peft": "diffusers' PeftAdapterMixin needs it for add_adapter and load_lora_adapter",
     "safetensors": "save_pretrained and from_pretrained write and read with it",
@@ -46,7 +46,7 @@ USED_WITHOUT_IMPORT = {
     "furo": "the theme that docs/conf.py names",
 }
 
-# What runs without the training extra: everything that draws images.
+# modules that work without the training extra: everything that sampling needs
 CORE = (
     "__init__.py", "models", "schedulers", "pipelines", "latents.py", "text.py", "convert.py",
     "checkpoint_files.py", "cli.py", "files.py",
@@ -54,7 +54,7 @@ CORE = (
 
 
 def run_python(code: str, *arguments: str, **kwargs) -> str:
-    """Run code in a fresh interpreter, with the warnings of a library turned off; return what it printed."""
+    """Run code in a fresh interpreter, with library warnings turned off; return its output."""
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
     assert result.returncode == 0, result.stderr
@@ -62,12 +62,12 @@ def run_python(code: str, *arguments: str, **kwargs) -> str:
 
 
 def normalized(distribution: str) -> str:
-    """One spelling of a distribution's name, as PyPI compares them."""
+    """Normalize the name of a distribution, as PyPI does."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def third_party_imports(path: Path) -> set[str]:
-    """Top-level names of the third-party modules that a file, or the files of a folder, import anywhere."""
+    """Return the top-level third-party modules that a file, or the files of a folder, import anywhere."""
     names: set[str] = set()
     for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -122,7 +122,7 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_importing_everything_patches_no_other_library():
-    """Functions and classes of the libraries, and methods of their classes, are the same objects before and after."""
+    """Functions, classes and methods of the libraries are the same objects before and after."""
     output = run_python(
         """
         import importlib, pkgutil, sys, types
@@ -158,7 +158,7 @@ def test_importing_everything_patches_no_other_library():
         import diffusers_prx
 
         names = [module.name for module in pkgutil.walk_packages(diffusers_prx.__path__, "diffusers_prx.")]
-        # The modules that ours import, so that the snapshot holds what there is to patch.
+        # the modules that ours import, so that the snapshot holds everything that could be patched
         import diffusers.loaders, diffusers.models.modeling_utils, diffusers.pipelines.pipeline_utils
         import diffusers.models.attention_dispatch, diffusers.schedulers, diffusers.training_utils
         import transformers.models.t5gemma.modeling_t5gemma
@@ -168,7 +168,7 @@ def test_importing_everything_patches_no_other_library():
             importlib.import_module(name)
         print(len(before), len(names), violations(before, snapshot()))
 
-        # the check itself sees a patched method, a patched function and an added one
+        # the check detects a patched method, a patched function and an added one
         before = snapshot()
         exec(
             "def forward(self): ...\\n"
@@ -192,7 +192,7 @@ def test_importing_everything_patches_no_other_library():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist and the wheel made from it, without a download."""
+    """Build the sdist and a wheel from it, without a download."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -257,7 +257,7 @@ def test_metadata(metadata):
 
 
 def test_wheel_installs_and_imports_in_a_fresh_process(built, tmp_path):
-    """Without the checkout on the path and without an index: what the wheel holds is enough."""
+    """Without the checkout on the path and without an index."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
     subprocess.run([*command, str(built[1])], check=True, timeout=120)
     output = run_python(
@@ -281,7 +281,7 @@ def test_wheel_installs_and_imports_in_a_fresh_process(built, tmp_path):
 
 
 def declared(metadata: Message, *extras: str) -> set[str]:
-    """Distributions that an installation with these extras brings."""
+    """Return the distributions that an installation with these extras brings."""
     found = set()
     for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
@@ -295,7 +295,7 @@ def test_every_import_is_declared(metadata):
     training = declared(metadata, "training", "wandb", "trackio")
     assert third_party_imports(SRC) <= training
     assert third_party_imports(ROOT / "training") <= training | declared(metadata, "emoji", "vision", "quantization")
-    # gradio is made with fastapi and starlette; ZeroGPU brings spaces, elsewhere there is none
+    # gradio requires fastapi and starlette; only ZeroGPU has spaces
     assert third_party_imports(ROOT / "spaces") - {"fastapi", "starlette", "spaces"} <= declared(metadata, "demo")
     assert third_party_imports(ROOT / "docs") <= declared(metadata, "training", "docs")
     # packaging is a dependency of both huggingface_hub and pytest; gradio is made with the others
@@ -359,7 +359,7 @@ def test_an_installed_version_that_cannot_be_imported_is_named(tmp_path, install
 
 
 def test_importing_and_asking_for_help_print_no_warnings():
-    """Neither our own nor those of other libraries. torchao prints some on import: the environment does without it."""
+    """Neither ours nor those of other libraries. torchao, which prints some on import, is not in the environment."""
     if any((Path(folder) / "torchao").is_dir() for folder in site.getsitepackages()):
         pytest.skip("torchao is installed beside the other libraries")
     path = [folder for folder in sys.path if not (Path(folder) / "torchao").is_dir()]  # see the Makefile
@@ -389,16 +389,16 @@ def test_importing_and_asking_for_help_print_no_warnings():
 # --- the tests' guard
 
 
-def test_the_network_guard_sees_an_attempt_that_the_code_swallows(no_network):
+def test_the_network_guard_detects_a_swallowed_attempt(no_network):
     with pytest.raises(OSError, match="tests run offline"):
         socket.create_connection(("huggingface.co", 443), timeout=1)
     with pytest.raises(OSError, match="tests run offline"), socket.socket() as sock:
         sock.connect(("192.0.2.1", 443))
     assert no_network == ["huggingface.co", "192.0.2.1"]
-    no_network.clear()  # or the guard would fail this test as well
+    no_network.clear()  # or the guard would fail this test too
 
 
-def test_the_network_guard_lets_this_machine_through():
+def test_the_network_guard_allows_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         client.sendall(b"x")
         connection, _ = server.accept()

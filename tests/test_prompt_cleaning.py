@@ -1,4 +1,4 @@
-"""The cleaning against stock's on ordinary prompts, on nasty ones, and on random mixtures of nasty pieces."""
+"""Prompt cleaning against diffusers', on ordinary prompts, hostile ones, and random mixtures of hostile pieces."""
 
 import html
 import importlib.metadata
@@ -14,7 +14,7 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 import tiny
 from diffusers_prx.prompt_cleaning import CLEANERS, clean_prompt, repair_prompt
 
-# one to a line of text, with the odd signs written as escapes
+# separated by |, with unusual characters as escapes
 PIECES = """A cat|https://foo.com/bar?x=1|www.x.ru|me@mail.com|@user_1|\u6f22\u5b57|\u3400|\u2013\u2014\u2010|\xabq\xbb
 \u201csmart\u201d|\u2018s\u2019|`b`|\"\"\"X\"\"\"|''|&quot;|&amp;|&amp|192.168.0.1|1:23 |\\n|#12|#12345|1234567|#1234
 file.png|a b.jpeg|...| . |.|***SALE***|#AUS|(x)|[y]|{z}|\\|/|a-b-c-d-e|x_y_z_w_v|jc6640|jc6640vc|6640vc231
@@ -42,9 +42,9 @@ def test_same_as_stock():
 @pytest.mark.parametrize(
     ("prompt", "current", "first"),
     [
-        ("\u201c\u201d a cat", '" a cat', '"" a cat'),  # a pair of quotes is one
+        ("\u201c\u201d a cat", '" a cat', '"" a cat'),  # a pair of quotes becomes one
         ("it\u2019\u2019s a cat", 'it"s a cat', "it''s a cat"),
-        ("free shipping - a cat", "a cat", "- a cat"),  # a removed word leaves a space before the sign
+        ("free shipping - a cat", "a cat", "- a cat"),  # a removed word leaves a space before the dash
         ("'a cat' free shipping", "a cat", "a cat'"),
         ("a cat", "a cat", "a cat"),
     ],
@@ -54,7 +54,7 @@ def test_current_rules_differ_from_the_first_ones_in_curly_quotes_and_at_the_end
     assert CLEANERS["full_v1"](prompt) == TextPreprocessor().clean_text(prompt) == first
 
 
-# what regular expressions could try every start against every end of
+# inputs of which regular expressions could try every start with every end
 REPEATED = [
     *". -_/@:;'\"#&%<(a1\u00e9\u6f22\u2013x\u00d7\u00c3\n\t!", "a.", "a-", "a.com", ".com@", "a.com/", "a.com@",
     "_.com", "www:", "https://", ".png", "a.png", "&amp;amp;", "&#1", "free ", "worldwide free ", "page 1", "1x",
@@ -98,7 +98,7 @@ def test_light_cleaning_keeps_what_the_prompt_says():
 
 
 def test_ftfy_comes_with_the_package():
-    """Without it every prompt fails in stock, which does not ask for it."""
+    """diffusers does not require it, and fails on every prompt without it."""
     assert any(line.startswith("ftfy") for line in importlib.metadata.requires("diffusers-prx") or [])
 
 
@@ -107,7 +107,7 @@ def test_ftfy_comes_with_the_package():
 
 @pytest.fixture
 def warned(caplog):
-    """Warnings of this package and of diffusers, whose loggers do not propagate."""
+    """Capture the warnings of this package and of diffusers, whose loggers do not propagate."""
     logging.getLogger("diffusers").addHandler(caplog.handler)
     yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     logging.getLogger("diffusers").removeHandler(caplog.handler)
@@ -139,10 +139,8 @@ def test_prompts_are_cleaned_as_the_pipeline_says(make, tmp_path):
         (tiny.pixel_pipeline, diffusers.PRXPixelPipeline, "light"),
     ],
 )
-def test_stock_loads_every_cleaning_and_warns_of_one_that_is_not_its_own(
-    make, stock_class, default, tmp_path, warned, caplog
-):
-    assert make().caption_cleaning == default  # what a pipeline without the setting was trained with
+def test_stock_loads_every_cleaning_and_warns_of_other_ones(make, stock_class, default, tmp_path, warned, caplog):
+    assert make().caption_cleaning == default  # of pipelines saved without the setting
     for cleaning in CLEANERS:
         folder = tmp_path / cleaning
         make(caption_cleaning=cleaning).save_pretrained(folder)
@@ -159,14 +157,14 @@ def test_unknown_cleaning(value):
 
 
 @pytest.mark.parametrize("prompt", ["\u4e00\u53ea\u732b", "\u6f22\u5b57", "abc123def"])
-def test_a_prompt_of_which_cleaning_leaves_nothing_is_named(prompt, warned, caplog):
+def test_a_prompt_that_cleaning_empties_is_named(prompt, warned, caplog):
     pipe = tiny.latent_pipeline(caption_cleaning="full")
     embeds(pipe, [prompt, "a cat", prompt, "", " "])
     (warning,) = warned()
     assert repr(prompt) in warning
     assert "skip_text_cleaning=True" in warning
     caplog.clear()
-    assert not torch.equal(embeds(pipe, prompt, skip_text_cleaning=True), embeds(pipe, ""))  # what the remedy does
+    assert not torch.equal(embeds(pipe, prompt, skip_text_cleaning=True), embeds(pipe, ""))  # the flag helps
     assert warned() == []
     embeds(pipe, "&nbsp;" * 500, skip_text_cleaning=True)
     (warning,) = warned()

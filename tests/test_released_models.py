@@ -1,4 +1,4 @@
-"""The models that are released with this repository: small, loadable, drawing what they drew at their release."""
+"""Released models of this repository: size, loading, and the same pictures as at their release."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from diffusers_prx.evaluation.scene_checker import read_scene, scene_matches
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = sorted(index.parent for index in (ROOT / "model_cards").glob("*/model_index.json"))
 SMALL = ROOT / "model_cards" / "prx-scenes-small"
-# Eight pictures side by side, drawn when the model was released: `draw(pipeline, 8)`, saved by `image_grid`.
+# `image_grid(draw(pipeline, 8))` at the release of the model
 GOLDEN = Path(__file__).parent / "golden" / "prx-scenes-small.png"
 
 
@@ -33,14 +33,14 @@ def wanted(index: int):
 
 
 def draw(pipeline: PRXPixelPipeline, count: int) -> list[PIL.Image.Image]:
-    """Pictures of the first held-out scenes of a seed that neither training nor evaluation uses."""
+    """Draw the first held-out scenes of a seed that neither training nor evaluation uses."""
     pipeline.set_progress_bar_config(disable=True)
     prompts = [long_caption(wanted(index), seed=7, index=index) for index in range(count)]
     generator = [torch.Generator().manual_seed(index) for index in range(count)]
     return pipeline(prompts, num_inference_steps=24, guidance_scale=3.0, generator=generator).images
 
 
-def test_the_small_model_is_there():
+def test_the_small_model_exists():
     assert SMALL in RELEASED
 
 
@@ -52,8 +52,8 @@ def test_files_are_small_and_hold_no_code(folder):
     assert kinds <= {".safetensors", ".json", ".md", ".png"}
 
 
-def test_it_draws_what_it_drew(pipeline):
-    """Rounded to 8 bits, another processor's order of additions moves a value by one level at most."""
+def test_pictures_are_those_of_the_release(pipeline):
+    """On other processors, another order of additions may change a value by one of 256 levels."""
     with PIL.Image.open(GOLDEN) as grid:
         golden = tiny.split_grid(grid, 8, 8)
     for image, picture in zip(draw(pipeline, 8), golden):
@@ -61,11 +61,11 @@ def test_it_draws_what_it_drew(pipeline):
         assert difference.max() <= 2
 
 
-def test_it_draws_what_is_asked(pipeline):
-    """As often as its card says of 256 prompts, within what these 64 can tell."""
+def test_the_share_of_right_pictures_is_that_of_the_card(pipeline):
+    """The share of right pictures is that of its card (256 prompts), within the error of these 64."""
     right = [scene_matches(read_scene(image, "easy"), wanted(i)) for i, image in enumerate(draw(pipeline, 64))]
     (said,) = re.findall(r"^\| scene_accuracy \| ([\d.]+) \|", (SMALL / "README.md").read_text(), re.MULTILINE)
-    share = min(float(said), 1 - 1 / 256)  # of which one cannot tell 1
+    share = min(float(said), 1 - 1 / 256)  # a share of 1 would have no error
     error = (share * (1 - share) * (1 / 64 + 1 / 256)) ** 0.5
     assert abs(np.mean(right) - share) <= 3 * error
 
@@ -80,7 +80,7 @@ def test_stock_diffusers_loads_its_network(pipeline):
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
-def test_its_record_names_no_folder_of_the_machine_it_was_made_on():
+def test_the_training_record_names_no_local_folder():
     record = (SMALL / "training.json").read_text()
     assert not re.search(r'"/\w+/', record)
     assert json.loads(record)["config"]["seed"] == 42

@@ -1,4 +1,4 @@
-"""Tokens, encoding and trimming, as sampling and training share them."""
+"""Tokenizing, encoding and trimming of prompts, shared by sampling and training."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import zoo
 from diffusers_prx.prompt_cleaning import clean_prompt, repair_prompt
 from diffusers_prx.text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
 
-# relative positions, rotary or of T5, and absolute ones; causal and both ways
+# relative positions (rotary, T5) and absolute ones; causal and bidirectional
 ENCODERS = {
     "t5gemma": (lambda: zoo.randomised(tiny.text_encoder()), tiny.tokenizer),
     "qwen3_vl": (lambda: zoo.randomised(tiny.qwen_text_tower()), tiny.tokenizer),
@@ -35,7 +35,7 @@ def test_tokens_are_those_of_the_tokenizer_with_padding_on_the_right(side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_empty_prompt_keeps_one_position(side):
-    """Also with a tokenizer that gives it no token, where an encoder would have nothing to attend to."""
+    """Even if the tokenizer returns no token, so that the encoder has one to attend to."""
     tokenizer = tiny.tokenizer(side, bos=False)
     assert tokenizer([""])["input_ids"] == [[]]
     ids, mask = tokenize_prompts(tokenizer, ["", "a cat"], 5, clean_prompt)
@@ -52,7 +52,7 @@ def test_max_length_that_is_none(max_length):
 
 
 def test_find_cut():
-    """Three tokens are left of `a red cat` and its end; `red cat` and its end are three."""
+    """`a red cat` and its end are cut to three tokens; `red cat` and its end have three."""
     tokenizer, prompts = tiny.tokenizer(), ["dog", "a red cat", "red cat", "a red red cat"]
     _, mask = tokenize_prompts(tokenizer, prompts, 3, clean_prompt)
     assert mask.all(dim=1).tolist() == [False, True, True, True]
@@ -83,14 +83,14 @@ def test_trimming_changes_no_result(side):
     trimmed, kept = trim_text(embeds, mask)
     assert trimmed.shape[1] == 7
     torch.testing.assert_close(model(x, t, trimmed, kept).sample, padded, rtol=0, atol=1e-5)
-    assert (model(x, t, embeds, None).sample - padded).abs().max() > 1e-3  # the mask matters
+    assert (model(x, t, embeds, None).sample - padded).abs().max() > 1e-3  # without the mask the result differs
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
 def test_padding_changes_no_encoding(name, side):
-    """Of each prompt: alone and unpadded, trimmed to the longest of its batch, and padded to the limit."""
+    """Compare each prompt alone, trimmed to the longest of its batch, and padded to the limit."""
     encoder, tokenizer = (make() for make in (ENCODERS[name][0], lambda: ENCODERS[name][1](side)))
     ids, mask = tokenize_prompts(tokenizer, PROMPTS, 12, clean_prompt)
     short, short_mask = trim_tokens(ids, mask)
@@ -107,7 +107,7 @@ def test_padding_changes_no_encoding(name, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_padding_changes_neither_the_output_nor_a_gradient(name, side):
-    """Through the transformer, and back into a text encoder that is trained along."""
+    """Through the transformer, and back into a text encoder that is trained too."""
     encoder, tokenizer = ENCODERS[name][0](), ENCODERS[name][1](side)
     model = tiny.transformer()
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 0.9, 0.6])
@@ -126,7 +126,7 @@ def test_padding_changes_neither_the_output_nor_a_gradient(name, side):
 
 
 def test_padding_on_the_left_is_not_cut_from_tokens():
-    """It would move them, which an encoder with absolute positions sees."""
+    """Cutting would move them, which changes the result of an encoder with absolute positions."""
     mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     ids = torch.arange(12).view(2, 6)
     trimmed, kept = trim_tokens(ids, mask)

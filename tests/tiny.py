@@ -1,4 +1,4 @@
-"""Tiny instances of the real components, made on the spot and offline; the same seed gives the same weights."""
+"""Tiny instances of the real components, made offline; the same seed gives the same weights."""
 
 import numpy as np
 import PIL.Image
@@ -48,7 +48,7 @@ WORDS = [
 
 
 def tokenizer(padding_side: str = "right", bos: bool = True, max_length: int = MAX_TOKENS) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer. With `bos` every text starts with <bos>; without, an empty text has no tokens."""
+    """Return a word-level tokenizer. With `bos` every text starts with <bos>; without, an empty text has no tokens."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -97,7 +97,7 @@ def text_encoder(seed: int = 0) -> T5GemmaEncoderModel:
 
 
 def t5gemma_model(seed: int = 0) -> T5GemmaModel:
-    """Encoder and decoder, as the one whose encoder half the published checkpoints hold."""
+    """Return encoder and decoder; the published checkpoints hold the encoder of such a model."""
     torch.manual_seed(seed)
     return T5GemmaModel(_t5gemma_config(is_encoder_decoder=True)).eval()
 
@@ -157,7 +157,7 @@ def vae_dc(seed: int = 0, scaling_factor: float = 0.41) -> AutoencoderDC:
 
 
 def transformer(seed: int = 0, cls: type = PRXTransformer2DModel, **changes):
-    """A transformer whose modulation and output layer are not zero: a zero modulation makes a block the identity."""
+    """Return a transformer with random modulation and output layer: with zero modulation a block is the identity."""
     settings = {
         "in_channels": 4,
         "patch_size": 2,
@@ -176,7 +176,7 @@ def transformer(seed: int = 0, cls: type = PRXTransformer2DModel, **changes):
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew, at a size that keeps activations near 1 and lets text and time be felt."""
+    """Draw every parameter at a size that keeps activations near 1 and makes text and time matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
@@ -187,14 +187,14 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 class ExactEuler(FlowMatchEulerDiscreteScheduler):
-    """Stock's Euler on the exact grid, for stock's pipelines, which have no argument for noise levels."""
+    """diffusers' Euler scheduler on the exact grid, for its pipelines, which take no `sigmas`."""
 
     def set_timesteps(self, num_inference_steps=None, device=None, **kwargs):
         super().set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=device)
 
 
 class GaussianData(PRXTransformer2DModel):
-    """The exact predictor of data that is N(mean, std^2) in every value, for noise of a given scale.
+    """The exact predictor for data N(mean, std^2) in every value and noise of a given scale.
 
     E[x_0 | x_t] of a Gaussian is linear in x_t, and the ODE has the solution
     x_t = (1-t) mean + sqrt((1-t)^2 std^2 + t^2 scale^2) / scale * noise, so that x_0 = mean + std / scale * noise.
@@ -215,7 +215,7 @@ class GaussianData(PRXTransformer2DModel):
 
 
 def latent_pipeline(vae=None, side="right", bos=True, shift=3.0, **changes):
-    """A whole PRXPipeline: 32 pixels, KL latents unless another VAE is given."""
+    """Return a PRXPipeline of 32 pixels, with KL latents unless another VAE is given."""
     vae = vae_kl() if vae is None else vae
     parts = {
         "transformer": transformer(),
@@ -234,7 +234,7 @@ PIXEL_SETTINGS = {"in_channels": 3, "patch_size": 4, "bottleneck_size": 16, "res
 
 
 def pixel_pipeline(side="right", shift=3.0, **changes):
-    """A whole PRXPixelPipeline: 32 pixels, a Qwen3-VL text tower."""
+    """Return a PRXPixelPipeline of 32 pixels with a Qwen3-VL text tower."""
     parts = {
         "transformer": transformer(**PIXEL_SETTINGS),
         "scheduler": PRXXPredictionScheduler(shift=shift),

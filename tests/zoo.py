@@ -1,4 +1,4 @@
-"""Tiny instances of the VAEs and text encoders that `tiny.py` does not have, made on the spot and offline."""
+"""Tiny instances of further VAEs and text encoders, made offline."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ QWEN_TEXT = SMALL | {
 
 
 def vae_flux2(seed: int = 0) -> AutoencoderKLFlux2:
-    """2x compression and patchify: 4x. 3 channels of codes, 12 of latents, each with statistics of its own."""
+    """2x compression and patchify, together 4x: 3 channels of codes, 12 of latents, each with its own statistics."""
     torch.manual_seed(seed)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -71,7 +71,7 @@ def vae_tiny(seed: int = 0, **changes: Any) -> AutoencoderTiny:
 
 
 def t5_encoder() -> T5EncoderModel:
-    """Relative positions, both ways."""
+    """Relative positions, bidirectional."""
     return randomised(T5EncoderModel(_t5_config()))
 
 
@@ -93,7 +93,7 @@ def clip_model() -> CLIPModel:
 
 
 def save_clip(folder: Path) -> CLIPModel:
-    """A whole CLIP with its tokenizer and what normalizes its images, in transformers' format."""
+    """Save a CLIP model with its tokenizer and image normalization."""
     model = clip_model()
     for part in (model.vision_model, model.visual_projection, model.text_projection):
         tiny.randomise(part)
@@ -105,7 +105,7 @@ def save_clip(folder: Path) -> CLIPModel:
 
 
 def bert() -> BertModel:
-    """Absolute positions, both ways."""
+    """Absolute positions, bidirectional."""
     return randomised(BertModel(BertConfig(**SMALL, max_position_embeddings=24)))
 
 
@@ -116,7 +116,7 @@ def qwen_model() -> Qwen3VLModel:
 
 
 def randomised(model: PreTrainedModel) -> Any:
-    """Weights large enough that positions and neighbors are felt."""
+    """Draw weights large enough that positions and neighbors matter."""
     tiny.randomise(model)
     return model.eval()
 
@@ -135,7 +135,7 @@ def _t5_config() -> T5Config:
 
 
 def clip_tokenizer(padding_side: str = "right", max_length: int = tiny.MAX_TOKENS) -> PreTrainedTokenizerFast:
-    """As CLIP's: every text between <bos> and <eos>, and <eos> is the padding too."""
+    """Return a tokenizer like CLIP's: texts are between <bos> and <eos>, and <eos> is also the padding."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *tiny.WORDS, "<eos>"])}
     assert (vocabulary["<bos>"], vocabulary["<eos>"]) == (BOS, END)
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,8 +1,8 @@
-"""From a checked request to pictures: a generator that tells how far it is, and that ends the work when it is closed.
+"""Drawing: a generator that yields the progress of a request, and stops the work when it is closed.
 
-The page can only stop a generator, and the pipeline is one call that runs to its end; so the call runs in a thread of
-its own and reports through a queue. Closing the generator (Stop, or a browser that went away) sets an event that the
-step callback reads: the work ends at the next step.
+gradio can cancel generators only, and a pipeline call runs to its end. So the call runs in its own thread and reports
+through a queue. Closing the generator (Stop, or a disconnected browser) sets an event that the step callback checks:
+the work ends at the next step.
 """
 
 import copy
@@ -23,18 +23,26 @@ from diffusers_prx.schedulers.diffusers_compat import set_schedule
 from model_cache import ModelCache, Stopped
 from settings import Request
 
-CONCURRENCY = 2  # requests that are drawn at the same time
-PREVIEW_SIDE = 256  # pixels, at most
-PATIENCE = 0.5  # seconds between two signs of life, the time in which a Stop is heard during a long step
+CONCURRENCY = 2  # requests drawn at the same time
+MAX_PREVIEW_SIDE = 256  # pixels
+HEARTBEAT_SECONDS = 0.5  # longest time between two updates; gradio cancels a generator when it yields
 
-# A stopped request leaves the page's queue at once, but its thread only at its next step. Whoever comes next waits
-# here, so that no sequence of stops makes more than so many threads compute.
-_SEATS = threading.BoundedSemaphore(CONCURRENCY)
+# A stopped request leaves gradio's queue at once, but its thread ends at its next step only. The next request waits
+# for a slot, so that stops never make more than `CONCURRENCY` threads compute.
+_SLOTS = threading.BoundedSemaphore(CONCURRENCY)
 
 
 @dataclass(frozen=True)
 class Update:
-    """How far a request is. `preview` is new whenever `step` is; `images` are there at the end only."""
+    """Progress of a request. The last update has the images.
+
+    Args:
+        step: number of finished steps.
+        steps: number of all steps.
+        seconds: time since the request began.
+        preview: predicted clean image after the step; None for a heartbeat, or for a client that reads slowly.
+        images: finished images.
+    """
 
     step: int
     steps: int
@@ -44,22 +52,21 @@ class Update:
 
 
 def draw(request: Request, cache: ModelCache) -> Iterator[Update]:
-    """Draw, and yield at every step, or every `PATIENCE` seconds while a step takes longer.
+    """Draw a request; yield after every step, and every `HEARTBEAT_SECONDS` during longer ones.
 
     Raises:
-        Exception: whatever the pipeline raised, in the caller's thread.
+        Exception: any error of the model cache or the pipeline, in the caller's thread.
     """
     reports: queue.Queue[Update | Exception] = queue.Queue()
     stop = threading.Event()
-    worker = threading.Thread(target=_work, args=(request, cache, reports, stop), name="draw", daemon=True)
-    worker.start()
+    threading.Thread(target=_run_request, args=(request, cache, reports, stop), name="draw", daemon=True).start()
     begin = time.monotonic()
     latest = Update(0, request.steps, 0.0)
     try:
         yield latest
         while not latest.images:
             try:
-                report = reports.get(timeout=PATIENCE)
+                report = reports.get(timeout=HEARTBEAT_SECONDS)
             except queue.Empty:
                 yield Update(latest.step, latest.steps, time.monotonic() - begin)
                 continue
@@ -71,18 +78,18 @@ def draw(request: Request, cache: ModelCache) -> Iterator[Update]:
         stop.set()
 
 
-def _work(
+def _run_request(
     request: Request, cache: ModelCache, reports: "queue.Queue[Update | Exception]", stop: threading.Event
 ) -> None:
     try:
-        while not _SEATS.acquire(timeout=0.1):
+        while not _SLOTS.acquire(timeout=0.1):
             if stop.is_set():
                 return
         try:
             with cache.lend(request.model, request.lora, request.lora_weight, stop) as pipeline:
-                _draw(request, pipeline, reports, stop)
+                _sample(request, pipeline, reports, stop)
         finally:
-            _SEATS.release()
+            _SLOTS.release()
     except Stopped:
         pass
     except Exception as error:
@@ -90,14 +97,16 @@ def _work(
 
 
 @torch.no_grad()
-def _draw(request: Request, pipeline: Any, reports: "queue.Queue[Update | Exception]", stop: threading.Event) -> None:
+def _sample(
+    request: Request, pipeline: Any, reports: "queue.Queue[Update | Exception]", stop: threading.Event
+) -> None:
     begin = time.monotonic()
-    pipeline, levels = with_preset(pipeline, request.preset, request.steps)
+    pipeline, preset_sigmas = apply_preset(pipeline, request.preset, request.steps)
     height, width = request.height_width
     scheduler = copy.deepcopy(pipeline.scheduler)
-    set_schedule(scheduler, request.steps, sigmas=levels)
+    set_schedule(scheduler, request.steps, sigmas=preset_sigmas)
     sigmas = scheduler.sigmas.tolist()
-    # what the call would draw itself; here, because the first preview needs the noise that the first step came from
+    # the noise that the call itself would draw; the first preview needs it
     noise = pipeline.prepare_latents(
         request.images,
         pipeline.transformer.config["in_channels"],
@@ -115,9 +124,9 @@ def _draw(request: Request, pipeline: Any, reports: "queue.Queue[Update | Except
             raise Stopped
         after = tensors["latents"]
         preview = None
-        if reports.empty():  # whoever watches a fast model through a slow line sees fewer of the steps
+        if reports.empty():  # a slow connection gets fewer previews
             clean = predicted_clean(before, after, sigmas[step], sigmas[step + 1])
-            preview = preview_of(clean, getattr(pipeline, "vae", None), pipeline.vae_scale_factor)
+            preview = preview_image(clean, getattr(pipeline, "vae", None), pipeline.vae_scale_factor)
         before = after
         reports.put(Update(step + 1, request.steps, time.monotonic() - begin, preview))
 
@@ -130,16 +139,16 @@ def _draw(request: Request, pipeline: Any, reports: "queue.Queue[Update | Except
         guidance_scale=request.guidance_scale,
         num_images_per_prompt=request.images,
         latents=noise,
-        sigmas=levels,
+        sigmas=preset_sigmas,
         callback_on_step_end=report_step,
     ).images
     reports.put(Update(request.steps, request.steps, time.monotonic() - begin, images=tuple(images)))
 
 
-def with_preset(pipeline: Any, preset: str, steps: int) -> tuple[Any, list[float] | None]:
-    """The pipeline as a preset of `PRXPipeline` has it, and the noise levels for its call.
+def apply_preset(pipeline: Any, preset: str, steps: int) -> tuple[Any, list[float] | None]:
+    """Return the pipeline with the solver of a preset, and the `sigmas` for its call.
 
-    It is a second pipeline around the same networks, with another solver: nothing that another request sees.
+    The "fast" preset gets a second pipeline around the same networks: other requests keep their solver.
     """
     if preset != "fast":
         return pipeline, None
@@ -149,24 +158,27 @@ def with_preset(pipeline: Any, preset: str, steps: int) -> tuple[Any, list[float
 
 
 def predicted_clean(before: torch.Tensor, after: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
-    """The clean image that a step went towards, with guidance: it stepped along x_s = x_0 + (s / t) (x_t - x_0).
+    """Return the guided prediction x_0 of a step, which moved along x_s = x_0 + (s / t) (x_t - x_0).
 
-    For Euler that is the prediction of the network; UniPC (arXiv 2302.04867) puts its memory of the steps before into
-    it, and what it corrected of `before`.
+    For Euler this is the prediction of the network. For UniPC (arXiv 2302.04867) it includes the extrapolation from
+    earlier steps and the correction of `before`.
 
     Args:
-        before: (B, C, h, w), x_t at the noise level `sigma`.
-        after: (B, C, h, w), x_s at `sigma_next`, which is lower.
+        before: latents x_t (B, C, h, w) at noise level `sigma`.
+        after: latents x_s (B, C, h, w) at noise level `sigma_next` < `sigma`.
+
+    Returns:
+        Clean latents (B, C, h, w).
     """
     return (sigma * after - sigma_next * before) / (sigma - sigma_next)
 
 
-def preview_of(clean: torch.Tensor, vae: Any, scale_factor: int) -> Image.Image:
-    """Clean latents (B, C, h, w) as one small picture, side by side.
+def preview_image(clean: torch.Tensor, vae: Any, scale_factor: int) -> Image.Image:
+    """Decode clean latents (B, C, h, w) to one image of at most `MAX_PREVIEW_SIDE` pixels each, side by side.
 
-    They are made small before they are decoded: to decode them whole at every step would cost more than some steps do.
+    The latents are downsampled before decoding: decoding whole latents costs more than some steps.
     """
-    shrink = max(clean.shape[-2:]) * scale_factor / PREVIEW_SIDE
+    shrink = max(clean.shape[-2:]) * scale_factor / MAX_PREVIEW_SIDE
     if shrink > 1:
         size = [max(1, round(side / shrink)) for side in clean.shape[-2:]]
         clean = F.interpolate(clean, size=size, mode="area")

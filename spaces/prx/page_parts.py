@@ -1,4 +1,4 @@
-"""The HTML that the page is filled with, its colors and its examples. Everything a person wrote is escaped."""
+"""Theme, styles, example prompts and HTML of the page. User text is always escaped."""
 
 import base64
 import io
@@ -8,23 +8,23 @@ import gradio as gr
 from PIL import Image
 
 from drawing import Update
-from model_cache import Model
+from model_cache import ModelInfo
 from settings import NO_LORA, Request
 
-SMALL = 128  # pictures of at most so many pixels are shown as the pixels they are, not smeared over the screen
+MAX_PIXELATED_SIDE = 128  # pixels; smaller pictures are scaled up without smoothing
 
-SCENES = (
+SCENE_PROMPTS = (
     "a big red circle at the top left and a small blue square in the lower right corner on a white background.",
     "a large green triangle in the upper right corner on a black background.",
     "a small yellow cross at the bottom left and a large purple circle at the top right on a black background.",
 )
-PICTURES = (
+PHOTO_PROMPTS = (
     "A front-facing portrait of a lion in the golden savanna at sunset",
     "A digital painting of a rusty, vintage tram on a sandy beach",
     "A cup of coffee on a wooden table by a rainy window, soft morning light",
 )
 
-# The default theme's orange buttons and light grey hints are below the contrast of 4.5 that small text needs.
+# Orange buttons and light gray hints of the default theme have a contrast below 4.5, which WCAG 2 asks for small text.
 THEME = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate").set(
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_dark="*primary_700",
@@ -46,11 +46,11 @@ THEME = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_
     link_text_color_dark="*primary_300",
 )
 CSS = """
-/* the ring of the focus and the bar: 3 to what is behind them is what WCAG 2 asks */
+/* focus ring and progress bar: WCAG 2 asks for a contrast of 3 */
 body { --mark: #4338ca; }
 body.dark { --mark: #a5b4fc; }
-.expected img { width: min(100%, 512px); margin: 0 auto; display: block; border-radius: 8px; }
-img.small, .small img { image-rendering: pixelated; }
+.preview-image img { width: min(100%, 512px); margin: 0 auto; display: block; border-radius: 8px; }
+img.pixelated, .pixelated img { image-rendering: pixelated; }
 .progress progress { width: 100%; height: 0.7rem; appearance: none; border: 0; border-radius: 6px; overflow: hidden; }
 .progress progress, .progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
 .progress progress::-webkit-progress-value { background: var(--mark); }
@@ -61,9 +61,9 @@ img.small, .small img { image-rendering: pixelated; }
 .details td { overflow-wrap: anywhere; padding: 0.15rem 0; }
 .details :is(table, th, td) { border: 0 !important; font-size: var(--text-sm); }
 .details tr { border: solid var(--border-color-primary); border-width: 0 0 1px; }
-/* errors are said in a message of their own; gradio writes "Error" over these after a Stop, too */
-:is(.progress, .expected, .details) > [data-testid="status-tracker"] { display: none; }
-/* behind a large picture the small ones would shine through */
+/* errors have their own message; gradio also writes "Error" over these after a Stop */
+:is(.progress, .preview-image, .details) > [data-testid="status-tracker"] { display: none; }
+/* opaque, or the thumbnails show through a large picture */
 .gallery-container .preview { background: var(--background-fill-primary); backdrop-filter: none; }
 .tabs button.selected { color: var(--primary-700); }
 .dark .tabs button.selected { color: var(--primary-300); }
@@ -72,38 +72,37 @@ img.small, .small img { image-rendering: pixelated; }
 """
 
 
-def examples_for(model: Model) -> list[list[str]]:
-    """Prompts that a model can be expected to know: one this small knows drawn scenes."""
-    return [[prompt] for prompt in (SCENES if is_small(model.default_size) else PICTURES)]
+def example_prompts(model: ModelInfo) -> list[list[str]]:
+    """Return prompts as samples of a gr.Dataset; small models are trained on drawn scenes."""
+    return [[prompt] for prompt in (SCENE_PROMPTS if is_pixelated(model.default_size) else PHOTO_PROMPTS)]
 
 
-def is_small(size: str) -> bool:
-    return max(map(int, size.split(" x "))) <= SMALL
+def is_pixelated(size: str) -> bool:
+    return max(map(int, size.split(" x "))) <= MAX_PIXELATED_SIDE
 
 
-def progress(update: Update, what: str = "") -> str:
-    """A bar, and how far it is in words."""
+def progress_bar(update: Update, prefix: str = "") -> str:
     if update.step == 0:
-        text = f"{what}Getting ready" + (f" ({update.seconds:.0f} s)" if update.seconds >= 1 else "")
+        text = f"{prefix}Getting ready" + (f" ({update.seconds:.0f} s)" if update.seconds >= 1 else "")
     else:
-        text = f"{what}Step {update.step} of {update.steps}"
+        text = f"{prefix}Step {update.step} of {update.steps}"
     bar = f'<progress max="{update.steps}" value="{update.step}" aria-label="{escape(text)}"></progress>'
     return f"<p>{escape(text)}</p>{bar}"
 
 
-def said(text: str) -> str:
-    """A line that a screen reader reads out; the bar changes too often for that."""
+def status_line(text: str) -> str:
+    """Return a line that screen readers announce; the progress bar changes too often for that."""
     return f'<p role="status">{escape(text)}</p>'
 
 
-def preview(update: Update, small: bool, final: bool = False) -> str:
-    """The preview inside the page itself: a file for every step would stay on the server's disk."""
+def preview(update: Update, pixelated: bool, final: bool = False) -> str:
+    """Return the preview as an image with its data inside: the server would keep a file for every step."""
     if update.preview is None:
         return ""
-    kind, options = ("PNG", {}) if small or final else ("JPEG", {"quality": 85})
+    kind, options = ("PNG", {}) if pixelated or final else ("JPEG", {"quality": 85})
     source = f"data:image/{kind.lower()};base64,{_encoded(update.preview, kind, **options)}"
-    described = "The picture" if final else f"The picture as expected after step {update.step} of {update.steps}"
-    return f'<img class="{"small" if small else "large"}" src="{source}" alt="{described}">'
+    description = "The picture" if final else f"The picture as predicted after step {update.step} of {update.steps}"
+    return f'<img class="{"pixelated" if pixelated else "smooth"}" src="{source}" alt="{description}">'
 
 
 def _encoded(image: Image.Image, kind: str, **options: int) -> str:
@@ -112,8 +111,8 @@ def _encoded(image: Image.Image, kind: str, **options: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def details(request: Request) -> str:
-    """The settings of one picture, and the link that draws it again."""
+def settings_table(request: Request) -> str:
+    """Return the settings of one picture, and the link that draws it again."""
     rows = {
         "Prompt": request.prompt,
         "Negative": request.negative_prompt,

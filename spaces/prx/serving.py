@@ -1,4 +1,4 @@
-"""Serve the page to strangers: limits on what they may send, and a sentence for every request that does not fit."""
+"""Serving: limits on untrusted requests, and a sentence as the answer to each invalid one."""
 
 import json
 from collections import Counter, OrderedDict
@@ -18,61 +18,61 @@ from page_parts import CSS, THEME
 
 # Two prompts of `settings.MAX_PROMPT` characters are at most 24 KB of JSON (12 bytes for an escaped emoji).
 MAX_BODY = 64 * 1024
-# A larger body is read to its end, and not kept, so that its sender gets an answer; up to this size.
+# Larger bodies are read up to this size and dropped, so that the sender reads the answer.
 MAX_DISCARDED = 16 * 1024**2
-# Requests of one session whose results nobody reads. gradio keeps the results until somebody does.
+# requests of one session without a reader; gradio keeps results until they are read
 MAX_UNREAD = 32
-MAX_SESSIONS = 2000  # sessions whose unread requests are counted; gradio keeps the results of as many
-MAX_SESSION_NAME = 64  # characters; browsers send 11, gradio's client 36
+MAX_SESSIONS = 2000  # sessions without a reader; gradio keeps the results of as many
+MAX_SESSION_HASH = 64  # characters; browsers send 11, gradio's client 36
 
 API = "/gradio_api/"
-# All that the page and its two endpoints need. Other routes of gradio take uploads, or fail on unknown names.
-POSTED = ("queue/join", "cancel", "reset", "run", "api", "call")
-# Routes of gradio that write to the disk, show the traffic, ask other hosts or never end.
-NOT_READ = (
+# everything that the page and its two endpoints need; other routes take uploads, or fail on unknown names
+POST_ROUTES = ("queue/join", "cancel", "reset", "run", "api", "call")
+# routes of gradio that write to the disk, show the traffic, connect to other hosts or never end
+BLOCKED_PATHS = (
     "/monitoring",
     *(API + name for name in ("deep_link", "dev/", "monitoring", "proxy=", "stream/", "upload")),
 )
 
-NO_SUCH_PATH = "There is nothing here that takes requests; there are /draw and /compare: see /gradio_api/info."
-NO_SUCH_ENDPOINT = "There is no such endpoint; there are /draw and /compare."
-NOT_FITTING = "The values of the request do not fit what it asks for; /gradio_api/info says what is accepted."
-TOO_LARGE = f"The request has more than {MAX_BODY} bytes, which is more than any picture needs."
-UNREAD = f"{MAX_UNREAD} requests of this session have results that nobody reads: read /gradio_api/queue/data first."
+UNKNOWN_PATH = "This path takes no requests. Endpoints are /draw and /compare, see /gradio_api/info."
+UNKNOWN_ENDPOINT = "This endpoint does not exist. Endpoints are /draw and /compare."
+INVALID_VALUES = "The values of the request are invalid; /gradio_api/info lists the accepted ones."
+TOO_LARGE = f"The request is too large; accepted: at most {MAX_BODY} bytes."
+UNREAD = f"{MAX_UNREAD} results of this session are unread: read /gradio_api/queue/data first."
 
 
 class Page(gr.Blocks):
-    """A page that answers a sentence where gradio would print the objects it expects, or the name of a missing key."""
+    """gr.Blocks that answers invalid requests with a sentence; gradio answers with objects or a missing key."""
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         needed = len(block_fn.inputs)
         if len(inputs) < needed:
-            raise gr.Error(f"{len(inputs)} values came; {needed} are needed.", print_exception=False)
+            raise gr.Error(f"`data` has {len(inputs)} values; accepted: {needed}.", print_exception=False)
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             return await super().process_api(*args, **kwargs)
         except gr.Error as error:
-            error.print_exception = False  # the fault of the request, whose sender reads the sentence
+            error.print_exception = False  # the sender reads it
             raise
         except Exception as error:
             print_exception(error)
-            raise gr.Error(NOT_FITTING, print_exception=False) from None
+            raise gr.Error(INVALID_VALUES, print_exception=False) from None
 
 
 class RequestLimits:
-    """ASGI middleware that refuses a request, in a sentence, before gradio reads or keeps any of it.
+    """ASGI middleware that refuses invalid requests before gradio reads or keeps any of them.
 
     Args:
-        app: the application behind it.
-        page: the page that it serves; its functions are the ones that can be asked for.
+        app: wrapped application.
+        page: page that it serves.
     """
 
     def __init__(self, app: ASGIApp, page: gr.Blocks):
         self.app = app
         self.page = page
-        self._readers: Counter[str] = Counter()  # sessions -> open streams of results
-        self._unread: OrderedDict[str, int] = OrderedDict()  # sessions without one -> requests since
+        self._readers: Counter[str] = Counter()  # session -> open streams of results
+        self._unread: OrderedDict[str, int] = OrderedDict()  # session without a stream -> requests since the last one
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,14 +81,14 @@ class RequestLimits:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
             if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-                if path.startswith(NOT_READ):
-                    raise HTTPException(404, NO_SUCH_PATH)
-                await self._serve_reader(path, scope, receive, send)
+                if path.startswith(BLOCKED_PATHS):
+                    raise HTTPException(404, UNKNOWN_PATH)
+                await self._forward_get(path, scope, receive, send)
                 return
-            if not any(path == API + name or path.startswith(f"{API}{name}/") for name in POSTED):
-                raise HTTPException(404, NO_SUCH_PATH)
+            if not any(path == API + name or path.startswith(f"{API}{name}/") for name in POST_ROUTES):
+                raise HTTPException(404, UNKNOWN_PATH)
             body = await read_body(receive)
-            self._check(path.removeprefix(API).strip("/"), body)
+            self._check_body(path.removeprefix(API).strip("/"), body)
         except HTTPException as error:
             await JSONResponse({"detail": error.detail}, error.status_code)(scope, receive, send)
             return
@@ -103,13 +103,17 @@ class RequestLimits:
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 500:
-                message["status"] = 400  # `run` answers its sentences so; they tell of the request, not of the server
+                message["status"] = 400  # `run` answers invalid requests with 500
             await send(message)
 
         await self.app(scope, receive_again, send_on if path.startswith((f"{API}run/", f"{API}api/")) else send)
 
-    def _check(self, path: str, body: bytes) -> None:
-        """Raise `HTTPException` for a body that gradio would keep, or fail on."""
+    def _check_body(self, path: str, body: bytes) -> None:
+        """Refuse a body that gradio would keep, or fail on.
+
+        Raises:
+            HTTPException: with a sentence.
+        """
         try:
             values = json.loads(body)
         except (ValueError, RecursionError):
@@ -119,16 +123,16 @@ class RequestLimits:
         index = values.get("fn_index")
         function = self.page.fns.get(index) if type(index) is int else None
         if (index is not None or path in ("queue/join", "cancel")) and function is None:
-            raise HTTPException(404, "The page has no such function: `fn_index` is unknown. Reload the page.")
+            raise HTTPException(404, "`fn_index` is not a function of this page. Reload the page.")
         if function is not None and path != "cancel" and function.fn is None:
-            raise HTTPException(404, "This function of the page runs in the browser: `fn_index` is another.")
+            raise HTTPException(404, "`fn_index` is a function that runs in the browser only.")
         session = values.get("session_hash")
-        if session is not None and path.startswith("call/"):  # who calls reads by the event, not by a session
-            raise HTTPException(400, "A call takes no `session_hash`: leave it out.")
+        if session is not None and path.startswith("call/"):  # results are read by event id, not by session
+            raise HTTPException(400, "`session_hash` is not accepted here: leave it out.")
         if session is not None and not (
-            isinstance(session, str) and session.isascii() and 0 < len(session) <= MAX_SESSION_NAME
+            isinstance(session, str) and session.isascii() and 0 < len(session) <= MAX_SESSION_HASH
         ):
-            raise HTTPException(400, f"`session_hash` is not a text of 1 to {MAX_SESSION_NAME} ASCII characters.")
+            raise HTTPException(400, f"`session_hash` is invalid; accepted: 1 to {MAX_SESSION_HASH} ASCII characters.")
         if path == "queue/join" and session is not None and not self._readers[session]:
             unread = self._unread.pop(session, 0)
             self._unread[session] = min(unread + 1, MAX_UNREAD)
@@ -137,8 +141,8 @@ class RequestLimits:
             if unread >= MAX_UNREAD:
                 raise HTTPException(429, UNREAD)
 
-    async def _serve_reader(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; note the session whose results it reads while it does."""
+    async def _forward_get(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a GET request; count it as a reader of its session while it runs."""
         session = None
         if path.rstrip("/") == f"{API}queue/data":
             session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
@@ -156,16 +160,16 @@ class RequestLimits:
 
 
 async def read_body(receive: Receive) -> bytes:
-    """Return the body of a request, whatever length it states.
+    """Read the body of a request; its Content-Length is not trusted.
 
     Raises:
-        HTTPException: it has more than `MAX_BODY` bytes (the rest is read and dropped), or the sender went away.
+        HTTPException: if the body has more than `MAX_BODY` bytes, or the sender disconnects.
     """
     parts, size, more = [], 0, True
     while more and size <= MAX_DISCARDED:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise HTTPException(400, "The sender went away.")
+            raise HTTPException(400, "The client disconnected.")
         part, more = message.get("body", b""), message.get("more_body", False)
         size += len(part)
         if size > MAX_BODY:
@@ -177,21 +181,27 @@ async def read_body(receive: Receive) -> bytes:
     return b"".join(parts)
 
 
-async def no_such_endpoint(request: Request, error: Exception) -> JSONResponse:
-    """Answer an unknown name, which would be an error inside the server, 500."""
-    return JSONResponse({"detail": NO_SUCH_ENDPOINT}, status_code=404)
+async def answer_unknown_endpoint(request: Request, error: Exception) -> JSONResponse:
+    """Answer 404; gradio answers 500."""
+    return JSONResponse({"detail": UNKNOWN_ENDPOINT}, status_code=404)
 
 
-async def not_fitting(request: Request, error: Exception) -> JSONResponse:
-    """Answer a request on which a route of gradio failed before it reached a function."""
+async def answer_invalid_values(request: Request, error: Exception) -> JSONResponse:
+    """Answer 400 where a route of gradio fails before it calls a function."""
     if not isinstance(error, RequestValidationError):
         print_exception(error)
-    return JSONResponse({"detail": NOT_FITTING}, status_code=400)
+    return JSONResponse({"detail": INVALID_VALUES}, status_code=400)
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Serve a page: no file outside of it can be read, nothing can be uploaded, no history is kept."""
-    unfit = (RequestValidationError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+    """Serve a page without access to other files, uploads, history and monitoring.
+
+    Args:
+        page: page to serve.
+        options: passed to gr.Blocks.launch.
+    """
+    value_errors = (RequestValidationError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+    handlers = {FnIndexInferError: answer_unknown_endpoint, **dict.fromkeys(value_errors, answer_invalid_values)}
     return page.launch(
         theme=THEME,
         css=CSS,
@@ -201,10 +211,10 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         ssr_mode=False,
         show_error=True,
         enable_monitoring=False,
-        state_session_capacity=300,  # a program makes a new session with each request
+        state_session_capacity=300,  # gradio's client makes a session per request
         footer_links=["api"],
         app_kwargs={
-            "exception_handlers": {FnIndexInferError: no_such_endpoint, **dict.fromkeys(unfit, not_fitting)},
+            "exception_handlers": handlers,
             "middleware": [Middleware(RequestLimits, page=page)],
         },
         **options,

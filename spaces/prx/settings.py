@@ -1,7 +1,7 @@
-"""What one picture is asked for with, its limits, and the link that asks for it again.
+"""Requests for pictures: their fields, limits and links.
 
-The page's controls have the same limits, but the page is only one of those who ask: everything that comes in, from the
-page, a link or a program, goes through `check_request`, and what it does not accept is one sentence to a person.
+`parse_request` checks every request, whether the page, a link or a program sends it. The controls of the page have the
+same limits.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,19 +16,19 @@ MAX_GUIDANCE = 15.0
 MAX_SEED = 2**31 - 1
 MAX_LORA_WEIGHT = 2.0
 
-# The three presets of `PRXPipeline`, with their steps; but for "fast" the solver is the one the model was saved with.
+# presets of `PRXPipeline` -> their steps; "fast" has its own solver, the others use the model's
 PRESETS = {"exact": 28, "fast": 9, "fastest": 7}
 NO_LORA = "none"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is drawn. Images after the first have the seeds after `seed`, so that each can be drawn alone."""
+    """Settings of one call. Image i is drawn with seed + i, so that each can be drawn again alone."""
 
     prompt: str
     negative_prompt: str
     model: str
-    size: str  # "width x height", as `size_name` writes it
+    size: str  # "width x height", see `format_size`
     preset: str
     steps: int
     guidance_scale: float
@@ -46,38 +46,38 @@ class Request:
     def seeds(self) -> list[int]:
         return [(self.seed + image) % (MAX_SEED + 1) for image in range(self.images)]
 
-    def of_image(self, image: int) -> "Request":
-        """The request that draws one of the images by itself."""
+    def for_image(self, image: int) -> "Request":
+        """Return the request that draws only one of the images."""
         return replace(self, seed=self.seeds[image], images=1)
 
     def link(self) -> str:
-        """The query string that fills the page with this request."""
+        """Return the query string that fills the page with this request."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.lora == NO_LORA:
             del values["lora"], values["lora_weight"]
-        left_out = {"negative_prompt": "", "images": 1}
-        return "?" + urlencode({name: value for name, value in values.items() if left_out.get(name) != value})
+        defaults = {"negative_prompt": "", "images": 1}
+        return "?" + urlencode({name: value for name, value in values.items() if defaults.get(name) != value})
 
 
-def size_name(height: int, width: int) -> str:
+def format_size(height: int, width: int) -> str:
     return f"{width} x {height}"
 
 
-def check_request(values: Mapping[str, Any], sizes: Mapping[str, Collection[str]], loras: Collection[str]) -> Request:
-    """A request out of values that may be anything JSON can say.
+def parse_request(values: Mapping[str, Any], sizes: Mapping[str, Collection[str]], loras: Collection[str]) -> Request:
+    """Build a request from untrusted JSON values.
 
     Args:
-        values: by the names of `Request`'s fields. What is left out has that field's default, where it has one.
-        sizes: the models that can be asked for -> the sizes that each can draw.
-        loras: the LoRAs that can be asked for.
+        values: field of `Request` -> value; missing fields take the field's default.
+        sizes: name of each available model -> its sizes.
+        loras: names of the available LoRAs.
 
     Raises:
-        ValueError: a value that is not accepted, as a sentence that says what is. It repeats nothing but numbers and
-            short names of what came.
+        ValueError: for a value that is not accepted, with the accepted ones. The message repeats at most 40 characters
+            of the value.
     """
     prompt = _text("The prompt", values.get("prompt"))
     if not prompt.strip():
-        raise ValueError("There is no prompt yet: write what the picture should show.")
+        raise ValueError("The prompt is empty: describe what the picture should show.")
     model = _choice("Model", values.get("model"), sizes)
     return Request(
         prompt=prompt,
@@ -85,71 +85,67 @@ def check_request(values: Mapping[str, Any], sizes: Mapping[str, Collection[str]
         model=model,
         size=_choice(f"Size (of {model})", values.get("size"), sizes[model]),
         preset=_choice("Preset", values.get("preset"), PRESETS),
-        steps=_whole("Steps", values.get("steps"), 1, MAX_STEPS),
+        steps=_integer("Steps", values.get("steps"), 1, MAX_STEPS),
         guidance_scale=_number("Guidance", values.get("guidance_scale"), 1.0, MAX_GUIDANCE),
-        seed=_whole("Seed", values.get("seed"), 0, MAX_SEED),
-        images=_whole("Number of images", values.get("images", 1), 1, MAX_IMAGES),
+        seed=_integer("Seed", values.get("seed"), 0, MAX_SEED),
+        images=_integer("Number of images", values.get("images", 1), 1, MAX_IMAGES),
         lora=_choice("LoRA", values.get("lora") or NO_LORA, [NO_LORA, *loras]),
         lora_weight=_number("LoRA weight", values.get("lora_weight", 1.0), 0.0, MAX_LORA_WEIGHT),
     )
 
 
 def read_link(query: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a link asks for, not checked yet; what it does not name is as in `defaults`."""
+    """Return the unchecked values of a link's query string over `defaults`."""
     values = dict(defaults)
     for name in query:
         if name in ("steps", "seed", "images", "guidance_scale", "lora_weight"):
-            values[name] = _as_number(query[name])
+            values[name] = _number_or_text(query[name])
         elif name in values:
             values[name] = query[name]
     return values
 
 
-def _as_number(text: str) -> Any:
-    """What `check_request` can judge: a number where the text is one."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _number_or_text(text: str) -> int | float | str:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: short, and of one line."""
+def _short_repr(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} has to be a text.")
+        raise ValueError(f"{name} is {_short_repr(value)}; accepted: text.")
     if len(value) > MAX_PROMPT:
-        raise ValueError(f"{name} has {len(value)} characters; at most {MAX_PROMPT} are accepted.")
+        raise ValueError(f"{name} has {len(value)} characters; accepted: at most {MAX_PROMPT}.")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has characters that are no text (halves of surrogate pairs).") from None
+        raise ValueError(f"{name} contains half of a surrogate pair; accepted: Unicode text.") from None
     return value
 
 
 def _choice(name: str, value: Any, accepted: Collection[str]) -> str:
     if not isinstance(value, str) or value not in accepted:
-        raise ValueError(f"{name}: {_shown(value)} is not there; accepted: {', '.join(accepted) or 'nothing'}.")
+        raise ValueError(f"{name} is {_short_repr(value)}; accepted: {', '.join(accepted) or 'nothing'}.")
     return value
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # nor NaN
-        raise ValueError(f"{name}: {_shown(value)} came; a number from {low:g} to {high:g} is accepted.")
+    if not number or not low <= value <= high:  # false for NaN too
+        raise ValueError(f"{name} is {_short_repr(value)}; accepted: numbers from {low:g} to {high:g}.")
     return float(value)
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
+def _integer(name: str, value: Any, low: int, high: int) -> int:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or value != int(value):  # nor NaN; the page sends 3.0 for 3
-        raise ValueError(f"{name}: {_shown(value)} came; a whole number from {low} to {high} is accepted.")
+    if not number or not low <= value <= high or value != int(value):  # the page sends 3.0 for 3
+        raise ValueError(f"{name} is {_short_repr(value)}; accepted: whole numbers from {low} to {high}.")
     return int(value)

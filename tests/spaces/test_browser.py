@@ -1,4 +1,4 @@
-"""The page in a real browser: type, draw, watch, stop, change the model, compare, open a link again, on a phone."""
+"""The page in a real browser: type, draw, watch, stop, change the model, compare, open a link, on a phone."""
 
 import io
 import re
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from space_tools import counted, rests
+from space_tools import becomes_idle, count_calls
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 pytest.importorskip("playwright", reason="playwright is not installed: pip install -e '.[dev]'")
@@ -28,9 +28,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed: apt-get install chromium")
 
 PHONE = {"width": 390, "height": 844}
-SECONDS = 60_000  # milliseconds that an expectation waits at most
+TIMEOUT = 60_000  # milliseconds
 
-# How WCAG 2 measures the contrast of two colors, and what is behind an element.
+# contrast of two colors by WCAG 2, and the color behind an element
 CONTRAST = """
     const numbers = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
     const light = rgb => rgb.slice(0, 3).map(v => v / 255)
@@ -47,7 +47,7 @@ CONTRAST = """
         const [a, b] = [one, other].map(light);
         return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     };"""
-# Texts of less contrast to what is behind them than WCAG 2 asks of normal text, 4.5.
+# texts below the contrast of 4.5 that WCAG 2 asks for normal text
 LOW_CONTRAST = (
     "() => {"
     + CONTRAST
@@ -62,8 +62,8 @@ LOW_CONTRAST = (
     return low;
 }"""
 )
-# What can have the focus, and the contrast of its ring to what is around it.
-RINGS = (
+# focusable elements, and the contrast of their focus ring
+FOCUS_RINGS = (
     "() => {"
     + CONTRAST
     + """
@@ -78,7 +78,7 @@ RINGS = (
     return rings;
 }"""
 )
-NAMELESS = """() => [...document.querySelectorAll("input, textarea, select, button")]
+UNLABELED = """() => [...document.querySelectorAll("input, textarea, select, button")]
     .filter(e => e.checkVisibility())
     .filter(e => ![e.ariaLabel, e.title, e.innerText, e.getAttribute("aria-labelledby"),
         ...[...(e.labels || [])].map(label => label.innerText)].some(name => name && name.trim()))
@@ -95,22 +95,19 @@ def browser():
 
 @contextmanager
 def opened(cache, browser, colors: str = "light"):
-    """The page in the browser of a system in light or dark mode.
-
-    At the end no error, and no address of another host, may have been seen.
-    """
-    models = {name: cache.models[name] for name in ("pixels", "latents")}  # it opens on the first
+    """Serve a page and open it in light or dark mode; at the end, fail on errors and requests to other hosts."""
+    models = {name: cache.models[name] for name in ("pixels", "latents")}  # the page opens on the first
     served = app.build(models, cache)
     _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url, color_scheme=colors)
-    context.set_default_timeout(SECONDS)
-    trouble: list[str] = []
-    context.on("weberror", lambda error: trouble.append(str(error.error)))
-    context.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+    context.set_default_timeout(TIMEOUT)
+    problems: list[str] = []
+    context.on("weberror", lambda error: problems.append(str(error.error)))
+    context.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
     own = ("http://127.0.0.1", "http://localhost", "data:", "blob:")
-    context.on("request", lambda request: request.url.startswith(own) or trouble.append(request.url))
+    context.on("request", lambda request: request.url.startswith(own) or problems.append(request.url))
     yield context.new_page()
-    assert trouble == []
+    assert problems == []
     context.close()
     served.close()
 
@@ -127,44 +124,44 @@ def fill(page, prompt: str, steps: int) -> None:
     page.keyboard.press("Tab")
 
 
-def bytes_of(page) -> bytes:
-    """The file of the first picture in the gallery."""
+def picture_bytes(page) -> bytes:
+    """Return the file of the first picture in the gallery."""
     return page.request.get(page.locator(".gallery-container img").first.get_attribute("src")).body()
 
 
-def fits(page) -> bool:
+def fits_width(page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_the_whole_way(page, cache):
-    network = counted(cache, "pixels", 0.05)
+def test_a_whole_visit(page, cache):
+    transformer = count_calls(cache, "pixels", 0.05)
     page.goto("/")
     # type, draw with the keyboard, watch
     bad = "a red cat ${alert(1)} {{7*7}} <img src=x onerror=alert(2)>"
     fill(page, bad, 8)
     page.get_by_label("Prompt", exact=True).first.press("Enter")
-    expect(page.locator(".expected img")).to_be_visible(timeout=SECONDS)
-    expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+    expect(page.locator(".preview-image img")).to_be_visible(timeout=TIMEOUT)
+    expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
     expect(page.locator(".details td").first).to_have_text(bad)
     link = page.locator(".details a").get_attribute("href")
     picture = page.locator(".gallery-container img").first
     expect(picture).to_be_visible()
-    drawn = bytes_of(page)
-    for check in (LOW_CONTRAST, NAMELESS):
+    drawn = picture_bytes(page)
+    for check in (LOW_CONTRAST, UNLABELED):
         assert page.evaluate(check) == []
     # stop
     fill(page, "a blue dog", 50)
     page.get_by_role("button", name="Draw", exact=True).click()
-    expect(page.get_by_text(re.compile("Step [0-9]+ of 50"))).to_be_visible(timeout=SECONDS)
-    before = network.calls
+    expect(page.get_by_text(re.compile("Step [0-9]+ of 50"))).to_be_visible(timeout=TIMEOUT)
+    before = transformer.calls
     page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_text("Stopped.")).to_be_visible(timeout=SECONDS)
-    assert rests(network)
-    assert network.calls < before + 30
+    expect(page.get_by_text("Stopped.")).to_be_visible(timeout=TIMEOUT)
+    assert becomes_idle(transformer)
+    assert transformer.calls < before + 30
     # an error is a sentence
     fill(page, "", 2)
     page.get_by_role("button", name="Draw", exact=True).click()
-    expect(page.get_by_text("There is no prompt yet")).to_be_visible(timeout=SECONDS)
+    expect(page.get_by_text("The prompt is empty")).to_be_visible(timeout=TIMEOUT)
     # another model, the dice, an example
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="latents").click()
@@ -174,7 +171,7 @@ def test_the_whole_way(page, cache):
     expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green triangle"))
     fill(page, "a green triangle", 2)
     page.get_by_role("button", name="Draw", exact=True).click()
-    expect(page.locator(".details").get_by_text("latents", exact=True)).to_be_visible(timeout=SECONDS)
+    expect(page.locator(".details").get_by_text("latents", exact=True)).to_be_visible(timeout=TIMEOUT)
     # compare
     page.get_by_role("tab", name="Compare").click()
     panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
@@ -182,44 +179,44 @@ def test_the_whole_way(page, cache):
     for side in ("first", "second"):
         panel.get_by_label(f"number input for Steps ({side})").fill("2")
     panel.get_by_role("button", name="Compare").click()
-    expect(panel.get_by_text("Done.", exact=True)).to_be_visible(timeout=SECONDS)
-    expect(panel.locator(".expected img")).to_have_count(2)
+    expect(panel.get_by_text("Done.", exact=True)).to_be_visible(timeout=TIMEOUT)
+    expect(panel.locator(".preview-image img")).to_have_count(2)
     assert page.evaluate(LOW_CONTRAST) == []
-    # the link, on a phone: the same picture, and nothing to scroll sideways
+    # the link, on a phone: the same picture, no horizontal scrolling
     page.set_viewport_size(PHONE)
     page.goto("/" + link)
-    expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+    expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
     expect(page.locator(".details td").first).to_have_text(bad)
     assert page.locator(".details a").get_attribute("href") == link
-    assert bytes_of(page) == drawn
-    assert fits(page)
+    assert picture_bytes(page) == drawn
+    assert fits_width(page)
     page.get_by_role("tab", name="Compare").click()
-    assert fits(page)
+    assert fits_width(page)
 
 
 def luminance(color) -> float:
-    """WCAG 2's, of a color of 0 to 255."""
+    """Return the relative luminance of WCAG 2 of a color from 0 to 255."""
     linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in color[:3])]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("colors", ["light", "dark"])
-def test_all_can_be_seen_in_light_and_dark_mode(cache, browser, colors):
+def test_contrast_in_light_and_dark_mode(cache, browser, colors):
     with opened(cache, browser, colors) as page:
         page.goto("/")
-        page.add_style_tag(content="* { transition: none !important; }")  # no colors between two others
+        page.add_style_tag(content="* { transition: none !important; }")  # no intermediate colors
         fill(page, "a red cat", 2)
         page.get_by_role("button", name="Draw", exact=True).click()
-        expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
+        expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
         assert page.locator("body.dark").count() == (colors == "dark")
         assert page.evaluate(LOW_CONTRAST) == []
-        # the ring around what has the focus; after a key, or browsers draw none around buttons
+        # focus rings: browsers draw them around buttons after a key press only
         page.keyboard.press("Tab")
-        rings = page.evaluate(RINGS)
+        rings = page.evaluate(FOCUS_RINGS)
         assert len(rings) > 15
         assert {element: ratio for element, ratio in rings.items() if ratio < 3} == {}
-        # the bar, as it is painted: the two colors there is most of
-        bar = page_parts.progress(Update(1, 2, 0.0))
+        # the painted bar: its two most frequent colors
+        bar = page_parts.progress_bar(Update(1, 2, 0.0))
         page.locator(".progress .prose").first.evaluate("(element, bar) => { element.innerHTML = bar }", bar)
         painted = Image.open(io.BytesIO(page.locator("progress").first.screenshot())).convert("RGB")
         most = sorted(painted.getcolors(2**16), reverse=True)[:2]
@@ -231,7 +228,7 @@ def test_all_can_be_seen_in_light_and_dark_mode(cache, browser, colors):
         assert page.evaluate(LOW_CONTRAST) == []
 
 
-def test_a_lora_is_chosen_and_weighed(cache, browser, tmp_path):
+def test_lora_and_weight_controls_work(cache, browser, tmp_path):
     layer = tiny.transformer(**tiny.PIXEL_SETTINGS).blocks[0].up_proj
     parts = {"lora_A": torch.full((1, layer.in_features), 0.5), "lora_B": torch.full((layer.out_features, 1), 0.5)}
     layers = {f"blocks.0.up_proj.{part}.weight": value for part, value in parts.items()}
@@ -247,10 +244,10 @@ def test_a_lora_is_chosen_and_weighed(cache, browser, tmp_path):
             page.get_by_label(re.compile("^number input for LoRA weight")).first.fill(weight)
             page.keyboard.press("Tab")
             page.get_by_role("button", name="Draw", exact=True).click()
-            expect(page.get_by_text("Done in").first).to_be_visible(timeout=SECONDS)
-            told = [] if lora == "none" else [f"style, weight {weight}"]
-            expect(page.locator(".details tr").filter(has_text="LoRA").locator("td")).to_have_text(told)
-            return bytes_of(page)
+            expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
+            expected = [] if lora == "none" else [f"style, weight {weight}"]
+            expect(page.locator(".details tr").filter(has_text="LoRA").locator("td")).to_have_text(expected)
+            return picture_bytes(page)
 
         without = draw("none", "1")
         assert draw("style", "1") != without

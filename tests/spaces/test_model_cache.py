@@ -1,4 +1,4 @@
-"""Which models can be asked for, what they can draw, and how many stay in memory."""
+"""Finding models and LoRAs, and keeping them in memory."""
 
 import json
 import threading
@@ -14,18 +14,18 @@ import model_cache
 from model_cache import ModelCache, find_loras, find_models
 from settings import NO_LORA
 
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 
 def write_index(folder, **entries):
     folder.mkdir(parents=True)
-    for part in PARTS:
-        (folder / part).mkdir()
-    index = {"_class_name": "PRXPipeline", **{part: ["library", "Class"] for part in PARTS}}
+    for component in COMPONENTS:
+        (folder / component).mkdir()
+    index = {"_class_name": "PRXPipeline", **{component: ["library", "Class"] for component in COMPONENTS}}
     (folder / "model_index.json").write_text(json.dumps(index | entries))
 
 
-def test_models_are_the_folders_with_a_pipeline(tmp_path, monkeypatch, capsys):
+def test_folders_with_a_pipeline_are_models(tmp_path, monkeypatch, capsys):
     write_index(tmp_path / "runs" / "zoo", default_sample_size=32)
     write_index(tmp_path / "runs" / "quickstart", _class_name="PRXPixelPipeline", default_sample_size=512)
     write_index(tmp_path / "runs" / "other", _class_name="StableDiffusionPipeline")
@@ -35,8 +35,8 @@ def test_models_are_the_folders_with_a_pipeline(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PRX_MODELS", f"{tmp_path / 'runs'}:{tmp_path / 'one'}:{tmp_path / 'missing'}")
     models = find_models()
     assert list(models) == ["quickstart", "zoo", "one"]  # the page opens on the first
-    assert "Left out" in capsys.readouterr().out
-    assert models["zoo"].sizes == ("32 x 32",)  # no other size was in training
+    assert "Skipped" in capsys.readouterr().out
+    assert models["zoo"].sizes == ("32 x 32",)  # 32 has no resolution bins
     assert models["one"].default_size == "512 x 512"
     assert "704 x 352" in models["one"].sizes
     assert len(models["quickstart"].sizes) == len(RESOLUTION_BINS[512])
@@ -59,7 +59,7 @@ BROKEN = {
 }
 
 
-def test_broken_folders_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+def test_broken_folders_are_named_and_skipped(tmp_path, monkeypatch, capsys):
     for name, text in BROKEN.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(text)
@@ -70,13 +70,13 @@ def test_broken_folders_are_named_and_left_out(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PRX_MODELS", f"{tmp_path}:{tmp_path / 'file'}:{tmp_path / 'loop'}")
     assert list(find_models()) == ["good"]
-    told = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     for name in [*BROKEN, "binary", "loop", "file"]:
-        (line,) = (line for line in told if line.startswith(f"Left out {tmp_path / name}: "))
+        (line,) = (line for line in printed if line.startswith(f"Skipped {tmp_path / name}: "))
         assert len(line) < 500
         if name in ("null", "list", "text", "number", "nested"):
             assert "is not a JSON object" in line
-    assert "default_sample_size" in next(line for line in told if "side_list" in line)
+    assert "default_sample_size" in next(line for line in printed if "side_list" in line)
 
 
 def test_home_and_variables_are_expanded(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_home_and_variables_are_expanded(tmp_path, monkeypatch):
         assert list(find_models()) == ["good"]
 
 
-def test_without_a_setting_the_repositorys_own_folders_are_searched(tmp_path, monkeypatch):
+def test_folders_of_the_repository_are_the_default(tmp_path, monkeypatch):
     monkeypatch.delenv("PRX_MODELS", raising=False)
     monkeypatch.delenv("PRX_HUB_MODELS", raising=False)
     monkeypatch.setattr(model_cache, "REPOSITORY", tmp_path)
@@ -101,37 +101,37 @@ def test_without_a_setting_the_repositorys_own_folders_are_searched(tmp_path, mo
     assert list(find_models()) == ["quickstart", "prx-scenes-small", "another"]
 
 
-def test_the_space_can_be_a_folder_of_the_root():
-    """As in a container: /app has one folder above it."""
+def test_the_space_runs_from_a_folder_in_the_root():
+    """As /app in a container."""
     source = Path(model_cache.__file__).read_text()
     names = {"__name__": "model_cache", "__file__": "/app/model_cache.py"}
     exec(compile(source, "/app/model_cache.py", "exec"), names)
     assert names["REPOSITORY"] == Path("/")
 
 
-@pytest.mark.parametrize("stated", [None, 5, "transformer", [], ["library"], [None, None], {"library": "Class"}])
-def test_pipelines_without_a_part_are_named_and_left_out(tmp_path, monkeypatch, capsys, stated):
-    for part in PARTS:
-        write_index(tmp_path / f"bad_{part}", **{part: stated})
-        write_index(tmp_path / f"cut_{part}")
-        (tmp_path / f"cut_{part}" / part).rmdir()
+@pytest.mark.parametrize("entry", [None, 5, "transformer", [], ["library"], [None, None], {"library": "Class"}])
+def test_pipelines_without_a_component_are_named_and_skipped(tmp_path, monkeypatch, capsys, entry):
+    for component in COMPONENTS:
+        write_index(tmp_path / f"bad_{component}", **{component: entry})
+        write_index(tmp_path / f"cut_{component}")
+        (tmp_path / f"cut_{component}" / component).rmdir()
     write_index(tmp_path / "pixels", _class_name="PRXPixelPipeline", vae=None)
     monkeypatch.setenv("PRX_MODELS", str(tmp_path))
     assert list(find_models()) == ["pixels"]
-    told = capsys.readouterr().out
-    for part in PARTS:
-        assert f"bad_{part}: model_index.json states `{part}` " in told
-        assert f"cut_{part}: There is no folder {part}" in told
+    printed = capsys.readouterr().out
+    for component in COMPONENTS:
+        assert f"bad_{component}: `{component}` in model_index.json is " in printed
+        assert f"cut_{component}: model_index.json lists {component}" in printed
 
 
-def test_a_model_on_the_hub_that_does_not_answer_is_left_out(monkeypatch, capsys):
+def test_an_unreachable_hub_model_is_skipped(monkeypatch, capsys):
     monkeypatch.setenv("PRX_MODELS", "")
     monkeypatch.setenv("PRX_HUB_MODELS", "nobody/nothing, ")
     assert find_models() == {}
-    assert "Left out nobody/nothing" in capsys.readouterr().out
+    assert "Skipped nobody/nothing" in capsys.readouterr().out
 
 
-def test_least_recently_used_makes_room(cache):
+def test_the_least_recently_used_pipeline_is_evicted(cache):
     small = ModelCache(cache.models, {}, capacity=1)
     pixels, _ = small.get("pixels")
     assert small.get("pixels")[0] is pixels
@@ -139,24 +139,24 @@ def test_least_recently_used_makes_room(cache):
     assert small.get("pixels")[0] is not pixels
 
 
-def test_a_model_is_loaded_once_for_many_who_ask(cache):
-    got = []
+def test_concurrent_requests_load_a_model_once(cache):
+    pipelines = []
     start = threading.Barrier(4)
 
-    def person():
+    def request_model():
         start.wait()
-        got.append(cache.get("pixels")[0])
+        pipelines.append(cache.get("pixels")[0])
 
-    threads = [threading.Thread(target=person) for _ in range(4)]
+    threads = [threading.Thread(target=request_model) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(got) == 4
-    assert len({id(pipeline) for pipeline in got}) == 1
+    assert len(pipelines) == 4
+    assert len({id(pipeline) for pipeline in pipelines}) == 1
 
 
-def test_requests_without_a_lora_do_not_wait(cache):
+def test_requests_without_a_lora_share_a_pipeline(cache):
     stop = threading.Event()
     with cache.lend("pixels", NO_LORA, 1.0, stop) as one, cache.lend("pixels", NO_LORA, 1.0, stop) as two:
         assert one is two
