@@ -1,9 +1,12 @@
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
@@ -349,6 +352,62 @@ def test_alignment_reaches_the_autoencoder(teacher_folder, tmp_path):
     assert not torch.equal(weights[0]["encoder.conv_in.weight"], weights[1]["encoder.conv_in.weight"])
 
 
+def pictures(folder: Path) -> Path:
+    """A folder of parquet files with two splits that `datasets` knows by their README.md, of 48 x 32 pixels."""
+    folder.mkdir()
+    scenes = ScenesDataset(seed=5, size=40)
+    for split, indices in (("train", range(30)), ("kept", range(30, 40))):
+        images = [{"bytes": to_png(scenes[index]["image"].resize((48, 32)))} for index in indices]
+        pq.write_table(pa.table({"picture": images}), folder / f"{split}-0.parquet")
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in ("train", "kept"):
+        lines += [f"  - split: {split}", f"    path: {split}-*.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+def to_png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_autoencoder_learns_on_your_pictures(tmp_path):
+    """The PSNR is that of the pictures of the split, cut to squares, one by one."""
+    data = pictures(tmp_path / "data")
+    flags = ("--dataset_name", str(data), "--image_column", "picture", "--eval_splits", "kept", "--steps", "6")
+    folder = train_vae(tmp_path / "vae", "dc", *flags)
+    report = json.loads((folder / "training.json").read_text())
+    vae = AutoencoderDC.from_pretrained(folder).eval()
+    values = []
+    for row in pq.read_table(data / "kept-0.parquet").to_pylist():
+        image = np.asarray(Image.open(io.BytesIO(row["picture"]["bytes"])))[:, 8:40] / 255
+        pixels = torch.from_numpy(image).float().permute(2, 0, 1)[None] * 2 - 1
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(pixels).latent).sample
+        decoded = (decoded[0].permute(1, 2, 0).double().numpy() + 1) / 2
+        values.append(-10 * np.log10(np.mean((np.clip(decoded, 0, 1) - image) ** 2)))
+    assert report["psnr"] == {"kept": pytest.approx(np.mean(values), abs=1e-3)}
+
+
+def test_split_that_is_missing_is_named_before_the_training(tmp_path):
+    data = pictures(tmp_path / "data")
+    with pytest.raises(SystemExit, match="other"):
+        train_vae(tmp_path / "vae", "dc", "--dataset_name", str(data), "--image_column", "picture",
+                  "--eval_splits", "other", "--steps", "100000")  # fmt: skip
+    assert not (tmp_path / "vae").exists()
+
+
+def test_perceptual_loss_reaches_the_autoencoder(teacher_folder, tmp_path):
+    weights = []
+    for weight in ("0", "1"):
+        flags = ("--perceptual_network", str(teacher_folder), "--perceptual_weight", weight, "--perceptual_size", "32")
+        weights.append(AutoencoderDC.from_pretrained(train_vae(tmp_path / weight, "dc", *flags)).state_dict())
+    plain = AutoencoderDC.from_pretrained(train_vae(tmp_path / "plain", "dc")).state_dict()
+    assert all(torch.equal(plain[name], value) for name, value in weights[0].items())
+    assert not torch.equal(weights[0]["decoder.conv_out.weight"], weights[1]["decoder.conv_out.weight"])
+
+
 # --- wrong use
 
 
@@ -393,6 +452,10 @@ def test_wrong_flags_of_the_teacher(flags, message, tmp_path, capsys):
         (["--kind", "dc", "--kl_weight", "0.1"], "--kl_weight needs --kind kl or flux2"),
         (["--kind", "kl", "--kl_weight", "-1"], "--kl_weight must be at least 0, got -1.0"),
         (["--kind", "kl", "--align_weight", "1"], "--align_weight needs --align_to"),
+        (["--kind", "kl", "--perceptual_size", "64"], "--perceptual_size needs --perceptual_network"),
+        (["--kind", "kl", "--layers_per_block", "0"], "--layers_per_block must be at least 1"),
+        (["--kind", "dc", "--layers_per_block", "0", "1"], "--layers_per_block must be at least 1"),
+        (["--kind", "kl", "--eval_splits", "x"], "--eval_splits is for --dataset_name"),
     ],
 )
 def test_wrong_flags_of_the_autoencoder(flags, message, tmp_path, capsys):
