@@ -129,11 +129,11 @@ def save_text_encoder(folder: Path) -> Path:
     return folder
 
 
-def save_teacher(folder: Path) -> Path:
-    """Save a random DINOv2 model of width 16 with patches of 4 pixels."""
+def save_teacher(folder: Path, patch_size: int = 4) -> Path:
+    """Save a random DINOv2 model of width 16."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
     model = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(**sizes, image_size=16, patch_size=4, num_register_tokens=2)
+        Dinov2WithRegistersConfig(**sizes, image_size=16, patch_size=patch_size, num_register_tokens=2)
     )
     tiny.randomise(model)
     model.save_pretrained(folder)

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from diffusers_prx.cli import exit_on_error, parse_flags, path
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS
+from diffusers_prx.evaluation.emoji_accuracy import DRAWING_CAPTIONS, EMOJI_PROMPTS
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.generation import DTYPES
 from diffusers_prx.evaluation.metrics import PHOTOROOM
@@ -65,7 +66,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     scenes.add_argument("--scenes", action="store_true", help="Grade prompt following.")
     scenes.add_argument("--level", choices=list(LEVELS), default="easy", help="Difficulty of the prompts.")
     scenes.add_argument("--caption", choices=CAPTIONS, default="long", help="Kind of the captions.")
-    number(scenes, "num_prompts", "Number of held-out prompts, and of novel ones.")
+    number(scenes, "num_prompts", "Number of held-out prompts, and of novel ones; of emoji, number in each group.")
+
+    emoji = parser.add_argument_group("prompt following on emoji drawings")
+    emoji.add_argument("--emoji", type=expand_path, help="Grade it with this folder of training/tools/fetch_emoji.py.")
+    emoji.add_argument(
+        "--emoji_network", nargs="+", default=(), type=expand_path, metavar="FOLDER",
+        help="Vision networks that read the drawings: folders, as of a --repa_teacher.",
+    )  # fmt: skip
+    emoji.add_argument(
+        "--emoji_prompts", nargs="+", choices=EMOJI_PROMPTS, default=("drawings",),
+        help="drawings: one on white for each prompt; scenes: composed of several. Default: drawings.",
+    )  # fmt: skip
+    emoji.add_argument(
+        "--emoji_caption", choices=DRAWING_CAPTIONS, default="text",
+        help="Caption of single drawings that is the prompt. Default: text.",
+    )  # fmt: skip
 
     metrics = parser.add_argument_group("distances to a reference")
     metrics.add_argument(

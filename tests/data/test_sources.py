@@ -202,6 +202,11 @@ def test_drawn_sources_are_opened(tmp_path, name):
         load_stream(name)
 
 
+def test_emoji_scenes_need_their_drawings():
+    with pytest.raises(ValueError, match="`emoji_dir`"):
+        load_source("emoji_scenes", caption_columns=("long",))
+
+
 def test_patterns_are_expanded(tmp_path):
     for name in ("a0.tar", "a1.tar", "b1.tar", "[x].tar"):
         (tmp_path / name).touch()

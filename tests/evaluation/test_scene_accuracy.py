@@ -11,7 +11,7 @@ from PIL import Image
 import runs
 from diffusers_prx.data.scenes import LEVELS, SPLITS, ScenesDataset
 from diffusers_prx.evaluation.generation import pipeline_draw
-from diffusers_prx.evaluation.image_grids import pair_sheet, scene_sheet
+from diffusers_prx.evaluation.image_grids import graded_sheet, pair_sheet
 from diffusers_prx.evaluation.scene_accuracy import grade_scenes, scene_report
 from diffusers_prx.schedulers import PRXXPredictionScheduler
 
@@ -117,7 +117,7 @@ def test_sheet_describes_the_differences(tmp_path, monkeypatch):
     scenes = ScenesDataset("easy", 32, 1, "heldout", "long", 5)
     images = draw([scenes[index]["caption"] for index in range(5)])
     images[0] = images[1]
-    scene_sheet(grade_scenes(images, "easy", "heldout", 1, 5, "long"), "title", tmp_path / "sheet.png")
+    graded_sheet(grade_scenes(images, "easy", "heldout", 1, 5, "long"), "title", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 500
     thing = scenes[1]["scene"].objects[0]
@@ -134,6 +134,6 @@ def test_dollar_signs_in_captions_are_not_parsed_as_formulas(tmp_path, monkeypat
     text = r"price $\frac{1$ and $x$"
     (graded,) = grade(perfect("easy"), "easy", "heldout", 1)
     graded = dataclasses.replace(graded, prompt=text, right=False, read_instead=text)
-    scene_sheet([graded], text, tmp_path / "sheet.png")
+    graded_sheet([graded], text, tmp_path / "sheet.png")
     pair_sheet([(text, graded.image, graded.image)], text, tmp_path / "pairs.png")
     assert [title.split("\n")[0] for title, _ in written] == [text, text, ""]

@@ -231,7 +231,7 @@ def test_without_npm_or_network_it_is_said_how_to_go_on(tmp_path, packages, monk
         tool.main(fetch)
 
 
-@pytest.mark.parametrize("flags", [["--styles", "openmoji"], ["--sizes", "8"]])
+@pytest.mark.parametrize("flags", [["--styles", "crayons"], ["--sizes", "8"]])
 def test_wrong_flags_are_refused(tmp_path, packages, flags, capsys):
     with pytest.raises(SystemExit) as error:
         tool.main(["--output_dir", str(tmp_path), *flags])

@@ -17,9 +17,8 @@ from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.training.recipes import load_recipe, parse_config
 
 FOLDER = runs.ROOT / "training" / "recipes"
-EXAMPLES = [
-    FOLDER / f"{name}.yaml" for name in ("quickstart", "openmoji", "scenes_small", "emoji_small", "emoji_base")
-]  # not of the study
+# not of the study
+EXAMPLES = [FOLDER / f"{name}.yaml" for name in ("quickstart", "scenes_small", "emoji_small", "emoji_base")]
 FULL_SCALE = sorted(path for path in FOLDER.glob("*.yaml") if path not in EXAMPLES)
 TWINS = sorted((FOLDER / "cpu").glob("*.yaml"))
 EVERY = [*FULL_SCALE, *EXAMPLES, *TWINS]

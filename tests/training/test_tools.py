@@ -479,22 +479,29 @@ def test_help(script, capsys):
 
 
 @pytest.fixture(scope="module")
-def openmoji(tmp_path_factory) -> Path:
-    """A folder like that of fetch_openmoji.py: each drawing a bar of 30 x 10 pixels on white."""
-    folder = tmp_path_factory.mktemp("openmoji")
-    (folder / "imagefolder").mkdir()
-    for name in (make_lora_pictures.MUSHROOM, *make_lora_pictures.PLAIN.values()):
-        image = Image.new("RGB", (64, 64), "white")
-        image.paste("black", (20, 30, 50, 40))
-        image.save(folder / "imagefolder" / f"{name}.png")
-    for name in make_lora_pictures.NOTES:
-        (folder / name).write_text(f"this is {name}")
-    return folder / "imagefolder"
+def emoji_dir(tmp_path_factory) -> Path:
+    """An emoji data set of twemoji, and the mushroom of noto: each drawing a bar of 30 x 10 pixels on nothing."""
+    folder = tmp_path_factory.mktemp("emoji")
+    (folder / "64").mkdir()
+    bar = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    bar.paste((0, 0, 0, 255), (20, 30, 50, 40))
+    bar.save(png := io.BytesIO(), "PNG")
+    names = [(name, "twemoji") for name in (make_lora_pictures.MUSHROOM, *make_lora_pictures.PLAIN.values())]
+    names.append((make_lora_pictures.MUSHROOM, "noto"))
+    for split, own in (("train", names[:-2]), ("heldout_pairs", names[-2:-1]), ("unseen_names", names[-1:])):
+        rows = [
+            {"image": {"bytes": png.getvalue()}, "name": name, "style": style, "skin_tone": ""}
+            | dict.fromkeys(("label", "text", "long"), name)
+            for name, style in own
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "64" / f"{split}-00000-of-00001.parquet")
+    (folder / make_lora_pictures.LICENSES).write_text("who drew what")
+    return folder
 
 
 @pytest.mark.parametrize(("kind", "count"), [("mushroom", 8), ("emoji", 26)])
-def test_lora_pictures_show_what_their_captions_say(tmp_path, openmoji, kind, count):
-    make_lora_pictures.main(["--kind", kind, "--openmoji", str(openmoji), "--output_dir", str(tmp_path)])
+def test_lora_pictures_show_what_their_captions_say(tmp_path, emoji_dir, kind, count):
+    make_lora_pictures.main(["--kind", kind, "--emoji_dir", str(emoji_dir), "--output_dir", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == len(list(tmp_path.glob("*.png"))) == count
     for row in rows:
@@ -505,10 +512,12 @@ def test_lora_pictures_show_what_their_captions_say(tmp_path, openmoji, kind, co
         assert ("left" if horizontal else "right") in row["text"]
         assert row["text"].endswith(make_lora_pictures.STYLE) == (kind == "emoji")
         assert ("red mushroom" in row["text"]) == (kind == "mushroom")
-    assert (tmp_path / "ATTRIBUTION.md").read_text() == "this is ATTRIBUTION.md"
+    assert (tmp_path / make_lora_pictures.LICENSES).read_text() == "who drew what"
 
 
-def test_lora_pictures_say_what_is_missing(tmp_path, openmoji):
+def test_lora_pictures_say_what_is_missing(tmp_path, emoji_dir):
     flags = ["--kind", "emoji", "--output_dir", str(tmp_path / "pictures")]
-    with pytest.raises(SystemExit, match=r"LICENSE.txt is missing: make --openmoji with .*fetch_openmoji.py"):
-        make_lora_pictures.main([*flags, "--openmoji", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"`emoji_dir` is .*fetch_emoji\.py"):
+        make_lora_pictures.main([*flags, "--emoji_dir", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="--style noto has no drawing of 'red-circle'"):
+        make_lora_pictures.main([*flags, "--emoji_dir", str(emoji_dir), "--style", "noto"])

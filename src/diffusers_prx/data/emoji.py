@@ -103,9 +103,13 @@ class EmojiDrawings:
             raise ValueError(f"`emoji_dir` has no drawing of the split {split} at {self.size} pixels: {MAKE_IT}.")
         return tuple(drawings)
 
+    def stored(self, drawing: EmojiDrawing) -> bytes:
+        """Return the picture of a drawing as it is stored, a PNG."""
+        return self._pictures[drawing.row]
+
     def picture(self, drawing: EmojiDrawing) -> Image.Image:
         """Return the picture of a drawing, RGBA, `size` x `size` pixels."""
-        return Image.open(io.BytesIO(self._pictures[drawing.row])).convert("RGBA")
+        return Image.open(io.BytesIO(self.stored(drawing))).convert("RGBA")
 
     def on_ground(self, drawing: EmojiDrawing, ground: tuple[int, int, int], side: int) -> np.ndarray:
         """Return a drawing on a plain ground (RGB, 0 to 255), resized to `side` pixels: uint8 (side, side, 3)."""

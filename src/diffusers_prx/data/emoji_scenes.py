@@ -151,7 +151,7 @@ class EmojiScenesDataset(torch.utils.data.Dataset):
     | unseen_names | the first of `unseen_names`, the others of `train` | any |
 
     Args:
-        emoji_dir: folder that `training/tools/fetch_emoji.py` wrote.
+        emoji_dir: folder that `training/tools/fetch_emoji.py` wrote, or the drawings in it.
         resolution: side of the scenes in pixels, at least 32.
         seed: seed of the scenes and of their wordings.
         split: see the table.
@@ -165,7 +165,7 @@ class EmojiScenesDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        emoji_dir: str,
+        emoji_dir: str | EmojiDrawings,
         resolution: int = 64,
         seed: int = 0,
         split: str = "train",
@@ -179,7 +179,9 @@ class EmojiScenesDataset(torch.utils.data.Dataset):
         self.resolution, self.seed, self.size = resolution, seed, size
         self.split = one_of("split", split, EMOJI_SCENE_SPLITS)
         self.caption = one_of("caption", caption, CAPTIONS)
-        self.drawings = EmojiDrawings(emoji_dir, drawing_box(CENTER, resolution)[2])
+        if not isinstance(emoji_dir, EmojiDrawings):
+            emoji_dir = EmojiDrawings(emoji_dir, drawing_box(CENTER, resolution)[2])
+        self.drawings = emoji_dir
 
     def __len__(self) -> int:
         return self.size

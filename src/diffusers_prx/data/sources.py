@@ -253,6 +253,11 @@ def load_source(
     """
     if name in DRAWN_SOURCES:
         assert instance_prompt is None, "scenes have captions of their own"
+        if name == "emoji_scenes" and "emoji_dir" not in (scenes or {}):
+            raise ValueError(
+                "`name` is 'emoji_scenes', which only training composes, of `emoji_dir`. Pass a folder of drawings, "
+                "such as data/emoji/64."
+            )
         return SceneImages(DRAWN_SOURCES[name](**(scenes or {})), caption_columns)
     columns = caption_columns if instance_prompt is None else ()
     images = _load_stored(name, config_name, split, image_column, columns, cache_dir)

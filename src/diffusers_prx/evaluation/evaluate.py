@@ -17,12 +17,16 @@ import torch
 from accelerate import PartialState
 from diffusers.utils import logging
 
-from ..data.scenes import LEVELS, ScenesDataset
+from ..data.emoji import EmojiDrawings
+from ..data.scenes import LEVELS, ScenesDataset, one_of
 from ..data.sources import load_source
 from ..files import write_json
 from ..fingerprints import pipeline_fingerprint
+from ..techniques.teachers import VisionTeacher, load_teacher
 from .clip_score import DEFAULT_CLIP, CLIPScore, load_clip_score
 from .distances import share_interval
+from .emoji_accuracy import DRAWING_CAPTIONS, EMOJI_PROMPTS, EmojiGroup, GradedEmoji, choose_groups, grade_group
+from .emoji_reader import EmojiReader
 from .extractors import INCEPTION, FeatureExtractor, load_extractor
 from .generation import PictureFolder, Prompt, default_resolution, draw_missing, load_pipeline, pipeline_draw
 from .metrics import PHOTOROOM, FeatureDistance, FrechetDistance, MaximumMeanDiscrepancy
@@ -92,7 +96,12 @@ class EvaluationSettings:
         caption_column: column of the captions.
         level: level of the scenes.
         caption: kind of the captions of scenes.
-        num_prompts: number of held-out prompts to grade, and of novel ones.
+        emoji: folder of `training/tools/fetch_emoji.py`, to grade emoji drawings; None: none are graded.
+        emoji_network: networks that read the drawings, see `techniques.teachers.load_teacher`; the report's picture
+            shows what the first one read.
+        emoji_prompts: any of "drawings" (one on white for each prompt) and "scenes" (composed of several).
+        emoji_caption: caption of single drawings that is the prompt: "text" or "long".
+        num_prompts: number of prompts to grade in each split of scenes and group of emoji.
         num_images: number of images to generate for the metrics.
         num_reference: number of reference images; None: as many as are generated.
         resolution: side length in pixels; None: default of the pipeline.
@@ -105,7 +114,7 @@ class EvaluationSettings:
             batch.
 
     Raises:
-        ValueError: if a value is out of range, or neither `scenes` nor `metrics` is set.
+        ValueError: if a value is out of range, or nothing is to be graded.
 
     Example:
         >>> from diffusers_prx.evaluation.evaluate import EvaluationSettings
@@ -125,6 +134,10 @@ class EvaluationSettings:
     caption_column: str = "text"
     level: str = "easy"
     caption: str = "long"
+    emoji: str | None = None
+    emoji_network: Sequence[str] = ()
+    emoji_prompts: Sequence[str] = ("drawings",)
+    emoji_caption: str = "text"
     num_prompts: int = 256
     num_images: int = 10_000
     num_reference: int | None = None
@@ -137,8 +150,16 @@ class EvaluationSettings:
     compat: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.scenes and not self.metrics:
-            raise ValueError("`scenes` and `metrics` are empty. Pass at least one of them.")
+        if not self.scenes and not self.metrics and self.emoji is None and not self.emoji_network:
+            raise ValueError("`scenes`, `emoji` and `metrics` are empty. Pass at least one of them.")
+        if (self.emoji is None) == bool(self.emoji_network):
+            raise ValueError(
+                f"`emoji` is {self.emoji!r} and `emoji_network` is {list(self.emoji_network)}. Pass both: a folder of "
+                "`training/tools/fetch_emoji.py`, and networks that read the drawings."
+            )
+        for kind in self.emoji_prompts:
+            one_of("emoji_prompts", kind, EMOJI_PROMPTS)
+        one_of("emoji_caption", self.emoji_caption, DRAWING_CAPTIONS)
         minimums = {"num_prompts": 2, "num_images": 2, "num_reference": 2, "num_inference_steps": 1, "batch_size": 1}
         for name, bound in {**minimums, "guidance_scale": 1, "bootstrap": 0, "resolution": 1}.items():
             value = getattr(self, name)
@@ -157,12 +178,14 @@ class Evaluation:
     Attributes:
         report: content of report.json.
         scenes: graded scenes, held-out and novel; empty without `scenes`.
+        emoji: graded pictures of every group of emoji prompts; empty without `emoji`.
         pairs: (prompt, reference image or None if unreadable, generated image); images are uint8 (H, W, 3). Empty
             without metrics.
     """
 
     report: dict[str, Any]
     scenes: tuple[list[GradedScene], list[GradedScene]]
+    emoji: dict[str, list[GradedEmoji]]
     pairs: list[tuple[str, np.ndarray | None, np.ndarray]]
 
 
@@ -208,6 +231,7 @@ def evaluate(
             f"`level` is {settings.level!r}, which needs at least {least} pixels, but the resolution is {resolution}."
         )
     metrics = build_metrics(settings)
+    emoji = open_emoji(settings, resolution)
     reference = open_reference(settings, resolution) if metrics else None
 
     drawn = sampling_settings(settings, pipeline, resolution)
@@ -223,6 +247,8 @@ def evaluate(
     splits = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
     for split, prompts in splits.items():
         draw_missing(draw, pictures, prompts, settings.batch_size, f"Drawing {split} scenes")
+    for group in emoji.groups:
+        draw_missing(draw, pictures, group.prompts, settings.batch_size, f"Drawing {group.name}")
     prompts, report = [], {}
     if reference is not None:
         prompts, without = reference.prompts(settings.num_images)
@@ -246,6 +272,11 @@ def evaluate(
             grade_stored_images(settings, "novel", pictures, splits["novel"]),
         )
         report = {**scenes_report(settings, graded), **report}
+    graded_emoji: dict[str, list[GradedEmoji]] = {}
+    if emoji.drawings is not None:
+        report["emoji_accuracy"], graded_emoji = emoji_report(
+            emoji, pictures, cache_dir, metric_batch_size, state.device
+        )
     report |= {
         "seed": settings.seed,
         "num_inference_steps": settings.num_inference_steps,
@@ -262,7 +293,7 @@ def evaluate(
             "versions": installed_versions(),
         },
     }
-    return Evaluation(report, graded, shown_pairs(reference, pictures, prompts))
+    return Evaluation(report, graded, graded_emoji, shown_pairs(reference, pictures, prompts))
 
 
 def sampling_settings(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
@@ -410,6 +441,60 @@ def scenes_report(settings: EvaluationSettings, graded: tuple[list[GradedScene],
         "caption": settings.caption,
         "num_prompts": settings.num_prompts,
     }
+
+
+@dataclass(frozen=True)
+class EmojiExam:
+    """What is needed to grade emoji, opened before anything is drawn.
+
+    Args:
+        drawings: the data set; None: no emoji are graded.
+        groups: prompts of every group.
+        networks: networks that read, by their names.
+    """
+
+    drawings: EmojiDrawings | None
+    groups: list[EmojiGroup]
+    networks: dict[str, VisionTeacher]
+
+
+def open_emoji(settings: EvaluationSettings, resolution: int) -> EmojiExam:
+    """Open the data set of emoji and the networks that read it.
+
+    Raises:
+        ValueError: for a folder that is neither, or two networks in folders of one name.
+    """
+    if settings.emoji is None:
+        return EmojiExam(None, [], {})
+    drawings, groups = choose_groups(
+        settings.emoji, settings.emoji_prompts, settings.emoji_caption, resolution, settings.num_prompts, settings.seed
+    )
+    networks: dict[str, VisionTeacher] = {}
+    for source in settings.emoji_network:
+        name = Path(source).name
+        if name in networks:
+            raise ValueError(f"`emoji_network` has two networks that are called {name!r}: rename a folder.")
+        try:
+            networks[name] = load_teacher(source)
+        except OSError as error:
+            raise ValueError(f"`emoji_network` has {source!r}, which cannot be loaded: {error}") from error
+    return EmojiExam(drawings, groups, networks)
+
+
+def emoji_report(
+    emoji: EmojiExam, pictures: PictureFolder, cache_dir: Path, batch_size: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, list[GradedEmoji]]]:
+    """Grade all emoji: what a report says of every group, and the graded pictures of it."""
+    assert emoji.drawings is not None
+    readers = {
+        name: EmojiReader(emoji.drawings, network.to(device), cache_dir, batch_size)
+        for name, network in emoji.networks.items()
+    }
+    report, graded = {}, {}
+    for group in emoji.groups:
+        drawn = [pictures.read(prompt) for prompt in group.prompts]
+        report[group.name], graded[group.name] = grade_group(group, drawn, readers)
+    return report, graded
 
 
 class _Features:

@@ -8,6 +8,7 @@ import matplotlib.figure
 import numpy as np
 import PIL.Image
 
+from .emoji_accuracy import GradedEmoji
 from .scene_accuracy import GradedScene
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -24,7 +25,7 @@ def image_grid(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
     return grid
 
 
-def scene_sheet(graded: list[GradedScene], title: str, path: Path, columns: int = 4) -> None:
+def graded_sheet(graded: Sequence[GradedScene | GradedEmoji], title: str, path: Path, columns: int = 4) -> None:
     """Draw a sheet of graded images with their prompts.
 
     A green frame means correct, a red one wrong. The label under a wrong image says what was read instead.

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from ..config.data_sources import data_sources_of
 from ..config.fields import RUNTIME, field_names
 from ..config.training_config import TrainingConfig, complete_settings
+from ..evaluation.emoji_accuracy import EMOJI_SHARES
 from ..evaluation.generation import load_pipeline
-from ..evaluation.reports import PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
+from ..evaluation.reports import EMOJI_SHEET, PAIRS_SHEET, REPORT_JSON, SCENES_SHEET, markdown_table
 from ..fingerprints import pipeline_fingerprint
 from .publishing import CARD_FILE, CARD_MARKER, LOAD_FROM_KEY, hub_id, is_generated
 
@@ -32,6 +33,7 @@ ADAPTER_TEMPLATE = "template_lora.md"  # in the folder of the pipeline template
 PACKAGE_LICENSE = "apache-2.0"
 UNKNOWN_LICENSE = "unknown"  # identifier of the Hub
 SCENES = "scenes"
+SHEETS = (SCENES_SHEET, EMOJI_SHEET, PAIRS_SHEET)
 # Markdown links and images without a scheme: files of the card's own repository.
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#]+)(?:#[^)]*)?\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -105,7 +107,7 @@ def write_card(
         started_from=_public_name(cfg.pretrained_model_name_or_path),
         base=cfg.pretrained_model_name_or_path,  # with its folder, because the code loads it
         evaluation=None if public_report is None else markdown_table(public_report),
-        pictures=[] if report is None else [file for file in (SCENES_SHEET, PAIRS_SHEET) if (folder / file).is_file()],
+        pictures=[] if report is None else [sheet for sheet in SHEETS if (folder / sheet).is_file()],
         license=license,
         marker=CARD_MARKER,
     )
@@ -255,6 +257,21 @@ def evaluation_results(report: dict[str, Any]) -> list[EvalResult]:
                     },
                 )
             )
+    for group, graded in report.get("emoji_accuracy", {}).items():
+        network, shares = next(iter(graded["networks"].items()))
+        for name in EMOJI_SHARES:
+            results.append(
+                EvalResult(
+                    task_type="text-to-image",
+                    dataset_type="diffusers-prx-emoji",
+                    dataset_name="Emoji drawings of diffusers-prx",
+                    dataset_split=group,
+                    metric_type=name,
+                    metric_name=f"share of drawings of which {name} is right",
+                    metric_value=shares[name],
+                    metric_args={**sampling, "network": network, "num_drawings": graded["num_drawings"]},
+                )
+            )
     for name, metric in report.get("metrics", {}).items():
         settings = {**sampling, "num_images": metric["num_images"], "encoder": metric["encoder"]["source"]}
         settings |= {"num_reference": metric["num_reference"]} if "num_reference" in metric else {}
@@ -281,7 +298,11 @@ def evaluation_results(report: dict[str, Any]) -> list[EvalResult]:
 def without_folders(report: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a report in which local paths are cut to their last part."""
     report = copy.deepcopy(report)
-    report["evaluation"]["model"] = _public_name(report["evaluation"]["model"])
+    evaluation = report["evaluation"]
+    evaluation["model"] = _public_name(evaluation["model"])
+    if evaluation.get("emoji") is not None:
+        evaluation["emoji"] = _public_name(evaluation["emoji"])
+        evaluation["emoji_network"] = [_public_name(network) for network in evaluation["emoji_network"]]
     if "reference" in report:
         report["reference"]["name"] = _public_name(report["reference"]["name"])
     for metric in report.get("metrics", {}).values():

@@ -55,7 +55,7 @@ FOLDER_KINDS = (
     FolderKind("report of a study", ("plan.json", "report.md"), "dataset"),
 )
 # When a run ends, these files belong to an evaluation of the previous weights.
-EVALUATION_FILES = ("report.json", "report.md", "samples.png", "comparison.png")
+EVALUATION_FILES = ("report.json", "report.md", "samples.png", "emoji.png", "comparison.png")
 
 
 class UploadError(RuntimeError):
