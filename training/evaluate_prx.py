@@ -84,11 +84,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
 
     metrics = parser.add_argument_group("distances to a reference")
-    metrics.add_argument(
-        "--metrics", nargs="+", default=(), metavar="METRIC", type=metric,
-        help="fid, cmmd, dino_mmd, clip_score; with another encoder (a folder, a Hub id, a .pth of Inception) "
-        "fid:ENCODER, mmd:ENCODER, clip_score:ENCODER.",
-    )  # fmt: skip
+    names = "fid, cmmd, dino_mmd, clip_score; with another encoder (a folder, a Hub id, a .pth of Inception) "
+    names += "fid:ENCODER, mmd:ENCODER, clip_score:ENCODER."
+    metrics.add_argument("--metrics", nargs="+", default=(), metavar="METRIC", type=metric, help=names)
     metrics.add_argument(
         "--reference",
         default="scenes",
@@ -127,10 +125,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with exit_on_error():
-        evaluation = evaluate(
-            args.settings, args.output_dir, args.cache_dir, args.metric_batch_size, args.num_workers,
-            commit_of_this_package(),
-        )  # fmt: skip
+        folders, loading = (args.output_dir, args.cache_dir), (args.metric_batch_size, args.num_workers)
+        evaluation = evaluate(args.settings, *folders, *loading, commit_of_this_package())
     if evaluation is None:  # not the main process
         return
     report = evaluation.report

@@ -27,10 +27,18 @@ MAX_DEPTH, MAX_ENTRIES = 64, 1_000_000
 
 # Classes in the index of a checkpoint folder. All of them are plain containers.
 _INDEX_CLASSES: tuple[Any, ...] = (
-    metadata.Metadata, metadata.StorageMeta, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata,
-    metadata.ChunkStorageMetadata, metadata.TensorProperties, metadata.MetadataIndex, metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo, torch.Size, OrderedDict,
-)  # fmt: skip
+    metadata.Metadata,
+    metadata.StorageMeta,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.TensorProperties,
+    metadata.MetadataIndex,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    torch.Size,
+    OrderedDict,
+)
 _INDEX_GLOBALS: dict[tuple[str, str], Any] = {
     **{(known.__module__, known.__qualname__): known for known in _INDEX_CLASSES},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},

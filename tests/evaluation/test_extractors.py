@@ -51,6 +51,7 @@ SIZES = {
 }
 REGISTERS = Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3)
 CONV = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+DINOV3 = DINOv3ViTConfig(**SIZES, num_register_tokens=4)
 CLIP_VISION = CLIPVisionConfig(**SIZES, projection_dim=24)
 SQUARE = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
 # name -> (class, configuration, processor of transformers, output that is the feature)
@@ -58,13 +59,10 @@ CASES = {
     "clip": (CLIPVisionModelWithProjection, CLIP_VISION, CLIPImageProcessor, lambda out: out.image_embeds),
     "dinov2": (Dinov2Model, Dinov2Config(**SIZES), BitImageProcessor, lambda out: out.pooler_output),
     "dinov2_registers": (Dinov2WithRegistersModel, REGISTERS, BitImageProcessor, lambda out: out.pooler_output),
-    "dinov3": (
-        DINOv3ViTModel, DINOv3ViTConfig(**SIZES, num_register_tokens=4), BitImageProcessor,
-        lambda out: out.pooler_output,
-    ),
+    "dinov3": (DINOv3ViTModel, DINOV3, BitImageProcessor, lambda out: out.pooler_output),
     "vit": (ViTModel, ViTConfig(**SIZES), BitImageProcessor, lambda out: out.last_hidden_state[:, 0]),
     "siglip": (SiglipVisionModel, SiglipVisionConfig(**SIZES), BitImageProcessor, lambda out: out.pooler_output),
-}  # fmt: skip
+}
 
 
 def saved(folder, case):
@@ -302,10 +300,8 @@ def test_clip_score_equals_the_cosine_of_the_model(clip):
         metric.update(images[part], captions[part])
     encoded = zoo.clip_tokenizer(max_length=24)(captions, padding=True, return_tensors="pt")
     with torch.no_grad():
-        output = model(
-            pixel_values=(images / 255 - metric.extractor.mean) / metric.extractor.std,
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"],
-        )  # fmt: skip
+        pixels = (images / 255 - metric.extractor.mean) / metric.extractor.std
+        output = model(encoded["input_ids"], pixels, encoded["attention_mask"])
     expected = 100 * (output.image_embeds * output.text_embeds).sum(-1).clamp(min=0)
     assert metric.compute().item() == pytest.approx(expected.mean().item(), abs=1e-3)
     details = metric.details(resamples=50)

@@ -30,11 +30,10 @@ def evaluate(folder: Path, *flags: str) -> dict:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Two steps from scratch on scenes, with the card that training writes."""
-    values = runs.settings(
-        tmp_path_factory.mktemp("trained") / "run", text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=300,
-        max_train_steps=2, validation_prompts=runs.CAPTIONS, validation_inference_steps=2, num_validation_samples=2,
-    )  # fmt: skip
-    return runs.train(values).output_dir
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    text = {"text_encoder_config": runs.TEXT_ENCODER, "tokenizer_vocab_size": 300}
+    validation = {"validation_inference_steps": 2, "num_validation_samples": 2, "validation_prompts": runs.CAPTIONS}
+    return runs.train(runs.settings(folder, max_train_steps=2, **text, **validation)).output_dir
 
 
 @pytest.fixture
@@ -87,10 +86,8 @@ def test_evaluation_is_added_to_the_card_with_its_settings(run):
     assert set(results) == {"scene_accuracy", "scene_accuracy_novel"}
     for name, result in results.items():
         assert result.metric_value == report[name]
-        assert result.metric_args == {
-            "resolution": 32, "num_inference_steps": 1, "guidance_scale": 2.0, "seed": 5, "num_prompts": 2,
-            "caption": "long",
-        }  # fmt: skip
+        sampling = {"resolution": 32, "num_inference_steps": 1, "guidance_scale": 2.0, "seed": 5}
+        assert result.metric_args == sampling | {"num_prompts": 2, "caption": "long"}
     assert results["scene_accuracy_novel"].dataset_split == "novel"
     assert f"| scene_accuracy | {report['scene_accuracy']:.4f} |" in card.text
     assert report["evaluation"]["drawn"]["pipeline_fingerprint"] in card.text
@@ -152,13 +149,13 @@ def test_card_of_the_user_is_kept(run, tmp_path):
 def test_pretrained_networks_are_named_and_the_license_is_unknown(run):
     """Local paths are not published."""
     record = json.loads((run / "training.json").read_text())
+    record["config"] |= {"text_encoder_config": {}, "transformer_config": {}, "caption_column": "long"}
+    record["config"] |= {"repa_weight": 0.5, "repa_teacher": str(run), "repa_block": 1, "dataset_name": None}
     record["config"] |= {
-        "pretrained_model_name_or_path": "Photoroom/prx-512-t2i", "text_encoder_config": {}, "transformer_config": {},
-        "dataset_name": None, "repa_weight": 0.5, "repa_teacher": str(run), "repa_block": 1,
+        "pretrained_model_name_or_path": "Photoroom/prx-512-t2i",
         "data_sources": [{"name": "me/photos", "weight": 2.0}, {"name": str(run / "tars"), "weight": 1.0}],
-        "caption_column": "long",
         "stages": [{"max_train_steps": 1}, {"max_train_steps": 1, "repa_weight": 0.0, "repa_teacher": None}],
-    }  # fmt: skip
+    }
     (run / "training.json").write_text(json.dumps(record))
     write_card(run, runs.CARD_TEMPLATE, load_from="me/prx")
     card = check_card(run / "README.md")

@@ -87,11 +87,10 @@ def trained(tmp_path_factory):
     """Runs with an invalid token, a read-only token, a foreign namespace, an upload that fails half-way and its
     repetition, which only exports; then `push_to_hub` of a pipeline, and the training of an adapter."""
     folder = tmp_path_factory.mktemp("trained")
-    values = runs.settings(
-        "unused", text_encoder_config=runs.TEXT_ENCODER, tokenizer_vocab_size=300, max_train_steps=2,
-        validation_prompts=runs.CAPTIONS, validation_inference_steps=2, num_validation_samples=2,
-        report_to="tensorboard", push_to_hub=True,
-    )  # fmt: skip
+    text = {"text_encoder_config": runs.TEXT_ENCODER, "tokenizer_vocab_size": 300}
+    validation = {"validation_inference_steps": 2, "num_validation_samples": 2, "validation_prompts": runs.CAPTIONS}
+    options = {"max_train_steps": 2, "report_to": "tensorboard", "push_to_hub": True}
+    values = runs.settings("unused", **text, **validation, **options)
     (folder / "recipe.yaml").write_text(json.dumps(values))
 
     def train(name: str, repo_id: str, token: str) -> tuple[str, list[str], str]:
@@ -101,11 +100,9 @@ def trained(tmp_path_factory):
     # not `run`: after two steps its blocks are still the identity, and no adapter would learn
     base = runs.nets(PRXXPredictionScheduler(shift=2.0)).pipeline(runs.config(max_sequence_length=40))
     base.save_pretrained(folder / "base")
-    adapter = [
-        "--pretrained_model_name_or_path", folder / "base", "--dataset_name", "scenes", "--rank", 2,
-        "--max_train_steps", 2, "--validation_steps", 2, "--num_validation_samples", 2, "--mixed_precision", "no",
-        "--report_to", "none", "--output_dir", folder / "lora", "--push_to_hub", "--hub_model_id", "our-lab/lora",
-    ]  # fmt: skip
+    adapter = f"--pretrained_model_name_or_path {folder / 'base'} --dataset_name scenes --rank 2 --report_to none "
+    adapter += "--max_train_steps 2 --validation_steps 2 --num_validation_samples 2 --mixed_precision no "
+    adapter += f"--output_dir {folder / 'lora'} --push_to_hub --hub_model_id our-lab/lora"
     with hub() as server:
         server.fails_after = 1
         ended = drive(
@@ -117,7 +114,7 @@ def trained(tmp_path_factory):
             train("run", "prx", TOKEN),
             train("run", "prx", TOKEN),
             ("pipeline.push_to_hub", [folder / "run", folder / "saved", "me/direct"], TOKEN),
-            ("training.train_prx_lora", adapter, TOKEN),
+            ("training.train_prx_lora", adapter.split(), TOKEN),
         )
         yield folder, server, ended
 

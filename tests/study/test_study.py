@@ -144,9 +144,8 @@ def save_study(folder, **changes):
 
 def test_settings_evaluations_and_selection_of_arms(tmp_path):
     study = save_study(tmp_path, settings={"report_to": "none", "repa_weight": 0.1}, evaluation={"scenes": True})
-    assert study.settings_of("good") == {
-        "report_to": "none", "max_train_steps": 100, "lr_warmup_steps": 10, "lr_decay_steps": 40, "repa_weight": 0.5,
-    }  # fmt: skip
+    steps = {"max_train_steps": 100, "lr_warmup_steps": 10, "lr_decay_steps": 40}
+    assert study.settings_of("good") == steps | {"report_to": "none", "repa_weight": 0.5}
     assert study.settings_of("bad")["repa_until_step"] == 50
     assert study.evaluations_of("good") == ["long"]
     assert study.evaluations_of("baseline") == study.evaluations_of("more") == ["long", "short"]
@@ -263,11 +262,9 @@ def test_constant_part_of_the_learning_rate_schedule(schedule, decay, warmup, st
 
 def save_run(report_dir, arm, seed, score, loss, short=None, failed=None, **config):
     """Save a record like those of `StudyRunner`, with a loss that halves every 20 steps."""
-    settings = {
-        "lr_scheduler": "linear", "lr_decay_steps": 40, "max_train_steps": 100, "lr_warmup_steps": 10, "seed": seed,
-        "repa_weight": 0.0, "validation_prompts": ["a circle", "a | square"], "resolution": 32,
-        "transformer_config": {"depth": 2},
-    }  # fmt: skip
+    settings = {"lr_scheduler": "linear", "lr_decay_steps": 40, "max_train_steps": 100, "lr_warmup_steps": 10}
+    settings |= {"seed": seed, "repa_weight": 0.0, "resolution": 32, "transformer_config": {"depth": 2}}
+    settings["validation_prompts"] = ["a circle", "a | square"]
     record = {
         "arm": arm,
         "seed": seed,

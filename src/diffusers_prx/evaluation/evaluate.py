@@ -240,10 +240,8 @@ def evaluate(
     pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
     if state.is_main_process:
         write_json(pictures.folder / DRAWN_FILE, drawn)
-    draw = pipeline_draw(
-        pipeline, resolution, settings.num_inference_steps, settings.guidance_scale, settings.seed,
-        settings.batch_size, drawn["fixed_noise"],
-    )  # fmt: skip
+    sampling = (settings.num_inference_steps, settings.guidance_scale, settings.seed, settings.batch_size)
+    draw = pipeline_draw(pipeline, resolution, *sampling, drawn["fixed_noise"])
     splits = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
     for split, prompts in splits.items():
         draw_missing(draw, pictures, prompts, settings.batch_size, f"Drawing {split} scenes")
