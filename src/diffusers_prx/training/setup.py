@@ -98,17 +98,7 @@ def _build(
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.resume_from_checkpoint, communicator)
     resumed = None if checkpoint is None else Resumed(checkpoint, read_run_file(checkpoint))
 
-    # data and plan, before weights are loaded
-    networks = meta_networks(cfg)
-    stages = open_data(cfg, accelerator, networks.pixels_per_token, resumed)
-    burn_in, teacher_width = alignment_of(stages, resumed)
-    check_techniques(cfg, teacher_width is None)
-    if accelerator.is_main_process:
-        print_plan(cfg, stages, networks.transformer, machine)
-    if cfg.dry_run:
-        accelerator.print("dry run: nothing is trained")
-        accelerator.end_training()
-        sys.exit(0)
+    stages, burn_in, teacher_width = plan_run(cfg, accelerator, machine, resumed)
     # checked now, so that a wrong token does not cost the result of a training
     repo_id = repository(cfg.repo_id) if cfg.push_to_hub and accelerator.is_main_process else None
 
@@ -163,6 +153,31 @@ def _build(
     elif cfg.resume_from_checkpoint is not None:
         accelerator.print(f"no checkpoint in {run.output_dir} yet: starting at step 0")
     return run
+
+
+def plan_run(
+    cfg: TrainingConfig, accelerator: Accelerator, machine: dict[str, Any], resumed: Resumed | None
+) -> tuple[list[Stage], BurnIn, int | None]:
+    """Open the data and print the plan, before weights are loaded.
+
+    Returns:
+        The stages, and the results of `alignment_of`.
+
+    Raises:
+        ValueError: data, networks or files of techniques are missing or do not fit.
+        SystemExit: `dry_run` is set.
+    """
+    networks = meta_networks(cfg)
+    stages = open_data(cfg, accelerator, networks.pixels_per_token, resumed)
+    burn_in, teacher_width = alignment_of(stages, resumed)
+    check_techniques(cfg, teacher_width is None)
+    if accelerator.is_main_process:
+        print_plan(cfg, stages, networks.transformer, machine)
+    if cfg.dry_run:
+        accelerator.print("dry run: nothing is trained")
+        accelerator.end_training()
+        sys.exit(0)
+    return stages, burn_in, teacher_width
 
 
 def new_state(
