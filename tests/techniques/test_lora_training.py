@@ -401,9 +401,9 @@ def test_invalid_combinations_are_refused(changes, name, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 3}, r"`adapter` .*'r': 2.*'r': 3"),
-        ({"lora_alpha": 5}, r"`adapter` .*'lora_alpha': 2.*'lora_alpha': 5"),
-        ({"use_dora": True}, r"`adapter` .*'use_dora': False.*'use_dora': True"),
+        ({"lora_rank": 3}, r"`adapter` .*'r': 3.*'r': 2"),
+        ({"lora_alpha": 5}, r"`adapter` .*'lora_alpha': 5.*'lora_alpha': 2"),
+        ({"use_dora": True}, r"`adapter` .*'use_dora': True.*'use_dora': False"),
     ],
 )
 def test_resume_with_another_adapter_is_refused(whole, changes, message):
