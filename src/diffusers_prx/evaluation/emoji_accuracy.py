@@ -1,14 +1,15 @@
-"""How well a pipeline draws the emoji that it is asked for: prompts drawn, read back by networks, compared.
+"""Prompt following on emoji: images of prompts are read back by vision networks and compared with the prompt.
 
-| group | the asked drawing |
+| group | requested drawings |
 |---|---|
-| trained | of the data set's split `train` |
-| heldout_pairs | its name is trained in other styles |
-| unseen_names | its name is trained in no style |
-| scenes, scenes_heldout_pairs, scenes_unseen_names | each of a composed scene, at its place: all of a held-out combination of trained drawings; the first, which is held out, of the others |
+| trained | drawings of the split `train` |
+| heldout_pairs | drawings whose name is trained in other styles only |
+| unseen_names | drawings whose name is not trained |
+| scenes | all drawings of a held-out combination of trained drawings, each at its position in a composed scene |
+| scenes_heldout_pairs, scenes_unseen_names | the first drawing of a composed scene, which is held out |
 
-Only drawings whose name has another style are asked for: see `emoji_reader`.
-"""  # noqa: E501 - a table
+Only drawings whose name exists in another style are requested, see `emoji_reader`.
+"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -39,12 +40,12 @@ EMOJI_SHARES = ("name_top1", TOP_SHARE, "style", "version")
 
 @dataclass(frozen=True)
 class Question:
-    """One drawing that a prompt asks for.
+    """One drawing that a prompt requests.
 
     Args:
-        prompt: place of the prompt in its group.
-        asked: the drawing.
-        box: (top, left, side) of the drawing in pixels; None: the whole picture.
+        prompt: index of the prompt in its group.
+        asked: requested drawing.
+        box: (top, left, side) of the drawing in pixels; None: the whole image.
     """
 
     prompt: int
@@ -58,11 +59,11 @@ class EmojiGroup:
 
     Args:
         name: name of the group, see the table above.
-        prompts: the prompts with their indices.
-        questions: what they ask for.
-        grounds: name of the ground of each prompt; empty: white, and not asked for.
-        boxes: (top, left, side) of all drawings of each prompt, where there are grounds.
-        real: function from the place of a prompt to the real picture of it, uint8 (H, W, 3).
+        prompts: prompts with their indices.
+        questions: requested drawings of all prompts.
+        grounds: name of the requested ground of each prompt; empty: white grounds, which are not graded.
+        boxes: (top, left, side) of all drawings of each prompt, if there are grounds.
+        real: function from the index of a prompt to its real image, uint8 (H, W, 3).
     """
 
     name: str
@@ -75,9 +76,13 @@ class EmojiGroup:
 
 @dataclass
 class GradedEmoji:
-    """One prompt, the picture drawn for it, and what the first network read from it.
+    """A prompt, the image generated for it, and what the first network read from the image.
 
-    `right` is true if every asked name is among the five that fit best; `read_instead` says what was read where not.
+    Args:
+        prompt: text of the prompt.
+        image: generated image, uint8 (H, W, 3).
+        right: True if every requested name is among the five best matches.
+        read_instead: what was read instead; empty if `right`.
     """
 
     prompt: str
@@ -89,14 +94,14 @@ class GradedEmoji:
 def drawing_group(
     drawings: EmojiDrawings, name: str, caption: str, resolution: int, count: int, seed: int
 ) -> EmojiGroup:
-    """Choose prompts that ask for one drawing each.
+    """Choose prompts that request one drawing each.
 
     Args:
-        drawings: the data set.
-        name: group of single drawings.
-        caption: caption that is the prompt, `text` or `long`.
-        resolution: side of the pictures in pixels.
-        count: number of prompts, or all that there are.
+        drawings: data set.
+        name: name of a group of single drawings.
+        caption: kind of the captions, `text` or `long`.
+        resolution: side length of the images in pixels.
+        count: largest number of prompts.
         seed: seed of the choice.
     """
     styles: dict[str, set[str]] = {}
@@ -117,7 +122,7 @@ def drawing_group(
 
 
 def scene_group(drawings: EmojiDrawings, name: str, resolution: int, count: int, seed: int) -> EmojiGroup:
-    """Choose composed scenes. Arguments are those of `drawing_group`."""
+    """Choose prompts that request composed scenes. The arguments are those of `drawing_group`."""
     split = GROUPS["scenes"][name]
     scenes = EmojiScenesDataset(drawings, resolution, seed, split, size=count)
     found = {(drawing.name, drawing.style): drawing for part in drawings.splits.values() for drawing in part}
@@ -143,12 +148,15 @@ def choose_groups(
     """Open the data set and choose the prompts of every group.
 
     Args:
-        emoji_dir: folder that `training/tools/fetch_emoji.py` wrote.
-        kinds: any of `EMOJI_PROMPTS`.
-        caption, resolution, count, seed: see `drawing_group`.
+        emoji_dir: output folder of `training/tools/fetch_emoji.py`.
+        kinds: kinds of prompts, from `EMOJI_PROMPTS`.
+        caption: kind of the captions, see `drawing_group`.
+        resolution: side length of the images in pixels.
+        count: largest number of prompts per group.
+        seed: seed of the choice.
 
     Raises:
-        ValueError: for a folder without the data set, or with smaller drawings only.
+        ValueError: if the folder has no data set, or only smaller drawings.
     """
     drawings = EmojiDrawings(emoji_dir, resolution)
     groups = []
@@ -162,7 +170,7 @@ def choose_groups(
 
 
 def find_ground(picture: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return the ground's color (3,) of a picture: the median of the pixels outside of all boxes."""
+    """Return the color of the ground, (3,): the median of the pixels outside of all boxes."""
     outside = np.ones(picture.shape[:2], dtype=bool)
     for top, left, side in boxes:
         outside[top : top + side, left : left + side] = False
@@ -170,7 +178,7 @@ def find_ground(picture: np.ndarray, boxes: Sequence[tuple[int, int, int]]) -> n
 
 
 def nearest_ground(color: np.ndarray) -> str:
-    """Name the ground whose color is nearest."""
+    """Return the name of the ground with the nearest color."""
     return min(GROUNDS, key=lambda name: float(np.linalg.norm(color - np.asarray(GROUNDS[name]))))
 
 
@@ -178,9 +186,9 @@ def read_group(group: EmojiGroup, pictures: Sequence[np.ndarray], reader: EmojiR
     """Read the answer to every question of a group.
 
     Args:
-        group: questions.
-        pictures: uint8 (H, W, 3), in the order of the prompts.
-        reader: network that reads.
+        group: prompts and questions.
+        pictures: images in the order of the prompts, uint8 (H, W, 3).
+        reader: reader with one network.
     """
     shown = []
     for question in group.questions:
@@ -194,7 +202,7 @@ def read_group(group: EmojiGroup, pictures: Sequence[np.ndarray], reader: EmojiR
 
 
 def shares(readings: Sequence[Reading], questions: Sequence[Question]) -> dict[str, Any]:
-    """Return the shares that were read right, with their 95% intervals."""
+    """Return the shares of correct readings with their 95% intervals."""
     right = {
         "name_top1": sum(reading.rank == 0 for reading in readings),
         TOP_SHARE: sum(reading.rank < TOP for reading in readings),
@@ -208,18 +216,18 @@ def shares(readings: Sequence[Reading], questions: Sequence[Question]) -> dict[s
 def grade_group(
     group: EmojiGroup, pictures: Sequence[np.ndarray], readers: dict[str, EmojiReader]
 ) -> tuple[dict[str, Any], list[GradedEmoji]]:
-    """Grade the pictures of a group with every network.
+    """Grade the images of a group with every network.
 
-    Beside the pictures' own shares stand, under `real`, those of the real pictures of the same prompts, which are the
-    ceiling, and under `shuffled` those of the pictures of the next prompt in their place, which are chance.
+    For comparison, `real` has the shares of the real images of the same prompts (an upper bound), and `shuffled` those
+    of the images of the next prompt (chance level).
 
     Args:
         group: prompts and questions.
-        pictures: uint8 (H, W, 3), in the order of the prompts.
-        readers: networks by their names; the first one also gives the graded pictures.
+        pictures: images in the order of the prompts, uint8 (H, W, 3).
+        readers: name -> reader; the first one determines the graded images.
 
     Returns:
-        What a report says of the group, and the graded pictures.
+        Entries of the report, and the graded images.
     """
     others = [*pictures[1:], pictures[0]]
     real = [group.real(place) for place in range(len(group.prompts))]

@@ -1,10 +1,10 @@
-"""Reading emoji drawings back: which name and which style a picture shows, by the features of a vision network.
+"""Reading of name and style of an emoji drawing from an image, by the features of a vision network.
 
-A picture is compared with the real drawings of the data set. Its name is read among the drawings of all other styles
-than the asked one, and its style among the drawings of all other names. The asked drawing itself never answers, so
-that a model that knows it by heart has no advantage, and a drawing that no training saw is judged by the same rule.
-Real pictures read in the same way give the ceiling. A third question is which version of the asked name a picture is
-nearest to, that of the asked style or that of another one; for this the asked drawing is among the others.
+An image is compared with the real drawings of the data set. The name is read among the drawings of all other styles
+than the requested one, and the style among the drawings of all other names. The requested drawing itself is left out,
+so that memorizing it gives no advantage, and held-out drawings are judged by the same rule. Real images, read in the
+same way, give an upper bound. `version` is the style of the nearest drawing of the requested name; here the requested
+drawing is included.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..techniques.teachers import VisionTeacher
 
 logger = logging.get_logger(__name__)
 
-# Side in pixels at which the network sees a picture, or the nearest multiple of its patches below.
+# Input size of the network in pixels, rounded down to a multiple of its patch size.
 VIEW = 128
 # Features are averaged to a grid of at most this side. Of real drawings (600, of 387 names; EfficientNet-Lite0, stage
 # with 112 channels) the name is best for 0.863 and among five for 0.925; without averaging 0.857 and 0.920, and by
@@ -39,13 +39,13 @@ GROUND_TOLERANCE = 48.0
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from one picture.
+    """Result of reading one image.
 
     Args:
-        rank: number of names that fit better than the asked one.
-        labels: the best five names, in words.
-        style: the best style, of drawings of all other names.
-        version: the best style, of drawings of the asked name.
+        rank: number of names that match better than the requested one.
+        labels: the five best names, in words.
+        style: best style among the drawings of all other names.
+        version: best style among the drawings of the requested name.
     """
 
     rank: int

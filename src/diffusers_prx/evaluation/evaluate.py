@@ -443,12 +443,12 @@ def scenes_report(settings: EvaluationSettings, graded: tuple[list[GradedScene],
 
 @dataclass(frozen=True)
 class EmojiExam:
-    """What is needed to grade emoji, opened before anything is drawn.
+    """Data set, prompts and networks for the grading of emoji.
 
     Args:
-        drawings: the data set; None: no emoji are graded.
-        groups: prompts of every group.
-        networks: networks that read, by their names.
+        drawings: data set; None: no emoji are graded.
+        groups: groups of prompts.
+        networks: name -> network that reads images.
     """
 
     drawings: EmojiDrawings | None
@@ -460,7 +460,7 @@ def open_emoji(settings: EvaluationSettings, resolution: int) -> EmojiExam:
     """Open the data set of emoji and the networks that read it.
 
     Raises:
-        ValueError: for a folder that is neither, or two networks in folders of one name.
+        ValueError: if a folder has no data set or network, or two networks have the same name.
     """
     if settings.emoji is None:
         return EmojiExam(None, [], {})
@@ -482,7 +482,7 @@ def open_emoji(settings: EvaluationSettings, resolution: int) -> EmojiExam:
 def emoji_report(
     emoji: EmojiExam, pictures: PictureFolder, cache_dir: Path, batch_size: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, list[GradedEmoji]]]:
-    """Grade all emoji: what a report says of every group, and the graded pictures of it."""
+    """Grade all emoji. Return the entries of the report and the graded images by group."""
     assert emoji.drawings is not None
     readers = {
         name: EmojiReader(emoji.drawings, network.to(device), cache_dir, batch_size)
