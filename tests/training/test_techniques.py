@@ -18,7 +18,7 @@ from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.models.token_routing import sample_route
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from diffusers_prx.techniques.losses import LPIPSLoss
-from diffusers_prx.training.networks import Nets, add_techniques
+from diffusers_prx.training.networks import Nets, add_techniques, check_fit
 from diffusers_prx.training.rng import StepRandom
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.step import train_step
@@ -106,7 +106,8 @@ def set_up(names, folders: dict[str, Path], lpips: LPIPSLoss | None = None) -> t
     cfg = runs.config(transformer_config=runs.TRANSFORMER | transformer, **settings)
     scheduler = {"velocity": PRXFlowMatchScheduler, "x_prediction": PRXXPredictionScheduler}[cfg.prediction_type]
     nets = runs.nets(scheduler(), tiny.vae_kl() if cfg.vae_name_or_path else None, **transformer)
-    # building LPIPS takes a second: one for all, beside what the run loads itself
+    check_fit(nets.transformer.config, nets.vae, [cfg])
+    # building LPIPS takes a second, so the tests share one
     add_techniques(nets, [dataclasses.replace(cfg, lpips_weight=0.0, perceptual_decode_latents=bool(cfg.dino_weight))])
     nets.lpips = lpips if cfg.lpips_weight else None
     for frozen in (nets.text_encoder, nets.vae):
@@ -206,6 +207,8 @@ def expected_error(names: set[str]) -> str | None:
         return "`perceptual_decode_latents`.*`lpips_weight`"
     if perceptual and "latents" in names and "decode_latents" not in names:
         return "`lpips_weight`.*`--perceptual_decode_latents`"
+    if "decode_latents" in names and "latents" not in names:
+        return "`perceptual_decode_latents`"
     return None
 
 
