@@ -21,7 +21,7 @@ import numpy as np
 from ..data.emoji import EmojiDrawing, EmojiDrawings
 from ..data.emoji_scenes import GROUNDS, EmojiScenesDataset, drawing_box
 from .distances import share_interval
-from .emoji_reader import TOP, WHITE, EmojiReader, Reading, on_white
+from .emoji_reader import TOP, WHITE, EmojiReader, Reading
 from .generation import Prompt
 
 EMOJI_PROMPTS = ("drawings", "scenes")
@@ -195,8 +195,7 @@ def read_group(group: EmojiGroup, pictures: Sequence[np.ndarray], reader: EmojiR
         picture = pictures[question.prompt]
         if question.box is not None:
             top, left, side = question.box
-            ground = find_ground(picture, group.boxes[question.prompt])
-            picture = on_white(picture[top : top + side, left : left + side], ground)
+            picture = picture[top : top + side, left : left + side]
         shown.append(picture)
     return reader.read(shown, [question.asked for question in group.questions])
 
