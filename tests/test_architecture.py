@@ -10,7 +10,8 @@ PACKAGE = ROOT / "src" / "diffusers_prx"
 
 # the floors of the house, from the ground up: a part may import those below its own floor, anywhere in its files
 FLOORS: tuple[set[str], ...] = (
-    {"models", "schedulers", "latents", "text", "files", "resolution_bins", "prompt_cleaning", "checkpoint_files"},
+    {"compat", "files", "resolution_bins", "prompt_cleaning", "checkpoint_files"},
+    {"models", "schedulers", "latents", "text"},
     {"cli", "config", "fingerprints"},
     {"pipelines"},
     {"convert", "data", "techniques"},
@@ -114,11 +115,54 @@ def test_the_order_of_parts_has_no_circle():
         done |= ready
 
 
-def test_a_model_is_one_file():
-    """Reading a model takes its file and token_routing, nothing else of ours."""
+def test_a_model_file_needs_only_token_routing_and_compat():
     for module in MODULES:
         if module[:1] == ("models",) and len(module) > 1:
-            assert imports_of(module) <= {("models", "token_routing")}, ".".join(module)
+            assert imports_of(module) <= {("models", "token_routing"), ("compat",)}, ".".join(module)
+
+
+# modules deeper than these levels are internals: `diffusers.hooks` is documented, `diffusers.hooks.pag` is not
+PUBLIC_LEVELS = {"diffusers": 2, "transformers": 2, "torch": 99}
+
+
+def private_imports(tree: ast.AST) -> set[str]:
+    """Names that a file imports from the internals of a library in `PUBLIC_LEVELS`."""
+    found = set()
+    for node in ast.walk(tree):
+        names: list[tuple[str, str]] = []  # (module, imported name)
+        if isinstance(node, ast.Import):
+            names = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [(str(node.module), alias.name) for alias in node.names]
+        for module, name in names:
+            parts = module.split(".")
+            private = any(part.startswith("_") for part in (*parts, name))
+            if parts[0] in PUBLIC_LEVELS and (private or len(parts) > PUBLIC_LEVELS[parts[0]]):
+                found.add(f"{module}.{name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "private"),
+    [
+        ("from diffusers.hooks import apply_context_parallel", False),
+        ("import torch.distributed.checkpoint.filesystem", False),
+        ("from diffusers.hooks.pag import anything", True),
+        ("def f():\n    from diffusers.hooks import _helpers", True),
+        ("import torch._dynamo", True),
+        ("from transformers.models.bert.modeling_bert import BertModel", True),
+    ],
+)
+def test_private_imports_are_recognized(code, private):
+    assert bool(private_imports(ast.parse(code))) == private
+
+
+def test_private_imports_stand_in_compat_only():
+    found = {
+        relative(file): private_imports(ast.parse(file.read_text())) for file in sources("src", "training", "spaces")
+    }
+    assert found.pop("src/diffusers_prx/compat.py")
+    assert {file: names for file, names in found.items() if names} == {}
 
 
 def test_modules_do_not_import_each_other_in_a_circle():

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from .compat import DiagonalGaussianDistribution, unwrap_compiled
 
 VAE_CLASSES: tuple[Any, ...] = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderTiny)
 VAE: TypeAlias = Any  # one of VAE_CLASSES or None; the decorators of diffusers hide their attributes from mypy
@@ -187,7 +188,7 @@ def _patch_size(vae: VAE) -> int:
 
 def _known(vae: VAE) -> Any:
     """The VAE itself, out of the wrapper that torch.compile puts around it, if its latents are defined."""
-    vae = getattr(vae, "_orig_mod", vae)
+    vae = unwrap_compiled(vae)
     name = type(vae).__name__
     if not isinstance(vae, VAE_CLASSES):
         raise ValueError(f"`vae` is a {name}; accepted are {[known.__name__ for known in VAE_CLASSES]} and None.")

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import ContextParallelConfig, ParallelConfig
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers import CacheMixin, ConfigMixin, ContextParallelConfig, ModelMixin, ParallelConfig
+from diffusers.configuration_utils import register_to_config
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -27,21 +27,27 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     apply_context_parallel,
 )
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
-from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..compat import (
+    AttentionMixin,
+    AttentionModuleMixin,
+    ContextParallelInput,
+    ContextParallelOutput,
+    SeqAllToAllDim,
+    Transformer2DModelOutput,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+    apply_forward_hook,
+    dispatch_attention_fn,
+    get_timestep_embedding,
+    is_offloaded_to_disk,
+    ulysses_group,
+    ulysses_rank,
+)
 from .token_routing import TokenRoute
 
 NORM_EPS = 1e-6
@@ -135,13 +141,13 @@ def exchange_tokens_for_heads(x: torch.Tensor, tokens: int, config: ContextParal
 
     (B, n, h, d) to (B, N, h/w, d): Ulysses, arXiv 2309.14509. The padding is gone on this side, so it needs no mask.
     """
-    return SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x, 2, 1)[:, :tokens]  # (B, N, h/w, d)
+    return SeqAllToAllDim.apply(ulysses_group(config), x, 2, 1)[:, :tokens]  # (B, N, h/w, d)
 
 
 def exchange_heads_for_tokens(x: torch.Tensor, tokens: int, config: ContextParallelConfig) -> torch.Tensor:
     """The way back: from (B, N, h/w, d) to (B, n, h, d) with `tokens` = n, in which the padding is zero."""
     x = F.pad(x, (0, 0, 0, 0, 0, config.ulysses_degree * tokens - x.shape[1]))  # (B, w * n, h/w, d)
-    return SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x, 1, 2)  # (B, n, h, d)
+    return SeqAllToAllDim.apply(ulysses_group(config), x, 1, 2)  # (B, n, h, d)
 
 
 class PRXRMSNorm(nn.Module):
@@ -261,7 +267,7 @@ class PRXAttnProcessor:
     ) -> torch.Tensor:
         """Attention (B, N, h, d) of image tokens (B, N, h, d) to text tokens (B, L, h, d) and to themselves."""
         if self._context_parallel is not None:
-            degree, rank = self._context_parallel.ulysses_degree, self._context_parallel._ulysses_local_rank
+            degree, rank = self._context_parallel.ulysses_degree, ulysses_rank(self._context_parallel)
             text_key, text_value = (x.chunk(degree, dim=2)[rank] for x in (text_key, text_value))  # (B, L, h/w, d)
         return dispatch_attention_fn(
             query,
@@ -1020,8 +1026,7 @@ def check_saving(name: str, module: nn.Module) -> None:
     Raises:
         ValueError: it is offloaded to disk, has adapters or was quantized after it was loaded.
     """
-    hook = _get_top_level_group_offload_hook(module)
-    if hook is not None and hook.config.offload_to_disk_path is not None:
+    if is_offloaded_to_disk(module):
         raise ValueError(
             f"`{name}` is offloaded to disk, so that its weights are not in memory to be saved. Load the pipeline "
             "again, and save it before `enable_group_offload` or without `offload_to_disk_path`."

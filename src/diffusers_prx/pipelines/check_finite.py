@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
+
+from ..compat import is_group_offloaded
 
 SHOWN = 3  # weights named in an error
 # types that networks compute in; others are for storage (float8, integers)
@@ -92,7 +93,7 @@ class FiniteCheck:
 def _reason(name: str, module: Any, source: str) -> str:
     """Look at the weights of a module whose output is not finite, and say what to do about it."""
     # group offloading to disk leaves memory without values in their place
-    weights = {} if _is_group_offload_enabled(module) else dict(module.named_parameters())
+    weights = {} if is_group_offloaded(module) else dict(module.named_parameters())
     broken = [key for key, value in weights.items() if is_plain(value) and not torch.isfinite(value).all()]
     if broken:
         return f"{len(broken)} of its weights are not finite, such as {broken[:SHOWN]}; load or train it again."

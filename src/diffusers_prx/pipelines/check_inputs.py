@@ -9,6 +9,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from torch.distributed import ProcessGroup
 
+from ..compat import has_cache
 from ..latents import check_floating
 from ..schedulers.scheduling_prx import is_number
 from .check_finite import check_given
@@ -153,7 +154,7 @@ def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool
             f"`self_guidance_scale` is {self_guidance_scale!r} and `guidance_scale` is above 1; both are guidance: set"
             " `guidance_scale=1`, or leave `self_guidance_scale` out."
         )
-    if getattr(transformer, "is_cache_enabled", False):
+    if has_cache(transformer):
         raise ValueError(
             f"`self_guidance_scale` is {self_guidance_scale!r}, but the transformer has a cache, which would mix up"
             " the two predictions: call `transformer.disable_cache()`, or leave `self_guidance_scale` out."

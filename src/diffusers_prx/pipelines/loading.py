@@ -17,6 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixi
 from diffusers.configuration_utils import FrozenDict
 from transformers import PreTrainedModel, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
+from ..compat import unwrap_compiled
 from ..models.transformer_prx import OWN_CLASS_NAME, STOCK_CLASS_NAME, PRXTransformer2DModel, load_complete
 from ..schedulers.scheduling_prx import STOCK_ONLY_OPTIONS, PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..text import encoder_only
@@ -176,7 +177,7 @@ def stored_form(pipeline: Any) -> Any:
     the name of one of its own schedulers. So is a transformer with options that it does not have.
     """
     stored = copy.copy(pipeline)
-    transformer = getattr(pipeline.transformer, "_orig_mod", pipeline.transformer)
+    transformer = unwrap_compiled(pipeline.transformer)
     if isinstance(transformer, PRXTransformer2DModel):
         stored.register_to_config(transformer=("diffusers", transformer.stored_class_name))
     scheduler = pipeline.scheduler

@@ -16,17 +16,18 @@ from typing import Any
 
 import safetensors
 import torch
-from diffusers.hooks.group_offloading import (
-    GroupOffloadingType,
-    _get_top_level_group_offload_hook,
-    _maybe_remove_and_reapply_group_offloading,
-)
-from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
-from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import logging
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..compat import (
+    is_cast_for_storage,
+    is_offloaded_by_leaf,
+    is_offloaded_to_disk,
+    reapply_group_offloading,
+    unwrap_compiled,
+)
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..schedulers.scheduling_prx import is_number
 from .check_finite import PLAIN_DTYPES, is_plain
@@ -134,7 +135,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 name that is taken, fused adapters, or a transformer that is offloaded to disk; the pipeline is as it
                 was.
         """
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         method = "hotswap" if hotswap else "load_lora_weights"
         _require_unfused(method, model)
         _require_in_memory(method, model)
@@ -198,7 +199,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             ValueError: unknown or repeated names, another number of weights, or adapters that are fused: unfusing
                 would then take away something else than what was added.
         """
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         _require_unfused("set_adapters", model)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         _check_names("adapter_names", names, model)
@@ -223,7 +224,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             ValueError: unknown or repeated names, adapters that are fused (what was added to the weights could not be
                 taken out any more), or a transformer that is offloaded to disk.
         """
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         _require_unfused("delete_adapters", model)
         _require_in_memory("delete_adapters", model)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -241,14 +242,14 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         Raises:
             ValueError: adapters are fused.
         """
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         _require_unfused("disable_lora", model)
         for layer in lora_layers(model).values():
             layer.enable_adapters(False)
 
     def enable_lora(self) -> None:
         """Take `disable_lora` back."""
-        for layer in lora_layers(_unwrapped(self.transformer)).values():
+        for layer in lora_layers(unwrap_compiled(self.transformer)).values():
             layer.enable_adapters(True)
 
     def fuse_lora(
@@ -273,7 +274,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 well; or one of 0, from which `unfuse_lora` could not find the weights of `set_adapters` again.
         """
         _check_components(components)
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         _require_in_memory("fuse_lora", model)
         if not is_number(lora_scale) or lora_scale == 0:
             raise ValueError(
@@ -317,7 +318,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             ValueError: the weights were quantized, cast for storage or offloaded to disk since they were fused.
         """
         _check_components(components)
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         fused = _fused(model)
         if not fused:
             return
@@ -339,24 +340,24 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         Raises:
             ValueError: the transformer has adapters and is offloaded to disk.
         """
-        model = _unwrapped(self.transformer)
+        model = unwrap_compiled(self.transformer)
         if lora_layers(model):
             _require_in_memory("unload_lora_weights", model)
             _unload(model)
 
     def get_active_adapters(self) -> list[str]:
         """Return the names of the adapters in use, in the order in which they are added."""
-        return _active(_unwrapped(self.transformer))
+        return _active(unwrap_compiled(self.transformer))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Return the names of all loaded adapters, as {"transformer": names}, or {} if there are none."""
-        names = _loaded(_unwrapped(self.transformer))
+        names = _loaded(unwrap_compiled(self.transformer))
         return {"transformer": names} if names else {}
 
     @property
     def fused_loras(self) -> set[str]:
         """Names of the adapters that are in the weights and can be taken out again."""
-        return set(_fused(_unwrapped(self.transformer)))
+        return set(_fused(unwrap_compiled(self.transformer)))
 
     @property
     def num_fused_loras(self) -> int:
@@ -534,7 +535,7 @@ def lora_layers(model: Any) -> dict[str, Any]:
 @contextmanager
 def scale_adapters(transformer: Any, scale: float) -> Iterator[None]:
     """Multiply the weights of all adapters by a number, and leave them exactly as they were afterwards."""
-    layers = list(lora_layers(_unwrapped(transformer)).values()) if scale != 1 else []
+    layers = list(lora_layers(unwrap_compiled(transformer)).values()) if scale != 1 else []
     kept = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:
@@ -560,7 +561,7 @@ def check_adapters(transformer: Any, attention_kwargs: Any) -> float:
             f"`attention_kwargs` is {attention_kwargs!r}; accepted is {{'scale': s}}, a finite number that "
             "multiplies the weights of all adapters in this call."
         )
-    model = _unwrapped(transformer)
+    model = unwrap_compiled(transformer)
     if scale != 1 and (fused := _fused(model)):
         raise ValueError(
             f"`attention_kwargs` is {attention_kwargs!r}, but {fused} are fused into the weights: call `unfuse_lora` "
@@ -673,8 +674,8 @@ def _undo_casting(model: Any, name: str, adapter: Adapter) -> None:
                 part[name].to(model.dtype)
             for part, parameter in _parameters(layer, name).items():
                 parameter.data.copy_(tensors[part])
-    if _is_layerwise_casting_active(model):
-        _maybe_remove_and_reapply_group_offloading(model)  # copies in pinned memory have the other type
+    if is_cast_for_storage(model):
+        reapply_group_offloading(model)  # copies in pinned memory have the other type
 
 
 def _forget(model: Any, names: Sequence[str], active: list[str]) -> None:
@@ -693,10 +694,6 @@ def _unload(model: Any) -> None:
 
 
 # Refusals.
-
-
-def _unwrapped(transformer: Any) -> Any:
-    return getattr(transformer, "_orig_mod", transformer)  # out of the wrapper of torch.compile
 
 
 def _new_name(model: Any, name: Any) -> str:
@@ -734,10 +731,8 @@ def _check_room(model: Any, adapter: Adapter) -> None:
 
 def _require_weights_for_dora(model: Any, layers: list[Any]) -> None:
     """Refuse a DoRA that would read the weights of these layers while they are elsewhere or in another type."""
-    hook = _get_top_level_group_offload_hook(model)
-    leaves = hook is not None and hook.config.offload_type == GroupOffloadingType.LEAF_LEVEL
     there = all(is_plain(layer.weight) or isinstance(layer.weight, DTensor) for layer in layers)
-    if layers and (leaves or _is_layerwise_casting_active(model) or not there):
+    if layers and (is_offloaded_by_leaf(model) or is_cast_for_storage(model) or not there):
         raise ValueError(
             "A DoRA (`lora_magnitude_vector`) reads the weights of its layers, which are offloaded one by one, cast "
             "for storage or quantized. Use a LoRA, or fuse the DoRA and unload it before that."
@@ -750,16 +745,11 @@ def _require_unfused(method: str, model: Any) -> None:
 
 
 def _require_in_memory(method: str, model: Any) -> None:
-    if _on_disk(model):
+    if is_offloaded_to_disk(model):
         raise ValueError(
             f"`{method}` would change weights that are on disk: the transformer was given to `enable_group_offload` "
             "with an `offload_to_disk_path`. Load the pipeline again and do this first, or leave the path out."
         )
-
-
-def _on_disk(module: nn.Module) -> bool:
-    hook = _get_top_level_group_offload_hook(module)
-    return hook is not None and hook.config.offload_to_disk_path is not None
 
 
 def _require_addable(method: str, key: str, layer: Any, names: Sequence[str]) -> None:

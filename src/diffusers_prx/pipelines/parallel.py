@@ -5,13 +5,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..compat import ulysses_group
+
 
 def share_noise(latents: torch.Tensor, transformer: Any, guidance_group: Any) -> torch.Tensor:
     """The first process's noise on all that draw these images together; what each drew itself may be another."""
     parallel = getattr(transformer, "_parallel_config", None)
     config = None if parallel is None else parallel.context_parallel_config
     # from one to the others that share a forward, then to those with the other branch
-    groups = [None if config is None else config._ulysses_mesh.get_group(), guidance_group]
+    groups = [None if config is None else ulysses_group(config), guidance_group]
     for group in filter(None, groups):
         latents = latents.clone(memory_format=torch.contiguous_format)  # the caller's own stay as they are
         dist.broadcast(latents, group=group, group_src=0)

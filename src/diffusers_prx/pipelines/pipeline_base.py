@@ -10,15 +10,14 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import PixArtImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed import ProcessGroup
 
+from ..compat import has_cache, is_group_offloaded, randn_tensor, unwrap_compiled
 from ..models.token_routing import TokenRoute, sample_route
 from ..models.transformer_prx import check_saving
 from ..prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
@@ -232,7 +231,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         """
         for name, component in self.components.items():
             if isinstance(component, torch.nn.Module):
-                check_saving(name, getattr(component, "_orig_mod", component))  # out of the wrapper of torch.compile
+                check_saving(name, unwrap_compiled(component))
         DiffusionPipeline.save_pretrained(stored_form(self), str(save_directory), *args, **kwargs)
 
     # Text.
@@ -477,9 +476,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 raise ValueError(f"The pipeline has no `{name}`, which a call needs: load or make it with one.")
         guidance_scale = check_guidance(guidance_scale)
         guided = (
-            guidance_scale > 1
-            if guider is None
-            else check_guider(guider, guidance_scale, _is_cached(self.transformer))
+            guidance_scale > 1 if guider is None else check_guider(guider, guidance_scale, has_cache(self.transformer))
         )
         check_guidance_group(guidance_group, guided, self.transformer)
         check_self_guidance(self_guidance_scale, self.config.get("token_route"), guided, self.transformer)
@@ -581,7 +578,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         """The denoising loop, from noise (B, C, h, w) to clean latents, float32 but for the network itself."""
         # A stock scheduler steps along a velocity. Without a clamp, (x_t - x_0) / t leads it exactly to a perfect x_0.
         to_velocity = self.config["prediction_type"] == "x_prediction" and is_stock(scheduler)
-        if _is_cached(self.transformer):
+        if has_cache(self.transformer):
             self.transformer._reset_stateful_cache()  # an error may have ended the call before this one
         branches = 1 if negative_prompt_embeds is None else 2
         watch = self._call.watch = FiniteCheck(len(scheduler.timesteps))
@@ -624,7 +621,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                     changed = {} if changed is None else changed
                     check_callback_result(changed, given)
                     check_guidance_change(
-                        self._call.guidance_scale, guidance_scale, branches == 2, guider, _is_cached(self.transformer)
+                        self._call.guidance_scale, guidance_scale, branches == 2, guider, has_cache(self.transformer)
                     )
                     latents = changed.get("latents", latents).to(latents)
                     watch.note("callback", latents)  # it may have written into ours as well
@@ -700,7 +697,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if "timestep" in time:
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (B or 2B,)
         # all branches are one call to a cache of diffusers: they are reused together or not at all
-        with self.transformer.cache_context("branches") if _is_cached(self.transformer) else nullcontext():
+        with self.transformer.cache_context("branches") if has_cache(self.transformer) else nullcontext():
             prediction = self.transformer(
                 hidden_states=latents.to(self.transformer.dtype).repeat(branches, 1, 1, 1),  # (B or 2B, C, h, w)
                 return_dict=False,
@@ -752,14 +749,10 @@ def _takes_contexts(transformer: Any) -> bool:
     Not every transformer takes it: stock's does not. And with group offloading, or sharded over processes, a block's
     weights are there only while the block runs, so that its text is projected then, as in training.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)  # out of the wrapper of torch.compile
+    transformer = unwrap_compiled(transformer)
     parameters = inspect.signature(transformer.forward).parameters
-    whole = not _is_group_offload_enabled(transformer) and not hasattr(transformer, "unshard")  # torch's FSDPModule
+    whole = not is_group_offloaded(transformer) and not hasattr(transformer, "unshard")  # torch's FSDPModule
     return {"text_context", "time_context"} <= parameters.keys() and whole
-
-
-def _is_cached(transformer: Any) -> bool:
-    return getattr(transformer, "is_cache_enabled", False)
 
 
 def _one_row_if_equal(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import T5GemmaModuleConfig
-from transformers.models.dinov3_vit.modeling_dinov3_vit import get_patches_center_coordinates
 
+from ..compat import FakeTensorMode, TorchDispatchMode, clear_dinov3_positions, tree_leaves
 from ..config.training_config import TrainingConfig
 from ..latents import decode, encode, latent_channels, vae_scale_factor
 from ..models.token_routing import sample_route
@@ -52,22 +49,12 @@ FUSED_ATTENTION = {
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Context in which new tensors have shapes and types but no values (`FakeTensorMode`)."""
-    _clear_patch_cache()
+    clear_dinov3_positions()
     try:
         with FakeTensorMode():
             yield
     finally:
-        _clear_patch_cache()
-
-
-def _clear_patch_cache() -> None:
-    """Clear DINOv3's process-wide cache of patch coordinates, so that real and fake tensors do not mix.
-
-    The cache has 32 entries and no method to clear it. Requests for 32 grids that no square image has evict all
-    others.
-    """
-    for columns in range(2, 34):
-        get_patches_center_coordinates(1, columns, torch.float32, torch.device("cpu"))
+        clear_dinov3_positions()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,0 +1,121 @@
+"""Every private import from diffusers, transformers and torch, in one place.
+
+A module of these libraries is private if its path has a part with a leading underscore, or if it lies deeper than the
+modules that diffusers and transformers document (`diffusers.hooks` is public, `diffusers.hooks.group_offloading` is
+not). No other file of the package imports from such a module. When a new release of a library breaks an import, the
+fix belongs here.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import ContextParallelConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingType,
+    _get_top_level_group_offload_hook,
+    _is_group_offload_enabled,
+    _maybe_remove_and_reapply_group_offloading,
+)
+from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "AttentionMixin",
+    "AttentionModuleMixin",
+    "ContextParallelInput",
+    "ContextParallelOutput",
+    "DiagonalGaussianDistribution",
+    "FakeTensorMode",
+    "SeqAllToAllDim",
+    "TorchDispatchMode",
+    "Transformer2DModelOutput",
+    "TransformerBlockMetadata",
+    "TransformerBlockRegistry",
+    "apply_forward_hook",
+    "clear_dinov3_positions",
+    "dispatch_attention_fn",
+    "get_timestep_embedding",
+    "has_cache",
+    "is_cast_for_storage",
+    "is_group_offloaded",
+    "is_offloaded_by_leaf",
+    "is_offloaded_to_disk",
+    "randn_tensor",
+    "reapply_group_offloading",
+    "tree_leaves",
+    "ulysses_group",
+    "ulysses_rank",
+    "unwrap_compiled",
+]
+
+
+def unwrap_compiled(module: Any) -> Any:
+    """Return the module inside the wrapper of `torch.compile`, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def has_cache(transformer: Any) -> bool:
+    """True if `enable_cache` of a diffusers model is in effect."""
+    return getattr(transformer, "is_cache_enabled", False)
+
+
+def is_group_offloaded(module: nn.Module) -> bool:
+    """True if `enable_group_offload` is in effect: a layer's weights are on the device only while the layer runs."""
+    return _is_group_offload_enabled(module)
+
+
+def is_offloaded_to_disk(module: nn.Module) -> bool:
+    """True if group offloading keeps the weights on disk, so that parameters in memory hold no values."""
+    hook = _get_top_level_group_offload_hook(module)
+    return hook is not None and hook.config.offload_to_disk_path is not None
+
+
+def is_offloaded_by_leaf(module: nn.Module) -> bool:
+    """True if group offloading moves each leaf module by itself, so that no module may read another one's weights."""
+    hook = _get_top_level_group_offload_hook(module)
+    return hook is not None and hook.config.offload_type == GroupOffloadingType.LEAF_LEVEL
+
+
+def reapply_group_offloading(module: nn.Module) -> None:
+    """Make the offloading hooks anew after parameters were added or changed their dtype; no-op without offloading."""
+    _maybe_remove_and_reapply_group_offloading(module)
+
+
+def is_cast_for_storage(module: nn.Module) -> bool:
+    """True if `enable_layerwise_casting` is in effect: weights have the dtype of computation only while they run."""
+    return _is_layerwise_casting_active(module)
+
+
+def ulysses_group(config: ContextParallelConfig) -> ProcessGroup:
+    """Return the group of processes that share one forward."""
+    return config._ulysses_mesh.get_group()
+
+
+def ulysses_rank(config: ContextParallelConfig) -> int:
+    """Return the rank of this process in `ulysses_group`."""
+    return config._ulysses_local_rank
+
+
+def clear_dinov3_positions() -> None:
+    """Evict all patch positions from DINOv3's cache, which is shared by all models of the process.
+
+    The cache holds the positions of 32 grids and cannot be cleared, only refilled: with grids of one row, which no
+    image of a teacher or metric has. Positions with values and those without (fake tensors) must not meet.
+    """
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import get_patches_center_coordinates
+
+    for columns in range(2, 34):
+        get_patches_center_coordinates(1, columns, torch.float32, torch.device("cpu"))
