@@ -6,7 +6,7 @@ import torch
 import tiny
 import zoo
 from diffusers_prx.prompt_cleaning import clean_prompt, repair_prompt
-from diffusers_prx.text import encode_text, find_cut, tokenize_prompts, trim_text, trim_tokens
+from diffusers_prx.text import encode_text, find_truncated, tokenize_prompts, trim_text, trim_tokens
 
 # relative positions (rotary, T5) and absolute ones; causal and bidirectional
 ENCODERS = {
@@ -56,8 +56,8 @@ def test_find_cut():
     tokenizer, prompts = tiny.tokenizer(), ["dog", "a red cat", "red cat", "a red red cat"]
     _, mask = tokenize_prompts(tokenizer, prompts, 3, clean_prompt)
     assert mask.all(dim=1).tolist() == [False, True, True, True]
-    assert find_cut(tokenizer, prompts, mask, clean_prompt) == [False, True, False, True]
-    assert find_cut(tokenizer, prompts[:1], mask[:1], clean_prompt) == [False]
+    assert find_truncated(tokenizer, prompts, mask, clean_prompt) == [False, True, False, True]
+    assert find_truncated(tokenizer, prompts[:1], mask[:1], clean_prompt) == [False]
 
 
 def test_trim_both_sides():

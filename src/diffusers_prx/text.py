@@ -117,7 +117,9 @@ def tokenize_prompts(
     return tokens["input_ids"].long(), mask
 
 
-def find_cut(tokenizer: Any, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]) -> list[bool]:
+def find_truncated(
+    tokenizer: Any, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]
+) -> list[bool]:
     """Which of B prompts `tokenize_prompts`, whose mask (B, L) this is, has cut at L tokens."""
     full = [row for row, kept in enumerate(mask) if kept.all()]  # only they can be
     cut = [False] * len(prompts)

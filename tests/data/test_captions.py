@@ -17,7 +17,7 @@ from diffusers_prx.data.captions import (
 )
 from diffusers_prx.data.images import UnreadableSample
 from diffusers_prx.prompt_cleaning import clean_prompt
-from diffusers_prx.text import find_cut, tokenize_prompts
+from diffusers_prx.text import find_truncated, tokenize_prompts
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_caption_statistics_equal_a_slow_count():
     assert found.tokens_median == statistics.median(lengths)
     assert found.tokens_p95 == np.percentile(lengths, 95, method="inverted_cdf")
     _, mask = tokenize_prompts(tokenizer, captions, 8, clean_prompt)
-    assert found.truncated == pytest.approx(sum(find_cut(tokenizer, captions, mask, clean_prompt)) / 703)
+    assert found.truncated == pytest.approx(sum(find_truncated(tokenizer, captions, mask, clean_prompt)) / 703)
     cleaned = [clean_prompt(caption) for caption in captions]
     assert found.empty == pytest.approx(cleaned.count("") / 703)
     assert found.duplicated == pytest.approx(sum(text in cleaned[:i] for i, text in enumerate(cleaned)) / 703)

@@ -84,7 +84,7 @@ def test_stock_draws_the_same(name, tmp_path):
 def test_stock_refuses_flux2(tmp_path):
     """It knows neither the patchify nor the statistics."""
     pipe = pipeline("flux2")
-    assert not pipe.stock_can_express
+    assert not pipe.is_stock_compatible
     pipe.save_pretrained(tmp_path)
     with pytest.raises((ValueError, AttributeError), match="PRXFlowMatchScheduler"):
         diffusers.PRXPipeline.from_pretrained(tmp_path)

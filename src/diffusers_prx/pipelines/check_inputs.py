@@ -1,4 +1,4 @@
-"""Checks of what a pipeline call is given. Each raises a ValueError with what came and what is accepted."""
+"""Checks of the arguments of a pipeline call. Each raises a ValueError with the value and what is accepted."""
 
 import numbers
 from typing import Any
@@ -12,21 +12,22 @@ from torch.distributed import ProcessGroup
 from ..compat import has_cache
 from ..latents import check_floating
 from ..schedulers.scheduling_prx import is_number
-from .check_finite import check_given
+from .check_finite import check_finite_input
 
 DEFAULT_GUIDANCE_SCALE = 4.0
 
 
 def check_flag(name: str, value: Any) -> None:
+    """Check that an argument is True, False or None."""
     if value is not None and not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"`{name}` is {value!r}; it has to be True, False or None.")
 
 
 def check_guidance(guidance_scale: Any) -> float:
-    """Return the scale of classifier-free guidance; 0 and 1 both mean off.
+    """Check and return the scale of classifier-free guidance; 0 and 1 both mean off.
 
-    A value between them would interpolate, and one below 0 would lead away from the prompt. diffusers' PRX refuses
-    both, and its other pipelines treat both as off without a word.
+    A value between them would interpolate, and one below 0 would lead away from the prompt. diffusers' PRX raises an
+    error for both; its other pipelines silently treat them as off.
     """
     if not is_number(guidance_scale) or not (guidance_scale == 0 or guidance_scale >= 1):
         raise ValueError(
@@ -36,33 +37,33 @@ def check_guidance(guidance_scale: Any) -> float:
 
 
 def check_guidance_change(new: float, old: float, guided: bool, guider: Any, cached: bool) -> None:
-    """Check what a step callback made of `pipeline._guidance_scale` against what the call can do.
+    """Check a new `pipeline._guidance_scale` that a step callback has set.
 
     Args:
-        new, old: the scales; a setting that is no scale was refused when it was set.
-        guided: the call began with guidance, so that it has a negative prompt.
-        guider: guides in place of the scale, or None.
-        cached: the transformer has a cache.
+        new, old: scales after and before the callback, both valid by `check_guidance`.
+        guided: True if the call began with guidance and so has a negative prompt.
+        guider: guider in place of the scale, or None.
+        cached: True if the transformer has a cache.
     """
     if new == old:
         return
-    came = f"`callback_on_step_end` set `guidance_scale` from {old} to {new}"
+    change = f"`callback_on_step_end` set `guidance_scale` from {old} to {new}"
     if guider is not None:
-        raise ValueError(f"{came}, but a `guider` guides this call: set its `start` and `stop`, or leave it out.")
+        raise ValueError(f"{change}, but a `guider` guides this call: set its `start` and `stop`, or leave it out.")
     if new > 1 and not guided:
         raise ValueError(
-            f"{came}, but guidance was off when the call began, and no negative prompt was encoded: begin with a"
+            f"{change}, but guidance was off when the call began, and no negative prompt was encoded: begin with a"
             " `guidance_scale` above 1."
         )
     if cached and (new > 1) != (old > 1):
         raise ValueError(
-            f"{came}, but the transformer has a cache, which would mix up one branch and two: call"
+            f"{change}, but the transformer has a cache, which would mix up one branch and two: call"
             " `transformer.disable_cache()`, or stay above 1."
         )
 
 
-def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> bool:
-    """Check that a guider combines nothing but two predictions, and that it alone is asked to guide; always guided."""
+def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> None:
+    """Check that a guider combines exactly two predictions, and that no `guidance_scale` was passed as well."""
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"`guider` is a {type(guider).__name__}; it has to be one of diffusers' guiders, or None.")
     hooked = type(guider).prepare_models is not BaseGuidance.prepare_models
@@ -73,58 +74,56 @@ def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> bool:
         )
     if guidance_scale != DEFAULT_GUIDANCE_SCALE:
         raise ValueError(
-            f"`guidance_scale` is {guidance_scale!r} and there is a `guider`, which has a scale of its own; leave one"
-            " of them out."
+            f"`guidance_scale` is {guidance_scale!r} and `guider` is given, which has its own scale: leave one of them"
+            " out."
         )
     if cached and (guider._start > 0 or guider._stop < 1):
         raise ValueError(
-            f"`guider` guides between the shares {guider._start} and {guider._stop} of the steps, but the transformer"
-            " has a cache, which would mix up one branch and two: call `transformer.disable_cache()`, or guide at all"
-            " steps."
+            f"`guider` guides from {guider._start} to {guider._stop} of the steps, but the transformer has a cache,"
+            " which would mix up one branch and two: call `transformer.disable_cache()`, or guide at all steps."
         )
-    return True
 
 
 def check_guidance_group(group: Any, guided: bool, transformer: Any) -> None:
-    """Check that there are two branches for the two processes, which draw what one would."""
+    """Check that a group has two processes, and that the call has two branches for them."""
     if group is None:
         return
     if not isinstance(group, ProcessGroup) or group.size() != 2:
-        came = f"a group of {group.size()}" if isinstance(group, ProcessGroup) else f"a {type(group).__name__}"
+        received = f"a group of {group.size()}" if isinstance(group, ProcessGroup) else f"a {type(group).__name__}"
         raise ValueError(
-            f"`guidance_group` is {came}; it has to be a torch.distributed.ProcessGroup of two, this process in it."
+            f"`guidance_group` is {received}; it has to be a torch.distributed.ProcessGroup of two that has this process."
         )
     if not guided:
         raise ValueError(
-            "`guidance_group` came with guidance off, so that there is one branch for two processes; leave it out, or"
-            " set `guidance_scale` above 1."
+            "`guidance_group` is given, but guidance is off, so that there is one branch for two processes: leave it"
+            " out, or set `guidance_scale` above 1."
         )
     if isinstance(getattr(transformer, "_cache_config", None), FirstBlockCacheConfig):
         raise ValueError(
-            "`guidance_group` came, but the transformer has a FirstBlockCache, which judges both branches together:"
-            " call `transformer.disable_cache()`, or use another cache."
+            "`guidance_group` is given, but the transformer has a FirstBlockCache, which compares both branches"
+            " together: call `transformer.disable_cache()`, or use another cache."
         )
 
 
 def check_cached_steps(transformer: Any, steps: int) -> None:
-    """Check that a MagCache, which has a ratio for every step, is for this number of them."""
+    """Check that a MagCache, which has one ratio per step, was made for this number of steps."""
     config = getattr(transformer, "_cache_config", None)
     if isinstance(config, MagCacheConfig) and config.num_inference_steps != steps:
         raise ValueError(
-            f"the transformer has a MagCacheConfig with a `num_inference_steps` of {config.num_inference_steps}, but"
-            f" this call takes {steps} steps: make it for {steps}."
+            f"The transformer has a MagCacheConfig with `num_inference_steps` {config.num_inference_steps}, but this"
+            f" call takes {steps} steps: make the config for {steps}."
         )
 
 
 def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, float]:
-    """Check a route against the transformer that it is for (None: not there to ask); as a tuple, whatever came."""
-    wanted = "(start, stop, ratio): a half-open range of blocks, and the share in (0, 1) of the tokens that skips it"
+    """Check a route against the transformer, if there is one, and return it as a tuple."""
+    accepted = "(start, stop, ratio): a half-open range of blocks, and the fraction in (0, 1) of tokens that skip it"
     if not isinstance(token_route, (tuple, list)) or len(token_route) != 3:
-        raise ValueError(f"`token_route` is {token_route!r}; it has to be {wanted}.")
+        raise ValueError(f"`token_route` is {token_route!r}; it has to be {accepted}.")
     start, stop, ratio = token_route
-    whole = all(isinstance(block, numbers.Integral) and not isinstance(block, bool) for block in (start, stop))
-    if not whole or not 0 <= start < stop or not is_number(ratio) or not 0 < ratio < 1:
-        raise ValueError(f"`token_route` is {token_route!r}; it has to be {wanted}.")
+    integers = all(isinstance(block, numbers.Integral) and not isinstance(block, bool) for block in (start, stop))
+    if not integers or not 0 <= start < stop or not is_number(ratio) or not 0 < ratio < 1:
+        raise ValueError(f"`token_route` is {token_route!r}; it has to be {accepted}.")
     if transformer is not None:
         depth, fusion_range = transformer.config["depth"], transformer.config.get("fusion_range")
         if stop > depth:
@@ -138,6 +137,7 @@ def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, flo
 
 
 def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool, transformer: Any) -> None:
+    """Check that self-guidance is off, or that the pipeline and the other arguments allow it."""
     if not is_number(self_guidance_scale) or self_guidance_scale < 1:
         raise ValueError(
             f"`self_guidance_scale` is {self_guidance_scale!r}; it has to be a finite number of at least 1 (off)."
@@ -146,8 +146,8 @@ def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool
         return
     if token_route is None:
         raise ValueError(
-            f"`self_guidance_scale` is {self_guidance_scale!r}, but no `token_route` is known: load or make the"
-            " pipeline with the route that the network was trained with, or leave `self_guidance_scale` out."
+            f"`self_guidance_scale` is {self_guidance_scale!r}, but the pipeline has no `token_route`: load or make it"
+            " with the route that the transformer was trained with, or leave `self_guidance_scale` out."
         )
     if guided:
         raise ValueError(
@@ -161,8 +161,8 @@ def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool
         )
     if getattr(transformer, "_parallel_config", None) is not None:
         raise ValueError(
-            f"`self_guidance_scale` is {self_guidance_scale!r}, but of the tokens that its route takes each process of"
-            " a parallel transformer has a share only; leave `self_guidance_scale` out."
+            f"`self_guidance_scale` is {self_guidance_scale!r}, but the transformer is parallel, and each process has"
+            " only some of the tokens that a route takes: leave `self_guidance_scale` out."
         )
 
 
@@ -180,22 +180,27 @@ def check_generator(generator: Any, batch_size: int, device: torch.device) -> No
         )
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     kinds = {entry.device.type for entry in generators}
-    if len(kinds) > 1 or not kinds <= {"cpu", device.type}:  # noise of the CPU's is moved to the device
+    if len(kinds) > 1 or not kinds <= {"cpu", device.type}:  # noise from a CPU generator is moved to the device
         raise ValueError(
-            f"`generator` is on {sorted(kinds)}, and the call on {device.type}; accepted are generators on the CPU, or"
-            " all of them on the device of the call."
+            f"`generator` is on {sorted(kinds)} and the pipeline on {device.type}; accepted are generators all on"
+            " the CPU, or all on the pipeline's device."
         )
 
 
 def check_callback_result(changed: Any, given: dict[str, torch.Tensor | None]) -> None:
-    """Check what a step callback returned against what it may change."""
+    """Check the tensors that a step callback returned.
+
+    Args:
+        changed: return value of the callback.
+        given: tensors that it may replace; None for those that this call does not have.
+    """
     if not isinstance(changed, dict):
         raise ValueError(f"`callback_on_step_end` returned a {type(changed).__name__}; accepted are a dict and None.")
     for name, value in changed.items():
-        ours = given.get(name)
-        if ours is None and value is None:
-            continue  # negative_prompt_embeds of a call without guidance, as it was given
-        if ours is None or not isinstance(value, torch.Tensor):
+        current = given.get(name)
+        if current is None and value is None:
+            continue  # negative_prompt_embeds of a call without guidance, returned as received
+        if current is None or not isinstance(value, torch.Tensor):
             accepted = [key for key, tensor in given.items() if tensor is not None]
             raise ValueError(
                 f"`callback_on_step_end` returned {name!r}; accepted in this call are the tensors {accepted}."
@@ -204,11 +209,11 @@ def check_callback_result(changed: Any, given: dict[str, torch.Tensor | None]) -
             raise ValueError(
                 f"`callback_on_step_end` returned `{name}` of {value.dtype}; it has to be floating-point."
             )
-        if value.shape != ours.shape:
+        if value.shape != current.shape:
             raise ValueError(
                 f"`callback_on_step_end` returned `{name}` of shape {tuple(value.shape)}; it has to stay"
-                f" {tuple(ours.shape)}. (diffusers' SDCFGCutoffCallback keeps one row, which fits calls for one image;"
-                " for several, set `pipeline._guidance_scale = 0.0` in a callback of your own.)"
+                f" {tuple(current.shape)}. (diffusers' SDCFGCutoffCallback keeps one row, which fits one image; for"
+                " several images, set `pipeline._guidance_scale = 0.0` in a callback of your own.)"
             )
 
 
@@ -217,6 +222,7 @@ def _is_list_of_str(value: Any) -> bool:
 
 
 def check_callback(callback: Any, names: Any, accepted: list[str]) -> None:
+    """Check a step callback and the names of the tensors that it receives."""
     if callback is not None and not callable(callback):
         raise ValueError(f"`callback_on_step_end` is a {type(callback).__name__}; it has to be a function, or None.")
     if not isinstance(names, list) or not all(name in accepted for name in names):
@@ -230,16 +236,15 @@ def check_prompts(
     prompt_embeds: torch.Tensor | None,
     negative_prompt_embeds: torch.Tensor | None,
 ) -> int:
-    """Check that prompts, negative prompts and embeddings fit each other; the number of prompts."""
+    """Check that prompts, negative prompts and embeddings fit each other; return the number of prompts."""
     if (prompt is None) == (prompt_embeds is None):
-        came = "neither" if prompt is None else "both"
-        raise ValueError(f"{came} of `prompt` and `prompt_embeds` came; give exactly one of them.")
+        raise ValueError("Pass either `prompt` or `prompt_embeds`.")
     if prompt is not None and not isinstance(prompt, str) and not _is_list_of_str(prompt):
         raise ValueError(f"`prompt` is {prompt!r}; it has to be a string or a list of at least one string.")
     if not (negative_prompt is None or isinstance(negative_prompt, str) or _is_list_of_str(negative_prompt)):
         raise ValueError(f"`negative_prompt` is {negative_prompt!r}; it has to be a string or a list of strings.")
     if negative_prompt and negative_prompt_embeds is not None:
-        raise ValueError("both `negative_prompt` and `negative_prompt_embeds` came; give one of them.")
+        raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
     count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
     if isinstance(negative_prompt, list) and len(negative_prompt) != count:
         raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries; it has to be one string, or {count}.")
@@ -249,16 +254,23 @@ def check_prompts(
         )
     if guided and prompt_embeds is not None and negative_prompt_embeds is None:
         raise ValueError(
-            "`prompt_embeds` came without `negative_prompt_embeds`; guidance needs both, or set `guidance_scale=1`."
+            "Guidance needs `negative_prompt_embeds` along with `prompt_embeds`: pass both, or set `guidance_scale=1`."
         )
     return count
 
 
 def check_embeds(name: str, embeds: Any, mask: Any, width: int | None) -> None:
-    """Check embeddings and their mask, of a prompt or a negative prompt; a width of None fits any."""
+    """Check embeddings (P, L, D) and their mask (P, L).
+
+    Args:
+        name: "prompt" or "negative_prompt".
+        embeds: embeddings or None.
+        mask: mask or None.
+        width: D; None if any D fits.
+    """
     if embeds is None:
         if mask is not None:
-            raise ValueError(f"`{name}_attention_mask` came without `{name}_embeds`; leave it out, or give both.")
+            raise ValueError(f"`{name}_attention_mask` needs `{name}_embeds`: pass both, or leave it out.")
         return
     check_floating(f"{name}_embeds", embeds)
     width = embeds.shape[-1] if width is None and embeds.ndim else width
@@ -275,13 +287,14 @@ def check_embeds(name: str, embeds: Any, mask: Any, width: int | None) -> None:
         )
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
-            f"`{name}_attention_mask` has entries other than 0 and 1; it has to be true (1) where a token counts. (One"
-            " that is added to the scores of attention, 0 where a token counts, says the opposite.)"
+            f"`{name}_attention_mask` has entries other than 0 and 1; it has to be true (1) where a token counts. (A"
+            " mask that is added to attention scores, with 0 where a token counts, does not fit.)"
         )
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Check that `latents` are finite floating-point values of a shape."""
     check_floating("latents", latents)
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it has to be {shape}.")
-    check_given("latents", latents)
+    check_finite_input("latents", latents)

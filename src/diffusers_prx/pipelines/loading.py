@@ -1,8 +1,8 @@
-"""How a PRX pipeline is stored, and how what is stored finds its classes.
+"""Class names in model_index.json: how a PRX pipeline is stored so that stock diffusers loads it, and loaded again.
 
 diffusers resolves an entry ["library", "Class"] of model_index.json as the attribute `Class` of the imported module
-`library`, and recognizes it as loadable by the base classes that it finds in that same module. This module is that
-library for our own classes: it holds them, and their base classes, by import.
+`library`, and finds out how to load it by the base classes in that same module. `resolve_components` names this module
+as the library of our own classes, so it imports them and their base classes.
 """
 
 import copy
@@ -32,15 +32,15 @@ __all__ = [
     "SchedulerMixin",
     "check_same_kind",
     "resolve_components",
-    "stored_form",
+    "storable_copy",
 ]
 
-KINDS = ("PRXPipeline", "PRXPixelPipeline")
+PIPELINE_KINDS = ("PRXPipeline", "PRXPixelPipeline")
 _SCHEDULERS = {scheduler.prediction_type: scheduler for scheduler in (PRXFlowMatchScheduler, PRXXPredictionScheduler)}
 
 
 class PublishedT5GemmaConfig(T5GemmaConfig):
-    """Read the configuration of a published text encoder: of the encoder alone, or of the model it was part of."""
+    """Read the configuration of a published text encoder, whether it is the encoder's alone or the whole T5Gemma's."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> T5GemmaConfig:  # type: ignore[override]
@@ -58,33 +58,38 @@ class PublishedT5GemmaConfig(T5GemmaConfig):
 
 
 class PublishedT5GemmaEncoder(T5GemmaEncoderModel):
-    """Load the text encoder of the published checkpoints, whose class transformers 5 has no public name for.
+    """Load the text encoder of the published checkpoints, whose class has no public name in transformers 5.
 
-    The folder was saved from the encoder half of a T5GemmaModel, with its own configuration or with that of the whole
-    model. diffusers 0.42 loads the second kind; for the first it builds an encoder of transformers' default sizes,
-    which fits no other. Here both become that half of the public T5GemmaEncoderModel, whose keys begin with
-    `encoder.`. (The `key_mapping` of transformers would load it as well, but is undone on saving: what is saved then
-    could not be loaded again.)
+    The folder was saved from the encoder half of a T5GemmaModel, with the half's configuration or with the whole
+    model's. diffusers 0.42 loads the second kind only. Here both kinds become the `encoder` of the public
+    T5GemmaEncoderModel. (transformers' `key_mapping` would load them as well, but reverts the names on saving, and the
+    result could not be loaded again.)
     """
 
     config_class = PublishedT5GemmaConfig
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **kwargs: Any) -> T5GemmaEncoderModel:  # type: ignore[override]
-        """A T5GemmaEncoderModel with the weights of the folder; keyword arguments as `PreTrainedModel` takes them.
+        """Load the folder's weights into a T5GemmaEncoderModel.
+
+        Args:
+            folder: folder of the text encoder.
+            kwargs: arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: the folder's weights are not exactly those of the encoder.
+            ValueError: if the folder's weights are not exactly those of the encoder.
         """
         config = PublishedT5GemmaConfig.from_pretrained(folder)
         with torch.device("meta"):
-            half = type(T5GemmaEncoderModel(config).encoder)
-        half_config: Any = config.encoder
-        loaded: Any = half.from_pretrained(folder, config=half_config, output_loading_info=True, **kwargs)
-        encoder, info = loaded
-        wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        if any(wrong.values()):
-            raise ValueError(f"The text encoder in {folder} does not fit T5GemmaEncoderModel: {wrong}.")
+            encoder_class: Any = type(T5GemmaEncoderModel(config).encoder)
+        encoder, info = encoder_class.from_pretrained(
+            folder, config=config.encoder, output_loading_info=True, **kwargs
+        )
+        mismatches = {
+            key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        }
+        if any(mismatches.values()):
+            raise ValueError(f"The text encoder in {folder} does not fit T5GemmaEncoderModel: {mismatches}.")
         config.encoder, config.dtype = encoder.config, encoder.dtype
         with torch.device("meta"):
             model = T5GemmaEncoderModel(config)
@@ -93,10 +98,10 @@ class PublishedT5GemmaEncoder(T5GemmaEncoderModel):
 
 
 def __getattr__(name: str) -> Any:
-    """Return a model class of diffusers or transformers that refuses weights that are not all there.
+    """Return a model class of diffusers or transformers whose `from_pretrained` raises an error for missing weights.
 
     Args:
-        name: "library.Class", as `resolve_components` writes it. Both libraries fill what is missing at random.
+        name: "library.Class", as `resolve_components` writes it. Both libraries initialize missing weights at random.
     """
     model_class = _model_class(*name.partition(".")[::2])
     if model_class is None:
@@ -104,20 +109,22 @@ def __getattr__(name: str) -> Any:
 
     def from_pretrained(cls: Any, folder: str | os.PathLike, **kwargs: Any) -> Any:
         if kwargs.get("use_flashpack"):
-            return model_class.from_pretrained(folder, **kwargs)  # a format of one tensor, with no report
+            return model_class.from_pretrained(folder, **kwargs)  # this format cannot list missing weights
         return load_complete(model_class.from_pretrained, folder, **kwargs)
 
     return type(model_class.__name__, (model_class,), {"from_pretrained": classmethod(from_pretrained)})
 
 
 def _model_class(library: str, name: str) -> Any:
-    """The class of a network in diffusers or transformers, or None."""
-    found = getattr(importlib.import_module(library), name, None) if library in ("diffusers", "transformers") else None
-    return found if isinstance(found, type) and issubclass(found, (ModelMixin, PreTrainedModel)) else None
+    """Return the class of a network in diffusers or transformers, or None."""
+    if library not in ("diffusers", "transformers"):
+        return None
+    value = getattr(importlib.import_module(library), name, None)
+    return value if isinstance(value, type) and issubclass(value, (ModelMixin, PreTrainedModel)) else None
 
 
 def check_same_kind(pipeline_class: Any, pipeline: Any) -> None:
-    """Raise a ValueError unless a pipeline, ours or diffusers', is of the kind of a class, latent or pixel."""
+    """Raise a ValueError unless a pipeline, ours or diffusers', draws in the same space (latents or pixels) as a class."""
     if not _kinds(pipeline_class) & _kinds(type(pipeline)):
         raise ValueError(
             f"`pipeline` is a {type(pipeline).__name__}; accepted by {pipeline_class.__name__}.from_pipe is a"
@@ -126,22 +133,22 @@ def check_same_kind(pipeline_class: Any, pipeline: Any) -> None:
 
 
 def _kinds(pipeline_class: Any) -> set[str]:
-    return {base.__name__ for base in pipeline_class.__mro__} & set(KINDS)
+    return {base.__name__ for base in pipeline_class.__mro__} & set(PIPELINE_KINDS)
 
 
 def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str | None) -> dict[str, Any]:
-    """A stored model_index.json with the entries of our own classes in place.
+    """Return a model_index.json with entries that resolve to our own classes.
 
     Args:
-        pipeline_class: PRXPipeline or PRXPixelPipeline (or a class derived from one).
-        config: what model_index.json says: written by us, by stock diffusers, or published.
-        folder: where the pipeline lies, to read the scheduler's configuration; None when it is not on this machine.
+        pipeline_class: PRXPipeline, PRXPixelPipeline or a subclass.
+        config: content of model_index.json, written by this package, by stock diffusers, or published.
+        folder: folder of the pipeline, for the scheduler's configuration; None if it is not on this machine.
 
     Raises:
-        ValueError: the folder holds the other of the two pipelines.
+        ValueError: if the folder holds the other of the two pipelines.
     """
     stored_class = config.get("_class_name")
-    if stored_class in KINDS and stored_class not in _kinds(pipeline_class):
+    if stored_class in PIPELINE_KINDS and stored_class not in _kinds(pipeline_class):
         raise ValueError(f"{folder} holds a {stored_class}; load it with {stored_class}.from_pretrained.")
     resolved = dict(config)
     parameters = inspect.signature(pipeline_class.__init__).parameters
@@ -149,7 +156,7 @@ def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str 
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or name.startswith("_"):
             continue
         if entry[0] is None and name not in parameters:
-            del resolved[name]  # the published pixel layout lists a VAE that it does not have
+            del resolved[name]  # the published pixel pipeline lists a VAE that it does not have
         elif entry[1] in (STOCK_CLASS_NAME, OWN_CLASS_NAME):
             resolved[name] = [__name__, "PRXTransformer2DModel"]
         elif entry[1] == "T5GemmaEncoder":
@@ -157,7 +164,7 @@ def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str 
         elif entry[1] in [scheduler.__name__ for scheduler in _SCHEDULERS.values()]:
             resolved[name] = [__name__, entry[1]]
         elif name == "scheduler" and str(entry[1]).startswith("PRX"):
-            resolved[name] = ["diffusers", entry[1].removeprefix("PRX")]  # see `stored_form`
+            resolved[name] = ["diffusers", entry[1].removeprefix("PRX")]  # see `storable_copy`
         elif entry[1] == "FlowMatchEulerDiscreteScheduler" and not _is_stock_only(folder):
             prediction_type = config.get("prediction_type") or pipeline_class.default_prediction_type
             resolved[name] = [__name__, _SCHEDULERS[prediction_type].__name__]
@@ -168,13 +175,13 @@ def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str 
     return resolved
 
 
-def stored_form(pipeline: Any) -> Any:
-    """A shallow copy of a pipeline under the class names to store.
+def storable_copy(pipeline: Any) -> Any:
+    """Return a shallow copy of a pipeline with the class names to store.
 
-    They are stock diffusers' names wherever stock diffusers draws the same with them. What it cannot express
-    (x-prediction in latents, velocity in pixels, another scale of the noise in latents) is stored with a scheduler
-    class of a name that it does not know and so refuses: PRXFlowMatchScheduler, PRXXPredictionScheduler, or PRX before
-    the name of one of its own schedulers. So is a transformer with options that it does not have.
+    They are stock diffusers' names if stock diffusers draws the same with them. Otherwise (x-prediction in latents,
+    velocity in pixels, a noise scale in latents, a transformer with options of our own) they are names that stock
+    diffusers does not know, so that it raises an error instead of drawing something else: PRXFlowMatchScheduler,
+    PRXXPredictionScheduler, or the name of a stock scheduler with PRX before it.
     """
     stored = copy.copy(pipeline)
     transformer = unwrap_compiled(pipeline.transformer)
@@ -184,7 +191,7 @@ def stored_form(pipeline: Any) -> Any:
     if scheduler is None:
         return stored
     ours = isinstance(scheduler, tuple(_SCHEDULERS.values()))
-    if pipeline.stock_can_express:
+    if pipeline.is_stock_compatible:
         if ours:
             stored.register_modules(scheduler=_as_stock_scheduler(scheduler))
     else:
@@ -194,7 +201,7 @@ def stored_form(pipeline: Any) -> Any:
 
 
 def _as_stock_scheduler(scheduler: Any) -> Any:
-    """The stock scheduler with the same shift; what only ours knows stays in its configuration as extra keys."""
+    """Return the stock scheduler with the same shift; our other settings become extra keys of its configuration."""
     extra = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     stock: Any = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=extra["num_train_timesteps"], shift=extra["shift"]
@@ -204,7 +211,7 @@ def _as_stock_scheduler(scheduler: Any) -> Any:
 
 
 def _is_stock_only(folder: str | None) -> bool:
-    """Whether a stored FlowMatchEulerDiscreteScheduler is set to something that our schedulers do not do."""
+    """True if a stored FlowMatchEulerDiscreteScheduler uses an option that our schedulers do not have."""
     if folder is None:
         return False
     inside = os.path.join(folder, "scheduler")

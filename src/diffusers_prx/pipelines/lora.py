@@ -1,17 +1,14 @@
 """LoRA adapters (arXiv 2106.09685) on the transformer of both pipelines.
 
-Files are read, and layers are made, by diffusers' own loader and peft. What stands here are the checks before a call
-changes anything, and the calls that diffusers and peft leave half done: those on a transformer that torch.compile has
-wrapped, hot-swapping, and what is active after an adapter was deleted.
+diffusers' loader reads the files and peft makes the layers. This module checks every call before it changes anything,
+and does what diffusers and peft get wrong: adapters on a transformer that `torch.compile` wraps, hot-swapping, and the
+choice of active adapters after one was deleted.
 """
 
-import collections
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -31,70 +28,22 @@ from ..compat import (
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..schedulers.scheduling_prx import is_number
 from .check_finite import PLAIN_DTYPES, is_plain
+from .lora_files import NAMES_SHOWN, LoraAdapter, PeftLayer, adapter_dtype, lora_layers, read_adapter
 
 logger = logging.get_logger(__name__)
 
-# what files hold of an adapted layer, under the names that peft and diffusers give it
-PARTS = r"lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?"
-KEY = re.compile(rf"transformer\.(?P<layer>.+)\.(?P<part>{PARTS})")
-SHOWN = 3  # number of layers and tensors that an error message names
-NAME = re.compile(r"[\w.-]+")  # a name of layers, as against a pattern for them
-
-# Settings of peft's LoraConfig that say nothing about the sampled picture: the tensors name their layers, and values
-# to start from are for training. (`use_dora` and `lora_bias` are read from the tensors.)
-TRAINING_SETTINGS = {"lora_dropout", "inference_mode", "task_type", "auto_mapping", "base_model_name_or_path"}
-TRAINING_SETTINGS |= {"revision", "peft_version", "use_dora", "lora_bias", "eva_config", "runtime_config"}
-LAYER_SETTINGS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-READ_SETTINGS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "peft_type"}
-# what peft starts from without changing the weights under the adapter, which files of adapters do not hold
-INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-OFF: tuple[Any, ...] = (None, False, "none", [], {})
-UNUSED = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # defaults of what is off
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter that fits a transformer.
-
-    Args:
-        tensors: for each layer its tensors, under `lora_A`, `lora_B`, `lora_B.bias` and `lora_magnitude_vector`.
-        ranks: rank of each layer.
-        alphas: alpha of each layer; the delta is alpha / rank * B A.
-        use_rslora: alpha / sqrt(rank) instead (arXiv 2312.03732).
-    """
-
-    tensors: dict[str, dict[str, torch.Tensor]]
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-    use_rslora: bool
-
-    @property
-    def parts(self) -> set[str]:
-        return set(next(iter(self.tensors.values())))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Arguments of peft's LoraConfig, in which every pattern is the name of one layer."""
-        rank = collections.Counter(self.ranks.values()).most_common(1)[0][0]
-        alpha = collections.Counter(self.alphas.values()).most_common(1)[0][0]
-        return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {f"^{re.escape(name)}": own for name, own in self.ranks.items() if own != rank},
-            "alpha_pattern": {f"^{re.escape(name)}": own for name, own in self.alphas.items() if own != alpha},
-            "use_rslora": self.use_rslora,
-            "use_dora": "lora_magnitude_vector" in self.parts,
-            "lora_bias": "lora_B.bias" in self.parts,
-            "target_modules": sorted(self.tensors),
-        }
-
 
 class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
-    """`load_lora_weights` and its relatives, with the arguments that they have on every pipeline of diffusers.
+    """`load_lora_weights` and the other adapter calls of diffusers' pipelines, with the same arguments.
 
-    CogVideoX's mixin is the one of diffusers that adapts the component `transformer` alone and knows no names of other
-    tools, which is what PRX needs too. After any sequence of calls the pipeline draws what a new one with the same
-    adapters and weights would, or the call raises a ValueError and nothing has changed.
+    A call either raises a ValueError and changes nothing, or leaves a pipeline that draws what a new pipeline with the
+    same adapters and weights would draw. The base class is CogVideoX's because that mixin adapts the component
+    `transformer` alone and translates no names of other tools.
+
+    Example:
+        >>> pipe.load_lora_weights("my-lora", adapter_name="style")
+        >>> pipe.set_adapters("style", 0.8)
+        >>> image = pipe("a red cat").images[0]
     """
 
     transformer: Any
@@ -115,36 +64,39 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         local_files_only: bool | None = None,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        """Load an adapter and use it, and no other one, until `set_adapters`. Those that are loaded stay loaded.
+        """Load an adapter and make it the only active one, until `set_adapters`. Other adapters stay loaded.
 
-        After `disable_lora` it is not used before `enable_lora`.
+        After `disable_lora`, the new adapter is inactive until `enable_lora`.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a folder, a .safetensors file, a Hub id, or tensors by name.
-            adapter_name: name for `set_adapters`; the first free one of default_0, default_1, ... when None.
-            hotswap: put it in the place of the loaded adapter of that name, with the weight that `set_adapters` gave
-                to that one and without a new compilation. Its layers must be among those of the other adapter, and
-                its ranks not higher; `enable_lora_hotswap(target_rank=...)` before the first adapter makes room.
-            weight_name: name of the file; without a network it must be given for a Hub id.
+            pretrained_model_name_or_path_or_dict: folder, .safetensors file, Hub id, or tensors by name.
+            adapter_name: name for `set_adapters`. None: the first free one of default_0, default_1, ...
+            hotswap: replace the loaded adapter of that name, without a new compilation. The new adapter keeps the
+                weight that `set_adapters` gave the old one. It must adapt no other layers and have no higher ranks;
+                `enable_lora_hotswap(target_rank=...)` before the first adapter reserves room.
+            weight_name: name of the file; offline you must pass it for a Hub id.
             subfolder, revision, token, cache_dir, force_download, proxies, local_files_only: location on the Hub, as
                 in `DiffusionPipeline.from_pretrained`.
-            low_cpu_mem_usage: make the layers without values before they are filled.
+            low_cpu_mem_usage: create the layers without values before filling them.
 
         Raises:
-            ValueError: a file that holds something else than a LoRA or DoRA of this transformer's layers, an adapter
-                name that is taken, fused adapters, or a transformer that is offloaded to disk; the pipeline is as it
-                was.
+            ValueError: if the file is not a LoRA or DoRA for this transformer, the adapter name is taken, adapters are
+                fused, or the transformer is offloaded to disk. The pipeline is unchanged.
+
+        Example:
+            >>> pipe.load_lora_weights("my-lora", adapter_name="style")
+            >>> pipe.load_lora_weights("other-lora", adapter_name="style", hotswap=True)
         """
         model = unwrap_compiled(self.transformer)
         method = "hotswap" if hotswap else "load_lora_weights"
         _require_unfused(method, model)
-        _require_in_memory(method, model)
+        _require_weights_in_memory(method, model)
         source = pretrained_model_name_or_path_or_dict
         try:
             state_dict, metadata = self.lora_state_dict(
                 dict(source) if isinstance(source, Mapping) else source,
                 return_lora_metadata=True,
-                use_safetensors=True,  # nothing is unpickled
+                use_safetensors=True,  # never unpickle
                 weight_name=weight_name,
                 subfolder=subfolder,
                 revision=revision,
@@ -160,23 +112,23 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         if hotswap:
             _hotswap(model, adapter_name, adapter)
             return
-        name = _new_name(model, adapter_name)
-        _check_room(model, adapter)
-        active, disabled = _active(model), _disabled(model)
-        offloaded = bool(getattr(self, "_all_hooks", []))  # by `enable_model_cpu_offload`
+        name = _check_new_name(model, adapter_name)
+        _check_capacity(model, adapter)
+        active, disabled = _active_adapters(model), _is_disabled(model)
+        has_model_offload = bool(getattr(self, "_all_hooks", []))  # `enable_model_cpu_offload`
         try:
             self.load_lora_into_transformer(
-                _as_weights(adapter, model),
+                _file_tensors(adapter, model),
                 transformer=model,
                 adapter_name=name,
-                metadata={f"transformer.{key}": value for key, value in adapter.settings.items()},
-                # diffusers would take the hooks away and apply them anew, for its own choice of a device
-                _pipeline=None if offloaded else self,
+                metadata={f"transformer.{key}": value for key, value in adapter.peft_settings.items()},
+                # given the pipeline, diffusers would reinstall its offloading hooks, on a device of its own choice
+                _pipeline=None if has_model_offload else self,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-            _undo_casting(model, name, adapter)
+            _undo_storage_dtype(model, name, adapter)
         except Exception:
-            _forget(model, [name], active)
+            _delete(model, [name], active)
             raise
         for layer in lora_layers(model).values():
             layer.eval()
@@ -185,24 +137,27 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     def set_adapters(
         self, adapter_names: list[str] | str, adapter_weights: float | dict | list[float] | list[dict] | None = None
     ) -> None:
-        """Use these adapters and no others, each with its weight (1 when None): W + sum of weight * delta.
+        """Make these adapters the active ones, each with its weight: W + sum of weight * delta.
 
-        At weight 0 a LoRA changes nothing; a DoRA (arXiv 2402.09353) still brings its lengths of the rows, which
-        `disable_lora` leaves out too.
+        At weight 0 a LoRA changes nothing. A DoRA (arXiv 2402.09353) still rescales the rows of W; use `disable_lora`
+        to leave it out.
 
         Args:
             adapter_names: names of loaded adapters; an empty list for none.
-            adapter_weights: one finite number for all, a list with one for each, or {"transformer": number} in the
-                place of a number.
+            adapter_weights: one finite number for all, or a list with one per name; {"transformer": number} in place
+                of a number. None: 1.
 
         Raises:
-            ValueError: unknown or repeated names, another number of weights, or adapters that are fused: unfusing
-                would then take away something else than what was added.
+            ValueError: if a name is unknown or repeated, the number of weights differs, or adapters are fused
+                (`unfuse_lora` would then subtract something else than was added).
+
+        Example:
+            >>> pipe.set_adapters(["style", "person"], [0.8, 1.0])
         """
         model = unwrap_compiled(self.transformer)
         _require_unfused("set_adapters", model)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        _check_names("adapter_names", names, model)
+        _check_loaded("adapter_names", names, model)
         given = adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
         if len(given) != len(names):
             raise ValueError(
@@ -216,31 +171,39 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 _set_weight(layer, name, weight)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Forget these adapters; the others stay.
+        """Delete these adapters. If no active one is left, the last loaded of the others becomes active.
 
-        If none of those in use is left, the one of the others that was loaded last is used.
+        Args:
+            adapter_names: names of loaded adapters.
 
         Raises:
-            ValueError: unknown or repeated names, adapters that are fused (what was added to the weights could not be
-                taken out any more), or a transformer that is offloaded to disk.
+            ValueError: if a name is unknown or repeated, adapters are fused (their part of the weights could not be
+                removed any more), or the transformer is offloaded to disk.
+
+        Example:
+            >>> pipe.delete_adapters("style")
         """
         model = unwrap_compiled(self.transformer)
         _require_unfused("delete_adapters", model)
-        _require_in_memory("delete_adapters", model)
+        _require_weights_in_memory("delete_adapters", model)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        _check_names("adapter_names", names, model)
-        left = [name for name in _loaded(model) if name not in names]
-        active = [name for name in _active(model) if name not in names]
-        if left and not active and _active(model):
+        _check_loaded("adapter_names", names, model)
+        left = [name for name in _loaded_adapters(model) if name not in names]
+        active = [name for name in _active_adapters(model) if name not in names]
+        if left and not active and _active_adapters(model):
             active = left[-1:]
-            logger.warning(f"The adapters in use were deleted: {active} is used now.")
-        _forget(model, names, active)
+            logger.warning(f"The active adapters were deleted: {active} is active now.")
+        _delete(model, names, active)
 
     def disable_lora(self) -> None:
-        """Draw without adapters until `enable_lora`; they and their weights stay.
+        """Draw without adapters until `enable_lora`. The adapters and their weights stay.
 
         Raises:
-            ValueError: adapters are fused.
+            ValueError: if adapters are fused.
+
+        Example:
+            >>> pipe.disable_lora()
+            >>> image_without_lora = pipe("a red cat").images[0]
         """
         model = unwrap_compiled(self.transformer)
         _require_unfused("disable_lora", model)
@@ -248,7 +211,11 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             layer.enable_adapters(False)
 
     def enable_lora(self) -> None:
-        """Take `disable_lora` back."""
+        """Undo `disable_lora`.
+
+        Example:
+            >>> pipe.enable_lora()
+        """
         for layer in lora_layers(unwrap_compiled(self.transformer)).values():
             layer.enable_adapters(True)
 
@@ -259,300 +226,156 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
     ) -> None:
-        """Add adapters to the weights, which makes the network as fast as without them.
+        """Add adapters to the weights: the transformer is then as fast as without them.
 
         Args:
-            components: `transformer` is the only one.
-            lora_scale: factor of the weights of `set_adapters` until `unfuse_lora`; finite, and not 0.
-            safe_fusing: raise an error, and change nothing, if a weight would not be finite. Needs memory for a copy
-                of the adapted layers.
-            adapter_names: names of the adapters, which are those in use from then on; those in use already when None.
+            components: ["transformer"], the only one.
+            lora_scale: factor on all weights of `set_adapters` until `unfuse_lora`; finite, not 0.
+            safe_fusing: raise an error and change nothing if a weight would become NaN or infinite. Needs memory for a
+                copy of the adapted layers.
+            adapter_names: adapters to fuse, which become the active ones. None: the active ones.
 
         Raises:
-            ValueError: adapters that are not loaded, or disabled; weights that nothing can be added to (quantized,
-                cast for storage, offloaded to disk); a `lora_scale` while others are fused, which it would change as
-                well; or one of 0, from which `unfuse_lora` could not find the weights of `set_adapters` again.
+            ValueError: if an adapter is not loaded, adapters are disabled, weights are quantized, cast for storage or
+                offloaded to disk, or `lora_scale` is not 1 while other adapters are fused (it would rescale them).
+
+        Example:
+            >>> pipe.fuse_lora()
+            >>> pipe.unload_lora_weights()  # the weights keep what was fused
         """
         _check_components(components)
         model = unwrap_compiled(self.transformer)
-        _require_in_memory("fuse_lora", model)
+        _require_weights_in_memory("fuse_lora", model)
         if not is_number(lora_scale) or lora_scale == 0:
             raise ValueError(
-                f"`lora_scale` is {lora_scale!r}, which `unfuse_lora` cannot take back; accepted is any other finite "
-                "number. To leave adapters out: `disable_lora`."
+                f"`lora_scale` is {lora_scale!r}, which `unfuse_lora` cannot undo; accepted is any other finite"
+                " number. To leave adapters out, call `disable_lora`."
             )
-        lora_scale, fused = float(lora_scale), _fused(model)
+        fused = _fused_adapters(model)
         if lora_scale != 1 and fused:
-            raise ValueError(f"`lora_scale` is {lora_scale}, but {fused} are fused already: call `unfuse_lora` first.")
-        if _disabled(model):
+            raise ValueError(f"`lora_scale` is {lora_scale}, but {fused} are already fused: call `unfuse_lora` first.")
+        if _is_disabled(model):
             raise ValueError("`fuse_lora` needs `enable_lora` first: the adapters are disabled.")
-        names = _active(model) if adapter_names is None else list(adapter_names)
-        _check_names("adapter_names", names, model)
+        names = _active_adapters(model) if adapter_names is None else list(adapter_names)
+        _check_loaded("adapter_names", names, model)
         names = [name for name in names if name not in fused]
         if not names and not fused:
             raise ValueError("`fuse_lora` has no adapter to fuse: call `load_lora_weights` or `set_adapters` first.")
-        adapted = {key: layer for key, layer in lora_layers(model).items() if not set(names).isdisjoint(layer.lora_A)}
-        for key, layer in adapted.items():
-            _require_addable("fuse_lora", key, layer, names)
-        kept = {key: _snapshot(layer) for key, layer in adapted.items()} if safe_fusing else {}
-        active = _active(model)
-        for layer in lora_layers(model).values():
-            layer.set_adapter(fused + names)
+        layers = {key: layer for key, layer in lora_layers(model).items() if not set(names).isdisjoint(layer.lora_A)}
+        for key, layer in layers.items():
+            _require_mergeable("fuse_lora", key, layer, names)
+        snapshots = {key: _snapshot(layer) for key, layer in layers.items()} if safe_fusing else {}
+        active = _active_adapters(model)
+        _activate(model, fused + names)
         model.fuse_lora(float(lora_scale), adapter_names=names)
-        if broken := [key for key in kept if not _is_finite(adapted[key].get_base_layer())]:
+        non_finite = [key for key in snapshots if not _is_finite(layers[key].get_base_layer())]
+        if non_finite:
             model.lora_scale = 1.0
-            for key, layer in adapted.items():
-                _restore(layer, kept[key])
-            for layer in lora_layers(model).values():
-                layer.set_adapter(active)
+            for key, layer in layers.items():
+                _restore(layer, snapshots[key])
+            _activate(model, active)
             raise ValueError(
-                f"`safe_fusing`: with {names}, weights of {len(broken)} layers would not be finite, as "
-                f"{broken[:SHOWN]}; nothing was fused. Use smaller weights, or a type with a larger range."
+                f"`safe_fusing`: with {names}, weights of {len(non_finite)} layers would not be finite, such as "
+                f"{non_finite[:NAMES_SHOWN]}; nothing was fused. Use smaller weights, or a dtype with a larger range."
             )
 
     def unfuse_lora(self, components: list[str] | tuple[str, ...] = ("transformer",)) -> None:
-        """Take what was fused out of the weights again, and the `lora_scale` back: the weights are those from before
-        to the rounding of their type.
+        """Subtract fused adapters from the weights again, and undo `lora_scale`; exact up to rounding.
+
+        Args:
+            components: ["transformer"], the only one.
 
         Raises:
-            ValueError: the weights were quantized, cast for storage or offloaded to disk since they were fused.
+            ValueError: if the weights were quantized, cast for storage or offloaded to disk since they were fused.
+
+        Example:
+            >>> pipe.fuse_lora(lora_scale=0.5)
+            >>> pipe.unfuse_lora()
         """
         _check_components(components)
         model = unwrap_compiled(self.transformer)
-        fused = _fused(model)
-        if not fused:
+        if not _fused_adapters(model):
             return
-        _require_in_memory("unfuse_lora", model)
+        _require_weights_in_memory("unfuse_lora", model)
         merged = {key: layer for key, layer in lora_layers(model).items() if layer.merged}
         for key, layer in merged.items():
-            _require_addable("unfuse_lora", key, layer, layer.merged_adapters)
+            _require_mergeable("unfuse_lora", key, layer, layer.merged_adapters)
         for layer in merged.values():
             layer.unmerge()
-        scale = getattr(model, "lora_scale", 1.0)  # diffusers leaves it
+        scale = getattr(model, "lora_scale", 1.0)  # diffusers does not undo it
         for layer in lora_layers(model).values():
             if scale != 1:
                 layer.unscale_layer(scale)
         model.lora_scale = 1.0
 
     def unload_lora_weights(self) -> None:
-        """Forget all adapters. What is fused stays in the weights.
+        """Delete all adapters. Fused ones stay in the weights.
 
         Raises:
-            ValueError: the transformer has adapters and is offloaded to disk.
+            ValueError: if the transformer has adapters and is offloaded to disk.
+
+        Example:
+            >>> pipe.unload_lora_weights()
         """
         model = unwrap_compiled(self.transformer)
         if lora_layers(model):
-            _require_in_memory("unload_lora_weights", model)
+            _require_weights_in_memory("unload_lora_weights", model)
             _unload(model)
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the adapters in use, in the order in which they are added."""
-        return _active(unwrap_compiled(self.transformer))
+        """Return the names of the active adapters.
+
+        Example:
+            >>> pipe.get_active_adapters()
+            ['style']
+        """
+        return _active_adapters(unwrap_compiled(self.transformer))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all loaded adapters, as {"transformer": names}, or {} if there are none."""
-        names = _loaded(unwrap_compiled(self.transformer))
+        """Return the names of all loaded adapters: {"transformer": names}, or {} if there are none.
+
+        Example:
+            >>> pipe.get_list_adapters()
+            {'transformer': ['style', 'person']}
+        """
+        names = _loaded_adapters(unwrap_compiled(self.transformer))
         return {"transformer": names} if names else {}
 
     @property
     def fused_loras(self) -> set[str]:
-        """Names of the adapters that are in the weights and can be taken out again."""
-        return set(_fused(unwrap_compiled(self.transformer)))
+        """Names of the fused adapters."""
+        return set(_fused_adapters(unwrap_compiled(self.transformer)))
 
     @property
     def num_fused_loras(self) -> int:
+        """Number of fused adapters."""
         return len(self.fused_loras)
 
 
-# What a file says.
-
-
-def read_adapter(state_dict: Mapping[str, Any], metadata: Any, transformer: Any) -> Adapter:
-    """Read an adapter and refuse one that is not of this transformer.
-
-    Args:
-        state_dict: tensors by name, `transformer.LAYER.lora_A.weight` and so on.
-        metadata: settings of a LoraConfig behind `transformer.`, or None if the file has none (alpha is the rank).
-            Names of layers in it are compared, never run as regular expressions.
-        transformer: with or without other adapters.
-
-    Raises:
-        ValueError: with what does not fit.
-    """
-    if not isinstance(transformer, PRXTransformer2DModel):
-        raise ValueError(
-            f"`transformer` is a {type(transformer).__module__}.{type(transformer).__name__}, which takes no adapters "
-            "here; accepted is diffusers_prx.PRXTransformer2DModel, which loads the same files."
-        )
-    if not state_dict:
-        raise ValueError("The file has no tensors; accepted are those of a LoRA or DoRA of the transformer.")
-    found = {key: KEY.fullmatch(key) if isinstance(key, str) else None for key in state_dict}
-    other = sorted(str(key) for key, match in found.items() if match is None)
-    if other:
-        raise ValueError(
-            f"The file has {len(other)} tensors of {len(state_dict)} that are no part of a LoRA or DoRA of the "
-            f"transformer, as {other[:SHOWN]}; accepted are transformer.LAYER.lora_A.weight, .lora_B.weight, "
-            ".lora_B.bias and .lora_magnitude_vector."
-        )
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in state_dict.items():
-        match: Any = found[key]
-        tensors.setdefault(match["layer"], {})[match["part"].removesuffix(".weight")] = tensor
-    linear, adapted = dict(transformer.named_modules()), lora_layers(transformer)
-    inside = tuple(f"{name}." for name in adapted)  # parts of other adapters
-    linear = {name: module for name, module in linear.items() if not name.startswith(inside)}
-    parts = set().union(*tensors.values())
-    misfits = {name: _misfit(linear.get(name), own, parts) for name, own in tensors.items()}
-    wrong = [f"{name} {misfit}" for name, misfit in misfits.items() if misfit is not None]
-    settings = _read_settings(metadata)
-    ranks, alphas = {}, {}
-    for name, own in tensors.items() if not wrong else ():
-        rank = ranks[name] = own["lora_A"].shape[0]
-        stated = rank if metadata is None else _stated(settings, "rank_pattern", name, settings["r"])
-        alphas[name] = rank if metadata is None else _stated(settings, "alpha_pattern", name, settings["lora_alpha"])
-        if stated != rank:
-            wanted, came = (stated, *own["lora_A"].shape[1:]), tuple(own["lora_A"].shape)
-            wrong.append(f"{name} takes lora_A of the shape {wanted}, not {came}, by the rank in the file's metadata")
-    fitting = {} if wrong else tensors
-    if broken := [name for name, own in fitting.items() if not _is_finite_as(own, linear[name], transformer)]:
-        raise ValueError(
-            f"The adapter has NaN or infinite values, in the type of the weights of its layers, in {len(broken)} of "
-            f"{len(tensors)} layers, as {broken[:SHOWN]}: its file is damaged or its training diverged."
-        )
-    if wrong:
-        raise ValueError(
-            f"The adapter does not fit this transformer, in {len(wrong)} of {len(tensors)} layers: "
-            f"{'; '.join(wrong[:SHOWN])}. It was made for another model: load it on the pipeline that it was trained "
-            "on."
-        )
-    return Adapter(tensors, ranks, alphas, settings["use_rslora"])
-
-
-def _misfit(layer: Any, tensors: Mapping[str, Any], parts: set[str]) -> str | None:
-    """Say what is wrong with the adapter of one layer, where others have these parts."""
-    if layer is None:
-        return "is not there"
-    if not {"lora_A", "lora_B", *parts} <= tensors.keys():
-        return f"has only {sorted(tensors)} in the file"
-    if not hasattr(layer, "in_features"):
-        return f"is a {type(layer).__name__}, not a linear layer"
-    if other := [part for part, tensor in tensors.items() if not _is_number_tensor(tensor)]:
-        return f"has no tensor of floating-point numbers in {other}"
-    shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
-    rank = max(1, *shapes["lora_A"][:1]) if shapes["lora_A"] else 1
-    wanted: dict[str, tuple[int, ...]] = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
-    wanted |= {"lora_B.bias": (layer.out_features,), "lora_magnitude_vector": (layer.out_features,)}
-    for part, shape in shapes.items():
-        if shape != wanted[part]:
-            return f"takes {part} of the shape {wanted[part]}, not {shape}"
-    return None
-
-
-def _read_settings(metadata: Any) -> dict[str, Any]:
-    """Check the settings of a LoraConfig, and return those that count, with peft's defaults where one is missing."""
-    defaults: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    if metadata is None:
-        return defaults
-    if not isinstance(metadata, dict):
-        raise ValueError(f"The file's metadata is a {type(metadata).__name__}; it has to be the settings of a LoRA.")
-    given = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    settings = defaults | {key: value for key, value in given.items() if key in defaults and value is not None}
-    for setting in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(settings[setting], dict):
-            raise ValueError(f"`{setting}` in the file's metadata is {settings[setting]!r}; it has to be a dict.")
-    for rank in (settings["r"], *settings["rank_pattern"].values()):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(
-                f"`r` or `rank_pattern` in the file's metadata has {rank!r}; a rank is a whole number of at least 1."
-            )
-    for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
-        if not is_number(alpha) or alpha == 0:
-            raise ValueError(
-                f"`lora_alpha` or `alpha_pattern` in the file's metadata has {alpha!r}; an alpha is a finite number "
-                "other than 0."
-            )
-    if not isinstance(settings["use_rslora"], bool):
-        raise ValueError(
-            f"`use_rslora` in the file's metadata is {settings['use_rslora']!r}; accepted are True, False."
-        )
-    for setting in (*LAYER_SETTINGS, "rank_pattern", "alpha_pattern"):
-        names = given.get(setting) or []
-        for name in names if isinstance(names, (list, dict)) else [names]:
-            literal = _literal(str(name)) if setting.endswith("pattern") else str(name)
-            if NAME.fullmatch(literal) is None:
-                raise ValueError(
-                    f"`{setting}` in the file's metadata has {str(name)[:80]!r}, a regular expression; accepted are "
-                    "the names of layers. Save the adapter with `target_modules` as a list of names."
-                )
-    if given.get("init_lora_weights") not in INITIALIZATIONS or given.get("peft_type") not in (None, "LORA"):
-        raise ValueError(
-            f"`init_lora_weights` and `peft_type` in the file's metadata are {given.get('init_lora_weights')!r} and "
-            f"{given.get('peft_type')!r}; accepted are LoRA that leave the weights under them as they were "
-            f"({list(INITIALIZATIONS)}). Convert the adapter to a plain LoRA with peft."
-        )
-    known = TRAINING_SETTINGS | LAYER_SETTINGS | READ_SETTINGS
-    if other := {k: v for k, v in given.items() if k not in known and v not in OFF and v != UNUSED.get(k)}:
-        raise ValueError(f"The file's metadata has {other}, which is not supported here; accepted are LoRA and DoRA.")
-    return settings
-
-
-def _literal(pattern: str) -> str:
-    """The name of a layer that peft or diffusers has written as a pattern."""
-    return pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-
-
-def _stated(settings: Mapping[str, Any], patterns: str, name: str, default: Any) -> Any:
-    """The rank or alpha that settings state for a layer, as peft reads them: the first pattern that fits."""
-    for pattern, value in settings[patterns].items():
-        literal = _literal(pattern)
-        if name == literal or (not pattern.startswith("^") and name.endswith(f".{literal}")):
-            return value
-    return default
-
-
-def _is_number_tensor(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.device.type != "meta"
-
-
-def _dtype(layer: Any, model: Any) -> torch.dtype:
-    """The type of an adapter in a layer: that of the weights, or of the computation where they are only stored."""
-    return layer.weight.dtype if layer.weight.dtype in PLAIN_DTYPES else model.dtype
-
-
-def _is_finite_as(tensors: Mapping[str, torch.Tensor], layer: Any, model: Any) -> bool:
-    return all(bool(torch.isfinite(tensor.to(_dtype(layer, model))).all()) for tensor in tensors.values())
-
-
-# Adapters that are loaded.
-
-
-def lora_layers(model: Any) -> dict[str, Any]:
-    """Return the layers that adapters can be in, by name."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(getattr(module, "lora_A", None), nn.ModuleDict)}
+# --- adapters during a call of the pipeline
 
 
 @contextmanager
 def scale_adapters(transformer: Any, scale: float) -> Iterator[None]:
-    """Multiply the weights of all adapters by a number, and leave them exactly as they were afterwards."""
+    """Multiply the weights of all adapters by a number inside the block; afterwards they are exactly as before."""
     layers = list(lora_layers(unwrap_compiled(transformer)).values()) if scale != 1 else []
-    kept = [dict(layer.scaling) for layer in layers]
+    scalings = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:
             for name in layer.scaling:
                 layer.scaling[name] = layer.scaling[name] * scale
         yield
     finally:
-        for layer, scaling in zip(layers, kept):
+        for layer, scaling in zip(layers, scalings):
             layer.scaling.update(scaling)
 
 
 def check_adapters(transformer: Any, attention_kwargs: Any) -> float:
-    """Check that adapters can draw here, and return the `scale` of a call.
+    """Check that adapters can draw now, and return the `scale` in `attention_kwargs`.
 
     Raises:
-        ValueError: something else in `attention_kwargs` than a finite `scale`, a scale while adapters are fused, or a
-            DoRA whose weights are not there when it reads them.
+        ValueError: if `attention_kwargs` holds anything but a finite `scale`, the scale is not 1 while adapters are
+            fused, or an active DoRA cannot read the weights of its layers.
     """
     given = {} if attention_kwargs is None else attention_kwargs
     scale: Any = given.get("scale", 1.0) if isinstance(given, dict) else None
@@ -562,159 +385,188 @@ def check_adapters(transformer: Any, attention_kwargs: Any) -> float:
             "multiplies the weights of all adapters in this call."
         )
     model = unwrap_compiled(transformer)
-    if scale != 1 and (fused := _fused(model)):
+    if scale != 1 and (fused := _fused_adapters(model)):
         raise ValueError(
             f"`attention_kwargs` is {attention_kwargs!r}, but {fused} are fused into the weights: call `unfuse_lora` "
             "first, or `fuse_lora` with a `lora_scale`."
         )
     layers = lora_layers(model).values()
     dora = [layer for layer in layers if not set(layer.lora_magnitude_vector).isdisjoint(layer.active_adapters)]
-    if not _disabled(model):
+    if not _is_disabled(model):
         _require_weights_for_dora(model, [layer.get_base_layer() for layer in dora if not layer.merged])
     return float(scale)
 
 
-def _loaded(model: Any) -> list[str]:
+# --- state of the adapters
+
+
+def _loaded_adapters(model: PRXTransformer2DModel) -> list[str]:
     return list(getattr(model, "peft_config", {}))
 
 
-def _active(model: Any) -> list[str]:
-    """The adapters in use; all layers agree on them."""
-    return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])
+def _active_adapters(model: PRXTransformer2DModel) -> list[str]:
+    return next((list(layer.active_adapters) for layer in lora_layers(model).values()), [])  # all layers agree
 
 
-def _disabled(model: Any) -> bool:
+def _activate(model: PRXTransformer2DModel, names: list[str]) -> None:
+    for layer in lora_layers(model).values():
+        layer.set_adapter(names)
+
+
+def _is_disabled(model: PRXTransformer2DModel) -> bool:
     return any(layer.disable_adapters for layer in lora_layers(model).values())
 
 
-def _fused(model: Any) -> list[str]:
-    """The adapters that are in the weights now, in the order in which they were added."""
+def _fused_adapters(model: PRXTransformer2DModel) -> list[str]:
+    """Return the adapters that are in the weights, in the order in which they were added."""
     return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.merged_adapters))
 
 
-def _set_weight(layer: Any, name: str, weight: float) -> None:
-    """Set a weight as peft's `set_scale` does, which would replace the tensor of `enable_lora_hotswap` by a number."""
+def _adapter_parameters(layer: PeftLayer, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter in a layer, named as in `LoraAdapter.tensors`."""
+    parameters = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
+    if layer.lora_B[name].bias is not None:
+        parameters["lora_B.bias"] = layer.lora_B[name].bias
+    if name in layer.lora_magnitude_vector:
+        parameters["lora_magnitude_vector"] = layer.lora_magnitude_vector[name].weight
+    return parameters
+
+
+def _set_weight(layer: PeftLayer, name: str, weight: float) -> None:
+    """Set the weight of an adapter; peft's `set_scale` alone would replace the tensor of `enable_lora_hotswap`."""
     old = layer.scaling.get(name)
     layer.set_scale(name, weight)
     if isinstance(old, torch.Tensor):
         layer.scaling[name] = old.fill_(layer.scaling[name])
 
 
-def _hotswap(model: Any, name: str | None, adapter: Adapter) -> None:
-    """Write an adapter over another one, in place.
+def _scale_at_weight_1(layer: PeftLayer, name: str) -> float:
+    rank = layer.r[name]
+    return layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name, False) else rank)
 
-    peft's own function leaves the old alpha in the layers, forgets the weight, empties adapters whose names have this
-    one in them, and knows no DoRA; and when it fails, diffusers deletes the adapter.
+
+# --- changes of the adapters
+
+
+def _hotswap(model: PRXTransformer2DModel, name: str | None, adapter: LoraAdapter) -> None:
+    """Write an adapter over a loaded one, in place.
+
+    peft's own function keeps the old alpha in the layers, resets the weight, clears adapters whose names contain this
+    one, and has no DoRA; if it fails, diffusers deletes the adapter.
     """
-    if name not in _loaded(model):
-        raise ValueError(f"`adapter_name` is {name!r}; to hotswap, it has to be one of the loaded {_loaded(model)}.")
-    layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.lora_A}
-    parts = {key: _parameters(layer, name) for key, layer in layers.items()}
-    wrong = [f"{key} is not adapted by it" for key in adapter.tensors if key not in layers]
-    for key, own in adapter.tensors.items():
-        if key in layers and own.keys() != parts[key].keys():
-            wrong.append(f"{key} has {sorted(parts[key])}, not {sorted(own)}")
-        elif key in layers and adapter.ranks[key] > (room := len(parts[key]["lora_A"])):
-            wrong.append(f"{key} has room for rank {room}, not {adapter.ranks[key]}")
-    if "lora_magnitude_vector" in adapter.parts:  # a DoRA of zeros is not nothing
-        wrong += [f"{key} is missing in the file" for key in layers if key not in adapter.tensors]
-    wrong += [f"{key} holds no plain tensors" for key, own in parts.items() if not all(map(is_plain, own.values()))]
-    if wrong:
+    if name not in _loaded_adapters(model):
         raise ValueError(
-            f"`hotswap`: the adapter does not fit in the place of {name!r}, in {len(wrong)} layers: "
-            f"{'; '.join(wrong[:SHOWN])}. Delete that one and load this one, or call "
+            f"`adapter_name` is {name!r}; to hotswap, it has to be one of the loaded {_loaded_adapters(model)}."
+        )
+    layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.lora_A}
+    parameters = {key: _adapter_parameters(layer, name) for key, layer in layers.items()}
+    mismatches = [f"{key} is not adapted by it" for key in adapter.tensors if key not in layers]
+    for key, tensors in adapter.tensors.items():
+        if key in layers and tensors.keys() != parameters[key].keys():
+            mismatches.append(f"{key} has {sorted(parameters[key])}, not {sorted(tensors)}")
+        elif key in layers and adapter.ranks[key] > (capacity := len(parameters[key]["lora_A"])):
+            mismatches.append(f"{key} has room for rank {capacity}, not {adapter.ranks[key]}")
+    if adapter.is_dora:  # a layer that the file lacks is set to zero, and a DoRA of zeros changes the weights
+        mismatches += [f"{key} is missing in the file" for key in layers if key not in adapter.tensors]
+    for key, own in parameters.items():
+        if not all(map(is_plain, own.values())):
+            mismatches.append(f"{key} has no plain tensors")
+    if mismatches:
+        raise ValueError(
+            f"`hotswap`: the adapter does not fit in the place of {name!r}, in {len(mismatches)} layers: "
+            f"{'; '.join(mismatches[:NAMES_SHOWN])}. Delete that adapter and load this one, or call "
             "`enable_lora_hotswap(target_rank=...)` before the first adapter is loaded."
         )
     for key, layer in layers.items():
-        weight = float(layer.scaling[name]) / _own_scale(layer, name)
+        weight = float(layer.scaling[name]) / _scale_at_weight_1(layer, name)
         tensors = adapter.tensors.get(key, {})
-        for part, parameter in parts[key].items():
+        for part, parameter in parameters[key].items():
             parameter.data.zero_()
             if part in tensors:
                 parameter.data[tuple(map(slice, tensors[part].shape))].copy_(tensors[part])
         layer.r[name], layer.lora_alpha[name] = adapter.ranks.get(key, 1), adapter.alphas.get(key, 1)
         layer.use_rslora[name] = adapter.use_rslora
         _set_weight(layer, name, weight)
-    model.peft_config[name] = type(model.peft_config[name])(**adapter.settings)
+    model.peft_config[name] = type(model.peft_config[name])(**adapter.peft_settings)
 
 
-def _parameters(layer: Any, name: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an adapter in a layer, under the names of `Adapter.tensors`."""
-    found = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
-    if layer.lora_B[name].bias is not None:
-        found["lora_B.bias"] = layer.lora_B[name].bias
-    if name in layer.lora_magnitude_vector:
-        found["lora_magnitude_vector"] = layer.lora_magnitude_vector[name].weight
-    return found
-
-
-def _own_scale(layer: Any, name: str) -> float:
-    """Return the factor of an adapter's delta at weight 1."""
-    rank = layer.r[name]
-    return layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name, False) else rank)
-
-
-def _as_weights(adapter: Adapter, model: Any) -> dict[str, torch.Tensor]:
-    """Copies of an adapter's tensors in the type of the layers, under the names of files."""
+def _file_tensors(adapter: LoraAdapter, model: PRXTransformer2DModel) -> dict[str, torch.Tensor]:
+    """Copy an adapter's tensors in the dtype of their layers, under the names that files use."""
     named = {}
     for key, tensors in adapter.tensors.items():
-        dtype = _dtype(model.get_submodule(key), model)
+        dtype = adapter_dtype(model.get_submodule(key), model)
         for part, tensor in tensors.items():
-            suffix = "" if part == "lora_B.bias" or part == "lora_magnitude_vector" else ".weight"
+            suffix = ".weight" if part in ("lora_A", "lora_B") else ""
             named[f"transformer.{key}.{part}{suffix}"] = tensor.detach().to(dtype, copy=True)
     return named
 
 
-def _undo_casting(model: Any, name: str, adapter: Adapter) -> None:
-    """Give an adapter the type of the computation where peft gave it one in which weights are only stored."""
+def _undo_storage_dtype(model: PRXTransformer2DModel, name: str, adapter: LoraAdapter) -> None:
+    """Give an adapter the model's dtype where peft gave it one in which weights are only stored (float8)."""
     for key, tensors in adapter.tensors.items():
-        layer = model.get_submodule(key)
+        layer: PeftLayer = model.get_submodule(key)
         if layer.weight.dtype not in PLAIN_DTYPES:
             for part in (layer.lora_A, layer.lora_B):
                 part[name].to(model.dtype)
-            for part, parameter in _parameters(layer, name).items():
+            for part, parameter in _adapter_parameters(layer, name).items():
                 parameter.data.copy_(tensors[part])
     if is_cast_for_storage(model):
-        reapply_group_offloading(model)  # copies in pinned memory have the other type
+        reapply_group_offloading(model)  # its copies in pinned memory have the old dtype
 
 
-def _forget(model: Any, names: Sequence[str], active: list[str]) -> None:
-    """Delete adapters, and use these of the others."""
-    for layer in lora_layers(model).values():
-        layer.set_adapter(active)
-    if set(_loaded(model)) <= set(names):
-        _unload(model)  # empty layers would give the weights other names
+def _delete(model: PRXTransformer2DModel, names: Sequence[str], active: list[str]) -> None:
+    """Delete adapters and activate these of the others."""
+    _activate(model, active)
+    if set(_loaded_adapters(model)) <= set(names):
+        _unload(model)  # layers without adapters would still rename the weights
     else:
         model.delete_adapters(list(names))
 
 
-def _unload(model: Any) -> None:
+def _unload(model: PRXTransformer2DModel) -> None:
     model.unload_lora()
-    model.lora_scale = 1.0  # of what is fused
+    model.lora_scale = 1.0
 
 
-# Refusals.
+def _snapshot(layer: PeftLayer) -> dict[str, Any]:
+    """Copy everything that fusing changes in a layer."""
+    weights = {name: parameter.data.clone() for name, parameter in layer.get_base_layer().named_parameters()}
+    return {"weights": weights, "merged": list(layer.merged_adapters), "scaling": dict(layer.scaling)}
 
 
-def _new_name(model: Any, name: Any) -> str:
-    """Check the name of a new adapter, or find one."""
-    taken = _loaded(model)
+def _restore(layer: PeftLayer, snapshot: Mapping[str, Any]) -> None:
+    for name, parameter in layer.get_base_layer().named_parameters():
+        parameter.data = snapshot["weights"][name]
+    layer.merged_adapters = snapshot["merged"]
+    layer.scaling.update(snapshot["scaling"])
+
+
+def _is_finite(module: nn.Module) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
+# --- checks
+
+
+def _check_new_name(model: PRXTransformer2DModel, name: Any) -> str:
+    """Check the name of a new adapter, or make one."""
+    loaded = _loaded_adapters(model)
     if name is None:
-        return next(free for number in range(len(taken) + 1) if (free := f"default_{number}") not in taken)
+        return next(free for number in range(len(loaded) + 1) if (free := f"default_{number}") not in loaded)
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"`adapter_name` is {name!r}; accepted is a text without dots that torch's ModuleDict has no attribute of."
         )
-    if name in taken:
+    if name in loaded:
         raise ValueError(
-            f"Adapter name {name} already in use: give another `adapter_name` than {taken}, or pass `hotswap=True` to "
-            "replace that adapter."
+            f"Adapter name {name} already in use: give another `adapter_name` than {loaded}, or pass `hotswap=True`"
+            " to replace that adapter."
         )
     return name
 
 
-def _check_room(model: Any, adapter: Adapter) -> None:
-    """Refuse what a transformer cannot take although it fits."""
+def _check_capacity(model: PRXTransformer2DModel, adapter: LoraAdapter) -> None:
+    """Raise a ValueError for an adapter that fits the layers, but not the way in which they are kept."""
     target_rank = (model._prepare_lora_hotswap_kwargs or {}).get("target_rank")
     if target_rank is not None and (highest := max(adapter.ranks.values())) > target_rank:
         raise ValueError(
@@ -722,29 +574,31 @@ def _check_room(model: Any, adapter: Adapter) -> None:
             f"{target_rank}: call it with at least {highest}."
         )
     layers = {key: model.get_submodule(key) for key in adapter.tensors}
-    if "lora_magnitude_vector" in adapter.parts:
+    if adapter.is_dora:
         _require_weights_for_dora(model, list(layers.values()))
-    odd = [key for key, layer in layers.items() if not is_plain(layer.weight)]
-    if "lora_B.bias" in adapter.parts and odd:
-        raise ValueError(f"The adapter has a `lora_B.bias`, which quantized layers do not take, as {odd[:SHOWN]}.")
+    quantized = [key for key, layer in layers.items() if not is_plain(layer.weight)]
+    if adapter.has_bias and quantized:
+        raise ValueError(
+            f"The adapter has a `lora_B.bias`, which quantized layers do not take: {quantized[:NAMES_SHOWN]}."
+        )
 
 
-def _require_weights_for_dora(model: Any, layers: list[Any]) -> None:
-    """Refuse a DoRA that would read the weights of these layers while they are elsewhere or in another type."""
-    there = all(is_plain(layer.weight) or isinstance(layer.weight, DTensor) for layer in layers)
-    if layers and (is_offloaded_by_leaf(model) or is_cast_for_storage(model) or not there):
+def _require_weights_for_dora(model: PRXTransformer2DModel, layers: list[Any]) -> None:
+    """Raise a ValueError if a DoRA could not read the weights of its layers."""
+    readable = all(is_plain(layer.weight) or isinstance(layer.weight, DTensor) for layer in layers)
+    if layers and (not readable or is_offloaded_by_leaf(model) or is_cast_for_storage(model)):
         raise ValueError(
             "A DoRA (`lora_magnitude_vector`) reads the weights of its layers, which are offloaded one by one, cast "
             "for storage or quantized. Use a LoRA, or fuse the DoRA and unload it before that."
         )
 
 
-def _require_unfused(method: str, model: Any) -> None:
-    if fused := _fused(model):
+def _require_unfused(method: str, model: PRXTransformer2DModel) -> None:
+    if fused := _fused_adapters(model):
         raise ValueError(f"`{method}` needs `unfuse_lora` first: {fused} are fused into the weights.")
 
 
-def _require_in_memory(method: str, model: Any) -> None:
+def _require_weights_in_memory(method: str, model: PRXTransformer2DModel) -> None:
     if is_offloaded_to_disk(model):
         raise ValueError(
             f"`{method}` would change weights that are on disk: the transformer was given to `enable_group_offload` "
@@ -752,21 +606,21 @@ def _require_in_memory(method: str, model: Any) -> None:
         )
 
 
-def _require_addable(method: str, key: str, layer: Any, names: Sequence[str]) -> None:
-    """Refuse a layer to which adapters cannot be added, or from which they could not be taken away."""
+def _require_mergeable(method: str, key: str, layer: PeftLayer, names: Sequence[str]) -> None:
+    """Raise a ValueError if adapters cannot be added to a layer's weights, or not be subtracted again."""
     base = layer.get_base_layer()
-    own = [name for name in names if name in layer.lora_A]
-    tensors = [base.weight, *(parameter for name in own for parameter in _parameters(layer, name).values())]
+    own = {name: _adapter_parameters(layer, name) for name in names if name in layer.lora_A}
+    tensors = [base.weight, *(parameter for parameters in own.values() for parameter in parameters.values())]
     if not all(map(is_plain, tensors)):
         raise ValueError(
             f"`{method}` cannot change {key}, whose weights are quantized, cast for storage or offloaded layer by "
             "layer: do it on a pipeline that is loaded without that."
         )
-    for name in own:
-        parts = _parameters(layer, name)
-        if "lora_B.bias" in parts and base.bias is None:
+    for name, parameters in own.items():
+        if "lora_B.bias" in parameters and base.bias is None:
             raise ValueError(f"`{method}` cannot add the bias of {name!r} to {key}, which has none.")
-        if not parts.get("lora_magnitude_vector", tensors[0]).all() and "lora_magnitude_vector" in parts:
+        magnitude = parameters.get("lora_magnitude_vector")
+        if magnitude is not None and not magnitude.all():
             raise ValueError(f"`{method}`: the DoRA {name!r} makes a row of {key} zero, which could not be undone.")
 
 
@@ -775,8 +629,8 @@ def _check_components(components: Sequence[str]) -> None:
         raise ValueError(f"`components` is {components!r}; accepted is ['transformer'], the one that has adapters.")
 
 
-def _check_names(argument: str, names: Sequence[str], model: Any) -> None:
-    loaded = _loaded(model)
+def _check_loaded(argument: str, names: Sequence[str], model: PRXTransformer2DModel) -> None:
+    loaded = _loaded_adapters(model)
     if unknown := [name for name in names if name not in loaded]:
         raise ValueError(f"`{argument}` has {unknown}; loaded are {loaded}.")
     if len(set(names)) < len(names):
@@ -793,20 +647,3 @@ def _check_weight(weight: Any) -> float:
             f"`adapter_weights` has {weight!r}; accepted are finite numbers, None (1), {{'transformer': number}}."
         )
     return float(weight)
-
-
-def _snapshot(layer: Any) -> dict[str, Any]:
-    """Copy everything that fusing changes in a layer."""
-    weights = {name: parameter.data.clone() for name, parameter in layer.get_base_layer().named_parameters()}
-    return {"weights": weights, "merged": list(layer.merged_adapters), "scaling": dict(layer.scaling)}
-
-
-def _restore(layer: Any, snapshot: Mapping[str, Any]) -> None:
-    for name, parameter in layer.get_base_layer().named_parameters():
-        parameter.data = snapshot["weights"][name]
-    layer.merged_adapters = snapshot["merged"]
-    layer.scaling.update(snapshot["scaling"])
-
-
-def _is_finite(module: nn.Module) -> bool:
-    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())

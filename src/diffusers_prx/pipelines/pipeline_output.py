@@ -1,3 +1,5 @@
+"""Return value of both PRX pipelines."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +10,15 @@ from PIL import Image
 
 @dataclass
 class PRXPipelineOutput(BaseOutput):
-    """What both PRX pipelines return.
+    """Images of a pipeline call.
 
     Args:
-        images: by `output_type`: "pil", a list of B images; "np", a float array (B, H, W, 3) in [0, 1]; "pt", a tensor
-            (B, 3, H, W) in [0, 1]; "latent", the final latents (B, C, h, w), for pixel space (B, 3, H, W) in [-1, 1].
+        images: list of B PIL images; or, by `output_type`, "np": float array (B, H, W, 3) in [0, 1]; "pt": tensor
+            (B, 3, H, W) in [0, 1]; "latent": final latents (B, C, h, w), in pixel space (B, 3, H, W) in [-1, 1].
+
+    Example:
+        >>> output = pipe("a red cat")
+        >>> output.images[0].save("cat.png")
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor

@@ -1,3 +1,5 @@
+"""Text to image with PRX in the latents of a VAE."""
+
 from typing import Any
 
 import torch
@@ -6,16 +8,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import latents as vae_latents
 from ..models.transformer_prx import PRXTransformer2DModel
-from .check_finite import check_output
+from .check_finite import check_finite_output
 from .pipeline_base import PRXPipelineBase
 
 
 class PRXPipeline(PRXPipelineBase):
     """Text to image with PRX in the latents of a VAE.
 
-    >>> from diffusers_prx import PRXPipeline
-    >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft").to("cuda")
-    >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
+    It loads pipelines that this package or stock diffusers saved, and the published checkpoints.
 
     Three ways to sample. Errors are those of the latents to 200 Euler steps, on the small network of the quickstart;
     the speed is over diffusers' pipeline at 256 pixels on two CPU cores; docs/draw/speed.md says how both were
@@ -28,28 +28,31 @@ class PRXPipeline(PRXPipelineBase):
       1.9 times the error of 28 Euler steps there, 14 less than they.
     - fastest, a preview: `pipe(prompt, num_inference_steps=7)`. Error 0.067, 4.4 to 5.0 times as fast.
 
-    Loads what this package saved, what stock diffusers saved, and the published checkpoints.
-
     Args:
-        transformer: the network.
+        transformer: PRX transformer.
         scheduler: `PRXFlowMatchScheduler`, `PRXXPredictionScheduler` (by `prediction_type`), or diffusers'
             FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler with flow sigmas.
         text_encoder: T5GemmaEncoderModel, Qwen3VLTextModel, T5EncoderModel, CLIPTextModel, or another transformers
             model with a `last_hidden_state`.
-        tokenizer: the text encoder's. Its `model_max_length` is the number of text tokens.
-        vae: AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC or AutoencoderTiny. Without one, `output_type="latent"`
-            is what there is.
-        default_sample_size: side in pixels of what is drawn when the call gives no size; 512 when None.
-        noise_scale: what the first noise is multiplied by.
-        prediction_type: what the network predicts, "velocity" or "x_prediction"; None for what our scheduler says, and
+        tokenizer: tokenizer of the text encoder. Its `model_max_length` is the number of text tokens.
+        vae: AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC or AutoencoderTiny. Without a VAE the only `output_type`
+            is "latent".
+        default_sample_size: side of the images in pixels if the call gives no size; 512 when None.
+        noise_scale: factor on the initial noise.
+        prediction_type: prediction of the transformer, "velocity" or "x_prediction"; None: the type of our scheduler, and
             velocity with one of diffusers' own.
-        token_route: (start, stop, ratio) if the network was trained with tokens led around blocks (TREAD, SPRINT): the
-            half-open range of blocks and the share of tokens. What the call's `self_guidance_scale` needs.
-        caption_cleaning: how captions were cleaned in training, and so how prompts are: "full", "full_v1" or "light"
-            (see `prompt_cleaning`). None: "full_v1", as in diffusers' pipeline of this name.
+        token_route: (start, stop, ratio) if the transformer was trained with tokens led around blocks (TREAD, SPRINT):
+            half-open range of blocks and fraction of the tokens. `self_guidance_scale` of the call needs it.
+        caption_cleaning: cleaning of prompts, that of the captions in training: "full", "full_v1" or "light" (see
+            `prompt_cleaning`). None: "full_v1", as in diffusers' pipeline of this name.
 
     Raises:
-        ValueError: an argument that is not as described, or a scheduler for another prediction.
+        ValueError: if an argument is not as described, or the scheduler is for another prediction.
+
+    Example:
+        >>> from diffusers_prx import PRXPipeline
+        >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft").to("cuda")
+        >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -82,29 +85,32 @@ class PRXPipeline(PRXPipelineBase):
             channels = vae_latents.latent_channels(vae)
             if channels != transformer.config["in_channels"]:
                 raise ValueError(
-                    f"`vae` has latents of {channels} channels; `transformer` was made for"
+                    f"`vae` has latents of {channels} channels; `transformer` takes"
                     f" {transformer.config['in_channels']} (`in_channels`)."
                 )
 
     @property
     def vae_scale_factor(self) -> int:
+        """Pixels per latent along one side."""
         return 8 if self.vae is None else vae_latents.vae_scale_factor(self.vae)
 
     @property
-    def stock_can_express(self) -> bool:
-        plain = self.config["prediction_type"] == "velocity" and self.config["noise_scale"] == 1.0
-        return plain and vae_latents.has_one_scale(self.vae)
+    def is_stock_compatible(self) -> bool:
+        """True if stock diffusers' PRXPipeline draws the same with this configuration."""
+        same_noise = self.config["prediction_type"] == "velocity" and self.config["noise_scale"] == 1.0
+        return same_noise and vae_latents.has_one_scale(self.vae)
 
     @property
     def max_tokens(self) -> int:
+        """Number of text tokens: `model_max_length` of the tokenizer."""
         return self.tokenizer.model_max_length
 
     def _check_output_type(self, output_type: str) -> None:
         super()._check_output_type(output_type)
         if self.vae is None and output_type != "latent":
-            raise ValueError(f"`output_type` is {output_type!r}, but there is no `vae`; accepted is 'latent'.")
+            raise ValueError(f"`output_type` is {output_type!r}, but the pipeline has no `vae`; accepted is 'latent'.")
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = vae_latents.decode(self.vae, latents)
-        check_output("vae", self.vae, images, latents)
+        check_finite_output("vae", self.vae, images, latents)
         return images

@@ -1,3 +1,5 @@
+"""Text to image with PRX in pixel space."""
+
 import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -8,34 +10,34 @@ from .pipeline_base import PRXPipelineBase
 
 
 class PRXPixelPipeline(PRXPipelineBase):
-    """Text to image with PRX in pixel space: no VAE, the network predicts the clean image (JiT, arXiv 2511.13720).
+    """Text to image with PRX in pixel space: no VAE, the transformer predicts the clean image (arXiv 2511.13720).
 
-    >>> from diffusers_prx import PRXPixelPipeline
-    >>> pipe = PRXPixelPipeline.from_pretrained("Photoroom/prxpixel-t2i", dtype=torch.bfloat16).to("cuda")
-    >>> image = pipe("A portrait of a lion in the golden savanna at sunset").images[0]
-
-    Three ways to sample, exact, fast and fastest: see `PRXPipeline`.
-
-    Loads what this package saved, what stock diffusers saved, and the published checkpoints.
+    It loads pipelines that this package or stock diffusers saved, and the published checkpoints. `PRXPipeline` lists
+    three ways to sample: exact, fast and fastest.
 
     Args:
-        transformer: the network, with three input channels.
+        transformer: PRX transformer with three input channels.
         scheduler: `PRXXPredictionScheduler`, `PRXFlowMatchScheduler` (by `prediction_type`), or diffusers'
             FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler with flow sigmas.
         text_encoder: Qwen3VLTextModel, or another transformers model with a `last_hidden_state`.
-        tokenizer: the text encoder's.
-        default_sample_size: side in pixels of what is drawn when the call gives no size; 1024 when None.
+        tokenizer: tokenizer of the text encoder.
+        default_sample_size: side of the images in pixels if the call gives no size; 1024 when None.
         prompt_max_tokens: number of text tokens.
-        noise_scale: what the first noise is multiplied by.
-        prediction_type: what the network predicts, "x_prediction" or "velocity"; None for what our scheduler says, and
+        noise_scale: factor on the initial noise.
+        prediction_type: prediction of the transformer, "x_prediction" or "velocity"; None: the type of our scheduler, and
             x_prediction with one of diffusers' own.
-        token_route: (start, stop, ratio) if the network was trained with tokens led around blocks (TREAD, SPRINT): the
-            half-open range of blocks and the share of tokens. What the call's `self_guidance_scale` needs.
-        caption_cleaning: how captions were cleaned in training, and so how prompts are: "full", "full_v1" or "light"
-            (see `prompt_cleaning`). None: "light", as in diffusers' pipeline of this name.
+        token_route: (start, stop, ratio) if the transformer was trained with tokens led around blocks (TREAD, SPRINT):
+            half-open range of blocks and fraction of the tokens. `self_guidance_scale` of the call needs it.
+        caption_cleaning: cleaning of prompts, that of the captions in training: "full", "full_v1" or "light" (see
+            `prompt_cleaning`). None: "light", as in diffusers' pipeline of this name.
 
     Raises:
-        ValueError: an argument that is not as described, or a scheduler for another prediction.
+        ValueError: if an argument is not as described, or the scheduler is for another prediction.
+
+    Example:
+        >>> from diffusers_prx import PRXPixelPipeline
+        >>> pipe = PRXPixelPipeline.from_pretrained("Photoroom/prxpixel-t2i", dtype=torch.bfloat16).to("cuda")
+        >>> image = pipe("A portrait of a lion in the golden savanna at sunset").images[0]
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -65,20 +67,23 @@ class PRXPixelPipeline(PRXPipelineBase):
         self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
         if transformer is not None and transformer.config["in_channels"] != 3:
             raise ValueError(
-                f"`transformer` was made for {transformer.config['in_channels']} channels (`in_channels`); pixels have"
-                " 3. One for latents belongs in a PRXPipeline, with its `vae`."
+                f"`transformer` takes {transformer.config['in_channels']} channels (`in_channels`); pixels have 3. Use"
+                " PRXPipeline, with a `vae`, for a transformer of latents."
             )
 
     @property
     def vae_scale_factor(self) -> int:
+        """Pixels per latent along one side: 1, latents are pixels."""
         return 1
 
     @property
-    def stock_can_express(self) -> bool:
+    def is_stock_compatible(self) -> bool:
+        """True if stock diffusers' PRXPixelPipeline draws the same with this configuration."""
         return self.config["prediction_type"] == "x_prediction"
 
     @property
     def max_tokens(self) -> int:
+        """Number of text tokens: `prompt_max_tokens`."""
         return self.config["prompt_max_tokens"]
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -43,9 +43,9 @@ from ..data.precomputed import (
 from ..files import UNFINISHED
 from ..fingerprints import tokenizer_fingerprint
 from ..latents import encode
-from ..pipelines.check_finite import check_output
+from ..pipelines.check_finite import check_finite_output
 from ..techniques.alignment import teacher_features
-from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
+from ..text import encode_text, find_truncated, tokenize_prompts, trim_tokens
 from .distributed import check_environment
 from .networks import Nets, build_nets
 from .preflight import meta_networks
@@ -373,7 +373,7 @@ def encode_images(pixels_uint8: torch.Tensor, columns: Sequence[str], nets: Nets
     found: dict[str, torch.Tensor | None] = {"pixels_uint8": pixels_uint8}
     if nets.vae is not None:
         latents = encode(nets.vae, pixels_uint8.float() / 127.5 - 1)
-        check_output("vae", nets.vae, latents.mean)
+        check_finite_output("vae", nets.vae, latents.mean)
         found |= {"latent_mean": latents.mean, "latent_std": latents.std}  # (B, C, h, w) float32
     if "teacher_features" in columns:
         grid = (pixels_uint8.shape[2] // nets.pixels_per_token, pixels_uint8.shape[3] // nets.pixels_per_token)
@@ -388,10 +388,10 @@ def embed_captions(captions: list[str], nets: Nets, cfg: TrainingConfig) -> list
     """Return (embedding (T, E) without padding, bfloat16 on the CPU; truncated) for each caption."""
     clean, device = nets.clean_caption, nets.text_encoder.device
     ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, clean)  # (B, L)
-    cut = find_cut(nets.tokenizer, captions, mask, clean)
+    cut = find_truncated(nets.tokenizer, captions, mask, clean)
     ids, mask = trim_tokens(ids, mask)  # (B, M)
     text = encode_text(nets.text_encoder, ids.to(device), mask.to(device)).bfloat16().cpu()  # (B, M, E)
-    check_output("text_encoder", nets.text_encoder, text)
+    check_finite_output("text_encoder", nets.text_encoder, text)
     return [(row[keep], is_cut) for row, keep, is_cut in zip(text, mask, cut)]
 
 

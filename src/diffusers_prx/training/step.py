@@ -13,7 +13,7 @@ from ..latents import EncodedImages, decode, encode
 from ..models.token_routing import TokenRoute, sample_route
 from ..techniques.alignment import alignment_loss, spatial_normalize, teacher_features
 from ..techniques.losses import contrastive_loss, dino_perceptual_loss, masked_mean
-from ..text import encode_text, find_cut, tokenize_prompts, trim_tokens
+from ..text import encode_text, find_truncated, tokenize_prompts, trim_tokens
 from .networks import Nets
 from .rng import StepRandom
 
@@ -225,7 +225,7 @@ def encode_captions(
         number of truncated captions.
     """
     ids, mask = tokenize_prompts(nets.tokenizer, captions, cfg.max_sequence_length, nets.clean_caption)
-    truncated = sum(find_cut(nets.tokenizer, captions, mask, nets.clean_caption))
+    truncated = sum(find_truncated(nets.tokenizer, captions, mask, nets.clean_caption))
     ids, mask = trim_tokens(ids, mask)  # (B, L)
     with torch.set_grad_enabled(cfg.train_text_encoder and torch.is_grad_enabled()):
         text = encode_text(nets.text_encoder, ids.to(device), mask.to(device))  # (B, L, E)
