@@ -1,12 +1,11 @@
-"""The one place that knows each VAE's latents: how much smaller they are, how they are patchified, scaled and shifted.
+"""Latents of each VAE: compression, patches, scale and shift.
 
-Here and everywhere in the package `latents` are what the transformer works on. Between them and a VAE's own codes z
-stands latents = (z - shift) * scale, and both come from the VAE itself:
+Everywhere in the package, `latents` are the input of the transformer: (z - shift) * scale of a VAE's codes z.
 
 | VAE | scale and shift |
 |---|---|
 | AutoencoderKL, AutoencoderDC, AutoencoderTiny | `scaling_factor` and `shift_factor` of its configuration |
-| AutoencoderKLFlux2 | its batch-norm statistics: for each channel of z, patchified 2 x 2, one of each |
+| AutoencoderKLFlux2 | its batch-norm statistics, one of each per channel of z, patchified 2 x 2 |
 | None: no VAE | 1 and 0: latents are pixels in [-1, 1] |
 """
 
@@ -21,38 +20,48 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, Autoenco
 from .compat import DiagonalGaussianDistribution, unwrap_compiled
 
 VAE_CLASSES: tuple[Any, ...] = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderTiny)
-VAE: TypeAlias = Any  # one of VAE_CLASSES or None; the decorators of diffusers hide their attributes from mypy
+VAE: TypeAlias = Any  # one of VAE_CLASSES or None; diffusers' decorators hide the attributes from mypy
 
 
 @dataclass
 class EncodedImages:
-    """Images as a VAE encodes them: one Gaussian for each value of the latents.
+    """Latents of images, one Gaussian per value.
 
     Args:
-        mean (`torch.Tensor` of shape (B, C, h, w)): float32.
-        std (`torch.Tensor` of shape (B, C, h, w) or None): float32; None where there is no randomness: with
-            AutoencoderDC, AutoencoderTiny and without a VAE.
+        mean: (B, C, h, w), float32.
+        std: (B, C, h, w), float32; None for a deterministic encoder: AutoencoderDC, AutoencoderTiny or no VAE.
+
+    Example:
+        >>> encoded = encode(vae, pixels_pm1)
+        >>> latents = encoded.draw(torch.randn_like(encoded.mean))
     """
 
     mean: torch.Tensor
     std: torch.Tensor | None
 
     def draw(self, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Latents (B, C, h, w): mean + std noise, or the mean when no noise is given or the VAE has no randomness.
+        """Return latents (B, C, h, w): mean + std * noise, or the mean without noise or for a deterministic encoder.
 
         Args:
-            noise: a standard normal draw of the shape of the mean; training draws it per sample.
+            noise: standard normal draw in the shape of the mean.
         """
         return self.mean if noise is None or self.std is None else self.mean + self.std * noise.to(self.mean)
 
 
 def find_vae(name_or_path: str, revision: str | None = None) -> tuple[Any, dict[str, Any], str | None]:
-    """The class of an autoencoder, its configuration, and its subfolder: `vae` in a pipeline, else None.
+    """Return class, configuration and subfolder of a stored autoencoder; the subfolder is `vae` or None.
+
+    Args:
+        name_or_path: folder or Hub id of an autoencoder or of a pipeline.
+        revision: revision on the Hub.
 
     Raises:
-        ValueError: if it is of a class that is not known here.
+        ValueError: if its class is not one of `VAE_CLASSES`.
+
+    Example:
+        >>> vae_class, config, subfolder = find_vae("Photoroom/prx-512-t2i-sft")
     """
-    classes = {known.__name__: known for known in VAE_CLASSES}
+    classes = {vae_class.__name__: vae_class for vae_class in VAE_CLASSES}
     config: Any
     subfolder: str | None = "vae"
     try:
@@ -65,62 +74,86 @@ def find_vae(name_or_path: str, revision: str | None = None) -> tuple[Any, dict[
 
 
 def load_vae(name_or_path: str) -> VAE:
-    """An autoencoder in float32, from its own folder or the `vae` subfolder of a pipeline.
+    """Load an autoencoder in float32, from its own folder or the `vae` subfolder of a pipeline.
+
+    Args:
+        name_or_path: folder or Hub id.
 
     Raises:
-        ValueError: see `find_vae`; or weights that are not all there.
+        ValueError: if its class is not one of `VAE_CLASSES`, or weights are missing.
+
+    Example:
+        >>> vae = load_vae("Photoroom/prx-512-t2i-sft")
     """
     vae_class, _, subfolder = find_vae(name_or_path)
     vae, info = vae_class.from_pretrained(
         name_or_path, subfolder=subfolder, dtype=torch.float32, output_loading_info=True
     )
-    unread = {name for name, weight in vae.state_dict().items() if weight.is_meta}  # named by an index, in no shard
-    if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"]), *unread}):
-        raise ValueError(f"`vae_name_or_path` {name_or_path} lacks weights of its {vae_class.__name__}: {lacking}.")
+    not_in_shards = {name for name, weight in vae.state_dict().items() if weight.is_meta}  # only the index names them
+    if missing := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"]), *not_in_shards}):
+        raise ValueError(f"`vae_name_or_path` {name_or_path} lacks weights of its {vae_class.__name__}: {missing}.")
     return vae.eval()
 
 
 def vae_scale_factor(vae: VAE) -> int:
-    """Pixels per latent, along one side.
+    """Return the number of pixels per latent along one side.
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, or one that states no scale.
+        ValueError: if the VAE's class is not one of `VAE_CLASSES`, or its configuration has no scale.
+
+    Example:
+        >>> vae_scale_factor(AutoencoderKL.from_pretrained("black-forest-labs/FLUX.1-dev", subfolder="vae"))
+        8
     """
     if vae is None:
         return 1
-    vae = _known(vae)
+    vae = _checked_vae(vae)
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
     return 2 ** (len(vae.config["block_out_channels"]) - 1) * _patch_size(vae)
 
 
 def latent_channels(vae: VAE) -> int:
-    """Channels C of the latents.
+    """Return the number of channels C of the latents.
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, or one that states no scale.
+        ValueError: as in `vae_scale_factor`.
+
+    Example:
+        >>> latent_channels(None)
+        3
     """
     if vae is None:
         return 3
-    vae = _known(vae)
+    vae = _checked_vae(vae)
     return int(vae.config["latent_channels"]) * _patch_size(vae) ** 2
 
 
 def has_one_scale(vae: VAE) -> bool:
-    """Whether one number scales and one number shifts all of the latents; stock diffusers' pipeline knows no more.
+    """True if all channels have the same scale and shift, as stock diffusers' pipeline assumes.
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, or one that states no scale.
+        ValueError: as in `vae_scale_factor`.
+
+    Example:
+        >>> has_one_scale(None)
+        True
     """
-    return vae is None or not isinstance(_known(vae), AutoencoderKLFlux2)
+    return vae is None or not isinstance(_checked_vae(vae), AutoencoderKLFlux2)
 
 
 def encode(vae: VAE, pixels_pm1: torch.Tensor) -> EncodedImages:
-    """Encode images (B, 3, H, W) in [-1, 1], in the VAE's dtype; the result is float32.
+    """Encode images to latents, in the VAE's dtype; the result is float32.
+
+    Args:
+        vae: autoencoder, or None for pixel space.
+        pixels_pm1: (B, 3, H, W) in [-1, 1]; H and W are multiples of `vae_scale_factor`.
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, one that states no scale, or images of another shape, of
-            whole numbers, or of a size that is not a multiple of `vae_scale_factor`.
+        ValueError: as in `vae_scale_factor`, or for images that are not as described.
+
+    Example:
+        >>> latents = encode(vae, pixels_pm1).mean
     """
     _check_tensor("pixels_pm1", pixels_pm1, 3)
     if vae is None:
@@ -145,8 +178,10 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about in [-1, 1] (not clamped).
 
     Raises:
-        ValueError: a class of VAE that PRX does not know, one that states no scale, or latents of another shape or of
-            whole numbers.
+        ValueError: as in `vae_scale_factor`, or for latents of another shape or of integers.
+
+    Example:
+        >>> pixels_pm1 = decode(vae, latents)
     """
     _check_tensor("latents", latents, latent_channels(vae))
     if vae is None:
@@ -159,8 +194,8 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
 def check_floating(name: str, tensor: Any) -> None:
     """Raise a ValueError unless an argument is a tensor of floating-point numbers."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        came = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-        raise ValueError(f"`{name}` is {came}; it has to be a floating-point tensor.")
+        received = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+        raise ValueError(f"`{name}` is {received}; it has to be a floating-point tensor.")
 
 
 def _check_tensor(name: str, tensor: Any, channels: int) -> None:
@@ -170,10 +205,10 @@ def _check_tensor(name: str, tensor: Any, channels: int) -> None:
 
 
 def _shift_and_scale(vae: VAE, device: torch.device) -> tuple[Any, Any]:
-    """Two numbers, or two tensors (C, 1, 1) on `device` (an offloaded VAE waits on another)."""
-    vae = _known(vae)
+    """Return shift and scale: two numbers, or two tensors (C, 1, 1) on `device` (an offloaded VAE is elsewhere)."""
+    vae = _checked_vae(vae)
     if isinstance(vae, AutoencoderKLFlux2):
-        # as numbers, not by calling `bn`: that would move its statistics in training mode
+        # calling `bn` instead would update its statistics in training mode
         mean = vae.bn.running_mean.float().to(device)[:, None, None]
         var = vae.bn.running_var.float().to(device)[:, None, None]
         return mean, 1 / torch.sqrt(var + vae.config["batch_norm_eps"])
@@ -181,34 +216,36 @@ def _shift_and_scale(vae: VAE, device: torch.device) -> tuple[Any, Any]:
 
 
 def _patch_size(vae: VAE) -> int:
-    """Side of the squares of codes that become the channels of one latent, in the order of `pixel_unshuffle`."""
-    vae = _known(vae)
+    """Return the side of the patch of codes that becomes one latent, in the order of `pixel_unshuffle`."""
+    vae = _checked_vae(vae)
     return int(vae.config["patch_size"][0]) if isinstance(vae, AutoencoderKLFlux2) else 1
 
 
-def _known(vae: VAE) -> Any:
-    """The VAE itself, out of the wrapper that torch.compile puts around it, if its latents are defined."""
+def _checked_vae(vae: VAE) -> Any:
+    """Unwrap a compiled VAE and check that its class and configuration define its latents."""
     vae = unwrap_compiled(vae)
     name = type(vae).__name__
     if not isinstance(vae, VAE_CLASSES):
-        raise ValueError(f"`vae` is a {name}; accepted are {[known.__name__ for known in VAE_CLASSES]} and None.")
+        raise ValueError(
+            f"`vae` is a {name}; accepted are {[vae_class.__name__ for vae_class in VAE_CLASSES]} and None."
+        )
     if isinstance(vae, AutoencoderKLFlux2):
         return vae
-    # A default is silently wrong: 0.18215 of AutoencoderKL is Stable Diffusion's and fits no other. AutoencoderTiny's
-    # is right: it is trained to encode to scaled latents.
+    # AutoencoderKL's default, 0.18215, fits only Stable Diffusion. AutoencoderTiny's always fits: it is trained to
+    # encode to scaled latents.
     defaults = () if isinstance(vae, AutoencoderTiny) else vae.config.get("_use_default_values", ())
     scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor") or 0.0
     for key, value in {"scaling_factor": scale, "shift_factor": shift}.items():
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-        if value is not None and (not number or (key == "scaling_factor" and value == 0)):
+        is_finite = isinstance(value, (int, float)) and math.isfinite(value)
+        if value is not None and (not is_finite or (key == "scaling_factor" and value == 0)):
             raise ValueError(
                 f"The configuration of `vae` ({name}) has the `{key}` {value!r}; it has to be a finite number, and the"
                 " scale not 0."
             )
     if scale is None or "scaling_factor" in defaults:
         raise ValueError(
-            f"The configuration of `vae` ({name}) has no `scaling_factor`; write it into the VAE's config.json, or"
-            " pass it to the VAE's `from_pretrained`: 1 / (standard deviation of the VAE's codes)."
+            f"The configuration of `vae` ({name}) has no `scaling_factor`, 1 / (standard deviation of its codes):"
+            " write it into the VAE's config.json, or pass it to the VAE's `from_pretrained`."
         )
     if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From prompts to what the transformer reads, for sampling and for training alike."""
+"""Prompts to embeddings of a text encoder, for sampling and training."""
 
 import copy
 import threading
@@ -19,56 +19,62 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
-# A fast tokenizer keeps padding and truncation as state of its own, which a second thread would change under us.
+# A fast tokenizer keeps padding and truncation as state, which another thread would change during a call.
 _TOKENIZER_LOCK = threading.Lock()
 
-# Tokenizers that state no length say 1e30; no PRX reads more than a few hundred tokens.
+# Tokenizers without a limit have a `model_max_length` of 1e30; PRX reads a few hundred tokens.
 LONGEST_TEXT = 1_000_000
 
 
 def encoder_only(module: T5GemmaModuleConfig, **settings: Any) -> T5GemmaConfig:
-    """The configuration of a T5Gemma of which only the encoder counts, for T5GemmaEncoderModel.
+    """Return a configuration for T5GemmaEncoderModel, which uses only the encoder.
 
     Args:
-        module: of the encoder.
-        settings: of T5GemmaConfig itself.
+        module: configuration of the encoder.
+        settings: other settings of T5GemmaConfig.
+
+    Example:
+        >>> model = T5GemmaEncoderModel(encoder_only(T5GemmaModuleConfig(hidden_size=64)))
     """
-    # a copy: the configuration marks its decoder as one, and with that its encoder, were they the same object
+    # T5GemmaConfig marks its decoder as a decoder: without a copy it would mark the encoder too
     return T5GemmaConfig(encoder=module, decoder=copy.deepcopy(module), is_encoder_decoder=False, **settings)
 
 
 def load_text_encoder(
     name_or_path: str, dtype: torch.dtype | str = "auto"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A text encoder of transformers, and its tokenizer.
+    """Load a text encoder of transformers and its tokenizer.
 
-    Of an encoder-decoder (T5, T5Gemma) it is the encoder, of a model for text and images (CLIP, Qwen3-VL) the text
-    tower, of the public class that a saved pipeline can name.
+    It is the encoder of an encoder-decoder (T5, T5Gemma), or the text tower of a model for text and images (CLIP,
+    Qwen3-VL), in a public class that a saved pipeline can name.
 
     Args:
-        name_or_path: a folder or a Hub id.
-        dtype: of its weights; "auto": as they are stored.
+        name_or_path: folder or Hub id.
+        dtype: dtype of the weights; "auto" for the stored one.
 
     Raises:
-        ValueError: if transformers has no such class for this model, or weights are not all there.
+        ValueError: if transformers has no such class for this model, or weights are missing.
+
+    Example:
+        >>> text_encoder, tokenizer = load_text_encoder("google/t5gemma-2b-2b-ul2", torch.bfloat16)
     """
     config: Any = AutoConfig.from_pretrained(name_or_path)
     text_config = getattr(config, "text_config", config)
     is_text_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     if type(text_config) not in MODEL_MAPPING or (config.is_encoder_decoder and not is_text_encoder):
         raise ValueError(
-            f"`text_encoder_name_or_path` is a {config.model_type}, whose text encoder has no class of its own in"
-            " transformers; accepted are T5Gemma, T5, the text towers of Qwen3-VL and CLIP, and models of text alone."
+            f"`text_encoder_name_or_path` is a {config.model_type}, for whose text encoder transformers has no class;"
+            " accepted are T5Gemma, T5, the text towers of Qwen3-VL and CLIP, and models of text alone."
         )
     if config.model_type == "t5gemma":
         config.is_encoder_decoder = False
     auto_class: Any = AutoModelForTextEncoding if is_text_encoder else AutoModel
     encoder, info = auto_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
-    if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+    if missing := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
         name = type(encoder).__name__
-        raise ValueError(f"`text_encoder_name_or_path` {name_or_path} lacks weights of its {name}: {lacking}.")
+        raise ValueError(f"`text_encoder_name_or_path` {name_or_path} lacks weights of its {name}: {missing}.")
     if text_config is not config:
-        # loaded whole: its own class would not find the tower's weights under the names of the whole (Qwen3-VL)
+        # the tower's own class would not find its weights under the names of the whole model (Qwen3-VL)
         tower_class: Any = MODEL_MAPPING[type(text_config)]
         encoder = next(module for module in encoder.modules() if isinstance(module, tower_class))
     return encoder.eval(), AutoTokenizer.from_pretrained(name_or_path)
@@ -77,24 +83,26 @@ def load_text_encoder(
 def tokenize_prompts(
     tokenizer: Any, prompts: Sequence[str], max_length: int, clean: Callable[[str], str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean prompts and turn them into tokens, padded or cut to `max_length`.
+    """Clean and tokenize prompts, padded or truncated to `max_length` tokens.
 
-    Padding goes to the right, whatever the tokenizer's own side: so the first token of a prompt has position 0 with
-    every kind of positions, absolute ones (CLIP, BERT) too, and no prompt's encoding depends on how much is padded.
+    Padding is on the right, whatever the tokenizer's own side: the first token then has position 0 in every text
+    encoder, and the encoding does not depend on the amount of padding.
 
     Args:
-        tokenizer: a transformers tokenizer with a padding token.
+        tokenizer: transformers tokenizer with a padding token.
         prompts: B prompts.
-        max_length: L, the number of tokens that the text encoder sees.
-        clean: function that cleans a prompt, one of `prompt_cleaning.CLEANERS`.
+        max_length: L, number of tokens.
+        clean: function that cleans a prompt, such as those in `prompt_cleaning.CLEANERS`.
 
     Returns:
-        Token ids (B, L) and a bool mask (B, L), true where a token counts. A prompt without any token (an empty one,
-        with a tokenizer that adds none of its own) keeps one position, which holds the padding token: a text encoder
-        has nothing to attend to in a row that is masked throughout.
+        Token ids (B, L) and a bool mask (B, L), true where a token counts. A prompt without tokens (an empty one, if
+        the tokenizer adds none) keeps one padding token: a text encoder cannot attend to a row that is all masked.
 
     Raises:
-        ValueError: `max_length` is no length.
+        ValueError: if `max_length` is not between 1 and `LONGEST_TEXT`.
+
+    Example:
+        >>> input_ids, mask = tokenize_prompts(tokenizer, ["a red cat"], 256, clean_prompt)
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= LONGEST_TEXT:
         raise ValueError(
@@ -120,35 +128,45 @@ def tokenize_prompts(
 def find_truncated(
     tokenizer: Any, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]
 ) -> list[bool]:
-    """Which of B prompts `tokenize_prompts`, whose mask (B, L) this is, has cut at L tokens."""
-    full = [row for row, kept in enumerate(mask) if kept.all()]  # only they can be
-    cut = [False] * len(prompts)
-    if full:
-        cleaned = [clean(prompts[row]) for row in full]
+    """Return for each of B prompts whether `tokenize_prompts` has truncated it.
+
+    Args:
+        tokenizer, prompts, clean: as in `tokenize_prompts`.
+        mask: mask (B, L) that it returned.
+
+    Example:
+        >>> truncated = find_truncated(tokenizer, ["a red cat"], mask, clean_prompt)
+    """
+    full_rows = [row for row, row_mask in enumerate(mask) if row_mask.all()]
+    truncated = [False] * len(prompts)
+    if full_rows:
+        cleaned = [clean(prompts[row]) for row in full_rows]
         with _TOKENIZER_LOCK:
             ids = tokenizer(cleaned, padding=False, truncation=False, verbose=False)["input_ids"]
-        for row, tokens in zip(full, ids):
-            cut[row] = len(tokens) > mask.shape[1]
-    return cut
+        for row, tokens in zip(full_rows, ids):
+            truncated[row] = len(tokens) > mask.shape[1]
+    return truncated
 
 
 def encode_text(text_encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The last hidden state (B, L, D) of a transformers text encoder. Gradients flow unless the caller turns them off.
+    """Return the last hidden state (B, L, D) of a transformers text encoder, with gradients.
 
     Args:
-        text_encoder: T5GemmaEncoderModel, Qwen3VLTextModel, T5EncoderModel, CLIPTextModel, or another that returns
-            `last_hidden_state` and lets no token see what the mask leaves out.
+        text_encoder: T5GemmaEncoderModel, Qwen3VLTextModel, T5EncoderModel, CLIPTextModel, or another model that
+            returns `last_hidden_state` and attends to no masked token.
         input_ids: (B, L), on the device of the encoder.
         attention_mask: bool (B, L).
+
+    Example:
+        >>> embeds = encode_text(text_encoder, input_ids, mask)
     """
     return text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def trim_tokens(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut away the last positions that are padding in every row, before a text encoder computes them.
+    """Cut away trailing positions that are padding in every row, so that the text encoder does not compute them.
 
-    The padding of `tokenize_prompts` is all on the right. Padding on the left would stay: without it the tokens would
-    move, which encoders with absolute positions see.
+    Padding on the left stays: without it the tokens would get other positions.
 
     Args:
         input_ids: (B, L).
@@ -156,27 +174,33 @@ def trim_tokens(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tens
 
     Returns:
         Token ids (B, M) and their mask (B, M), 1 <= M <= L.
+
+    Example:
+        >>> input_ids, mask = trim_tokens(input_ids, mask)
     """
-    _, stop = _used(mask)
+    _, stop = _used_range(mask)
     return input_ids[:, :stop], mask[:, :stop]
 
 
-def _used(mask: torch.Tensor) -> tuple[int, int]:
-    """The half-open range of positions, at least one, outside of which all rows are padding."""
-    kept = mask.any(dim=0).nonzero().flatten()
-    return (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 1)
+def _used_range(mask: torch.Tensor) -> tuple[int, int]:
+    """Return the half-open range of at least one position outside of which all rows are padding."""
+    used = mask.any(dim=0).nonzero().flatten()
+    return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
 
 
 def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut away the positions, on either side, that are padding in every row; the transformer's result is the same.
+    """Cut away positions on both sides that are padding in every row. The transformer's prediction stays the same.
 
     Args:
         embeds: (B, L, D).
         mask: bool (B, L), true where a token counts.
 
     Returns:
-        (B, M, D) with 1 <= M <= L, and its mask (B, M), or None when nothing of it is padding.
+        Embeddings (B, M, D) with 1 <= M <= L, and their mask (B, M), or None if nothing is padding.
+
+    Example:
+        >>> embeds, mask = trim_text(embeds, mask)
     """
-    start, stop = _used(mask)
+    start, stop = _used_range(mask)
     embeds, mask = embeds[:, start:stop], mask[:, start:stop]
     return embeds, None if bool(mask.all()) else mask

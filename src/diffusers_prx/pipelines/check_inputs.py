@@ -91,7 +91,7 @@ def check_guidance_group(group: Any, guided: bool, transformer: Any) -> None:
     if not isinstance(group, ProcessGroup) or group.size() != 2:
         received = f"a group of {group.size()}" if isinstance(group, ProcessGroup) else f"a {type(group).__name__}"
         raise ValueError(
-            f"`guidance_group` is {received}; it has to be a torch.distributed.ProcessGroup of two that has this process."
+            f"`guidance_group` is {received}; it has to be a torch.distributed.ProcessGroup of two with this one."
         )
     if not guided:
         raise ValueError(

@@ -39,7 +39,7 @@ class PRXPipeline(PRXPipelineBase):
             is "latent".
         default_sample_size: side of the images in pixels if the call gives no size; 512 when None.
         noise_scale: factor on the initial noise.
-        prediction_type: prediction of the transformer, "velocity" or "x_prediction"; None: the type of our scheduler, and
+        prediction_type: prediction of the transformer, "velocity" or "x_prediction"; None: that of our scheduler, and
             velocity with one of diffusers' own.
         token_route: (start, stop, ratio) if the transformer was trained with tokens led around blocks (TREAD, SPRINT):
             half-open range of blocks and fraction of the tokens. `self_guidance_scale` of the call needs it.

@@ -24,7 +24,7 @@ class PRXPixelPipeline(PRXPipelineBase):
         default_sample_size: side of the images in pixels if the call gives no size; 1024 when None.
         prompt_max_tokens: number of text tokens.
         noise_scale: factor on the initial noise.
-        prediction_type: prediction of the transformer, "x_prediction" or "velocity"; None: the type of our scheduler, and
+        prediction_type: prediction of the transformer, "x_prediction" or "velocity"; None: that of our scheduler, and
             x_prediction with one of diffusers' own.
         token_route: (start, stop, ratio) if the transformer was trained with tokens led around blocks (TREAD, SPRINT):
             half-open range of blocks and fraction of the tokens. `self_guidance_scale` of the call needs it.

@@ -1,4 +1,4 @@
-"""diffusers' own schedulers on PRX's terms: which of them fit, and which noise levels they are given."""
+"""Stock schedulers of diffusers: which of them can sample from PRX, and with which noise levels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,49 +11,59 @@ from .scheduling_prx import PRXFlowMatchScheduler, PRXXPredictionScheduler, chec
 PREDICTION_TYPES = ("velocity", "x_prediction")
 _OURS = (PRXFlowMatchScheduler, PRXXPredictionScheduler)
 _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
-# these pick their grid of noise levels instead of, not on top of, the flow-matching one
+# options that replace the flow-matching noise levels by others
 _OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 def is_stock(scheduler: Any) -> bool:
-    """Whether a scheduler is one of diffusers' own, which all step along a velocity."""
+    """True if a scheduler is diffusers' own; all of these step along a velocity."""
     return not isinstance(scheduler, _OURS)
 
 
 def check_scheduler(scheduler: Any, prediction_type: str) -> None:
-    """Raise a ValueError, with the fix, unless a scheduler can sample with a network that predicts this.
+    """Check that a scheduler can sample from a PRX transformer.
 
     Args:
         scheduler: any diffusers scheduler.
-        prediction_type: what the network predicts, "velocity" or "x_prediction".
+        prediction_type: prediction of the transformer, "velocity" or "x_prediction".
+
+    Raises:
+        ValueError: if it cannot; the message says which scheduler or settings can.
+
+    Example:
+        >>> check_scheduler(PRXFlowMatchScheduler(shift=3.0), "velocity")
     """
     name = type(scheduler).__name__
     if not is_stock(scheduler):
         if scheduler.prediction_type != prediction_type:
-            right = next(ours.__name__ for ours in _OURS if ours.prediction_type == prediction_type)
+            fitting = next(cls.__name__ for cls in _OURS if cls.prediction_type == prediction_type)
             raise ValueError(
-                f"`scheduler` is a {name}, but `prediction_type` is {prediction_type!r}: use {right}, or the"
-                f" `prediction_type` {scheduler.prediction_type!r} if that is what the network was trained for."
+                f"`scheduler` is a {name}, but `prediction_type` is {prediction_type!r}: use {fitting}, or"
+                f" `prediction_type={scheduler.prediction_type!r}` if the transformer was trained for that."
             )
         return
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # dynamic shifting needs a `mu` that no PRX has; the others turn time round, or leave the ODE
-        wrong: dict[str, Any] = {"use_dynamic_shifting": False, "invert_sigmas": False, "stochastic_sampling": False}
+        # dynamic shifting needs a `mu`, which PRX does not have; the others reverse time, or leave the ODE
+        required: dict[str, Any] = {
+            "use_dynamic_shifting": False,
+            "invert_sigmas": False,
+            "stochastic_sampling": False,
+        }
     elif isinstance(scheduler, _SOLVERS):
-        wrong = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "final_sigmas_type": "zero"}
-        wrong |= dict.fromkeys(_OTHER_GRIDS, False) | {"use_dynamic_shifting": False}
+        required = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "final_sigmas_type": "zero"}
+        required |= dict.fromkeys(_OTHER_GRIDS, False) | {"use_dynamic_shifting": False}
         if isinstance(scheduler, DPMSolverMultistepScheduler):
-            wrong["algorithm_type"] = "dpmsolver++"
+            required["algorithm_type"] = "dpmsolver++"
     else:
         raise ValueError(
             f"`scheduler` is a {name}; accepted are PRXFlowMatchScheduler, PRXXPredictionScheduler,"
             " FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler and UniPCMultistepScheduler."
         )
-    fixes = {key: value for key, value in wrong.items() if scheduler.config.get(key, value) != value}
+    fixes = {key: value for key, value in required.items() if scheduler.config.get(key, value) != value}
     if fixes:
         settings = ", ".join(f"{key}={value!r}" for key, value in fixes.items())
         raise ValueError(
-            f"`scheduler` ({name}) cannot sample from PRX as it is configured; make it with"
+            f"`scheduler` ({name}) cannot sample from PRX with this configuration; make it with"
             f" {name}.from_config(scheduler.config, {settings})."
         )
 
@@ -64,24 +74,31 @@ def set_schedule(
     timesteps: Sequence[float] | np.ndarray | None = None,
     sigmas: Sequence[float] | np.ndarray | None = None,
 ) -> None:
-    """Lay the noise levels of one sampling run on the CPU, where reading them costs no synchronization.
+    """Set the noise levels of one sampling run, on the CPU, where reading them costs no synchronization.
+
+    Our schedulers use custom noise levels as they are. diffusers' FlowMatchEuler and UniPC apply their shift to them;
+    without any, they get 1, ..., 1/n, because their defaults differ (FlowMatchEuler shifts twice). DPM-Solver++ takes
+    no custom noise levels.
 
     Args:
-        scheduler: one that `check_scheduler` accepts. Our own take `sigmas` and `timesteps` as they are. Of diffusers'
-            own, FlowMatchEuler and UniPC apply their shift to what they are given; without `sigmas` they are given
-            1, ..., 1/n, since their default grids are other ones (FlowMatchEuler shifts twice). DPM-Solver++ takes no
-            noise levels and lays its own.
-        num_inference_steps: n.
-        timesteps: custom timesteps, 1000 sigma, strictly decreasing, in (0, 1000].
+        scheduler: scheduler that `check_scheduler` accepts.
+        num_inference_steps: number n of steps.
+        timesteps: custom timesteps, 1000 * sigma, strictly decreasing, in (0, 1000].
         sigmas: custom noise levels, strictly decreasing, in (0, 1].
 
     Raises:
-        ValueError: both lists, one that this scheduler cannot take or that is not as described, or a configuration
-            whose noise levels do not decrease from at most 1 to 0.
+        ValueError: if both lists are given, the scheduler does not take one, it is not as described, or the
+            scheduler's configuration gives noise levels that do not decrease from at most 1 to 0.
+
+    Example:
+        >>> scheduler = PRXFlowMatchScheduler()
+        >>> set_schedule(scheduler, 2)
+        >>> scheduler.sigmas
+        tensor([1.0000, 0.5000, 0.0000])
     """
     name = type(scheduler).__name__
     if timesteps is not None and sigmas is not None:
-        raise ValueError("`timesteps` and `sigmas` were both given; accepted is one of them.")
+        raise ValueError("Pass either `timesteps` or `sigmas`, not both.")
     if timesteps is not None:
         timesteps = check_levels("timesteps", timesteps, scheduler.config["num_train_timesteps"])
     if sigmas is not None:
@@ -92,34 +109,32 @@ def set_schedule(
         scheduler.set_timesteps(None if sigmas is not None else num_inference_steps, sigmas=sigmas)
         return
     if timesteps is not None and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(f"`timesteps` was given, but the scheduler is a {name}, which takes none.")
-    own_grid = isinstance(scheduler, DPMSolverMultistepScheduler)
-    if own_grid:
+        raise ValueError(f"`timesteps` is given, but `scheduler` is a {name}, which takes none; leave it out.")
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
         if sigmas is not None:
-            raise ValueError(f"`sigmas` was given, but the scheduler is a {name}, which lays its own noise levels.")
+            raise ValueError(f"`sigmas` is given, but `scheduler` is a {name}, which takes none; leave it out.")
         scheduler.set_timesteps(num_inference_steps)
     elif timesteps is not None:
         scheduler.set_timesteps(timesteps=list(timesteps))
     else:
-        exact = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-        scheduler.set_timesteps(sigmas=exact if sigmas is None else sigmas)
+        uniform = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+        scheduler.set_timesteps(sigmas=uniform if sigmas is None else sigmas)
     _check_schedule(scheduler)
-    # Their timesteps may repeat once they are cast to integers; without this the first step is looked up by value.
+    # Otherwise the first step looks up its timestep, and timesteps cast to integers may repeat.
     scheduler.set_begin_index(0)
 
 
 def _check_schedule(scheduler: Any) -> None:
-    """Raise a ValueError unless one of diffusers' schedulers laid noise levels from at most 1 down to 0.
+    """Raise a ValueError unless the noise levels of a stock scheduler decrease from at most 1 to 0.
 
-    diffusers does not check its options (`shift`, `flow_shift`, `shift_terminal`, ...), which change the levels.
+    diffusers does not check the options that change them (`shift`, `flow_shift`, `shift_terminal`, ...).
     """
     levels = scheduler.sigmas
     if bool((levels.diff() < 0).all()) and levels[0] <= 1 and levels[-1] == 0:
         return
     shown = [f"{level:.7g}" for level in (*levels[:3].tolist(), *levels[-2:].tolist())]
     raise ValueError(
-        f"`scheduler` is a {type(scheduler).__name__} that lays {len(levels)} noise levels,"
+        f"`scheduler` is a {type(scheduler).__name__} with {len(levels)} noise levels,"
         f" {', '.join(shown[:3])}, ..., {', '.join(shown[3:])}, which do not decrease from at most 1 to 0. Check"
-        " `num_inference_steps` and the options of its configuration, such as `shift`, `flow_shift` and"
-        " `shift_terminal`."
+        " `num_inference_steps` and its options `shift`, `flow_shift` and `shift_terminal`."
     )
