@@ -1,6 +1,11 @@
 """PRX, Photoroom's text-to-image flow-matching transformer, as a model package for the Hugging Face ecosystem.
 
-The public names are imported when they are first asked for: `import diffusers_prx` by itself loads no other library.
+`import diffusers_prx` loads no other library; each public name is imported when it is first used.
+
+Example:
+    >>> from diffusers_prx import PRXPipeline
+    >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft").to("cuda")
+    >>> image = pipe("A rusty, vintage tram on a sandy beach").images[0]
 """
 
 import re
@@ -46,41 +51,41 @@ __all__ = [
 
 
 def _installed(distribution: str) -> tuple[int, ...] | None:
-    """Major and minor version of a distribution; None if it is not installed."""
+    """Return major and minor version of a distribution, or None if it is not installed."""
     try:
         return tuple(map(int, re.findall(r"\d+", version(distribution))[:2]))
     except PackageNotFoundError:
         return None
 
 
-def _refuse_what_cannot_be_imported() -> None:
-    """Name optional libraries whose installed version breaks diffusers and transformers, which import them.
+def _check_optional_libraries() -> None:
+    """Check the versions of optional libraries that diffusers and transformers import if they are installed.
 
     Raises:
-        ImportError: with the command that mends the installation.
+        ImportError: if a version does not work; the message has the command that fixes the installation.
     """
     peft, torchao, torch = map(_installed, ("peft", "torchao", "torch"))
     if peft is not None and peft < (0, 18):
         raise ImportError(
-            f"peft {version('peft')} is installed, which cannot be imported with transformers 5; diffusers imports it "
-            "wherever it is installed. Run `pip install --upgrade 'peft>=0.18'`, or `pip uninstall peft`."
+            f"peft {version('peft')} is installed, which does not work with transformers 5; diffusers imports it if "
+            "it is installed. Run `pip install --upgrade 'peft>=0.18'`, or `pip uninstall peft`."
         )
     if torchao is not None and torch is not None and torchao >= (0, 18) and torch < (2, 10):
         raise ImportError(
-            f"torchao {version('torchao')} is installed, which cannot be imported with torch {version('torch')}; "
-            "diffusers and transformers import it wherever it is installed. Run `pip install --upgrade 'torch>=2.11'` "
+            f"torchao {version('torchao')} is installed, which does not work with torch {version('torch')}; "
+            "diffusers and transformers import it if it is installed. Run `pip install --upgrade 'torch>=2.11'` "
             "or `pip uninstall torchao`."
         )
 
 
-_refuse_what_cannot_be_imported()
+_check_optional_libraries()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # later look-ups find it without this function
     return value
 
 

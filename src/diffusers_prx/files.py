@@ -1,5 +1,4 @@
-"""Paths as a user types them, regular files, atomic writes (under another name, then renamed), hashes of files, and
-careful reading of YAML."""
+"""File helpers: paths of users, atomic writes, hashed JSON and safetensors files, and safe reading of YAML."""
 
 import json
 import os
@@ -18,28 +17,42 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 UNFINISHED = ".unfinished"
-HASH_KEY = "hash"  # of a JSON file, and of the metadata of a safetensors file
-HASH_NAME = "xxh3_128"  # of a whole file, see `hash_file`
-# Values of a YAML text, each alias counted with all that it stands for: ten short lines can stand for a billion.
+HASH_KEY = "hash"  # key in a JSON file, and in the metadata of a safetensors file
+HASH_NAME = "xxh3_128"  # algorithm of `hash_file`
+# limit of values in a YAML text with aliases written out: ten short lines can hold a billion
 YAML_VALUES = 100_000
 NAMES_SHOWN = 5
 
 
 def is_remote(path: str) -> bool:
-    """True if a name is an address (`hf://...`), not a path. File names such as `memory::x.png` are paths."""
+    """True for an address such as `hf://...`, false for a path. File names such as `memory::x.png` are paths.
+
+    Example:
+        >>> is_remote("hf://datasets/me/pictures")
+        True
+    """
     return "://" in path
 
 
 def expand_path(path: str) -> str:
-    """Replace a leading `~` and variables such as `$HOME`, as a shell does; addresses stay as they are."""
+    """Expand a leading `~` and variables such as `$HOME`; addresses stay unchanged.
+
+    Example:
+        >>> expand_path("~/pictures")
+        '/home/me/pictures'
+    """
     return path if is_remote(path) else os.path.expandvars(os.path.expanduser(path))
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a file for reading.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: if there is none, or it is a FIFO, a device or a socket: reading one could block for ever.
+        OSError: if the file does not exist, or is a FIFO, a device or a socket: reading could block forever.
+
+    Example:
+        >>> with open_regular("cat.png") as file:
+        ...     content = file.read()
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{printable(path)} is not a regular file")
@@ -47,29 +60,43 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 def printable(path: str | Path) -> str:
-    """A path for a message, also where its name is not valid text."""
+    """Return a path for a message, also if its name is not valid text.
+
+    Example:
+        >>> printable(Path("cat.png"))
+        'cat.png'
+    """
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def shown(names: Iterable[str | Path], count: int) -> str:
-    """The first of `count` names for a message, and how many more there are."""
+    """Return the first of `count` names for a message, and the number of the others.
+
+    Example:
+        >>> shown(["a", "b"], 2)
+        'a, b'
+    """
     text = ", ".join(map(printable, islice(names, NAMES_SHOWN)))
     return text if count <= NAMES_SHOWN else f"{text} and {count - NAMES_SHOWN} more"
 
 
 @contextmanager
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
-    """A name to write a file under; what is there when the block ends without an error becomes `path`.
+    """Yield a temporary path to write to, and rename the file to `path` when the block ends without an error.
 
-    Until then `path` is what it was. Any number of processes may write it at once: the last one counts. A process that
-    is killed leaves a file whose name ends in `UNFINISHED`.
+    Several processes may write the same path at once; the last one wins. A killed process leaves a file whose name
+    ends in `UNFINISHED`.
 
     Args:
-        path: its folder is made where it is not there.
-        sync: wait for the disk before the renaming, so that after a loss of power, too, the name means the content.
+        path: file to write. Missing folders are created.
+        sync: flush the file to disk before renaming it, which also survives a power loss.
 
     Raises:
-        OSError: if the folder cannot be made, or the file not be renamed; and whatever the block raises.
+        OSError: if a folder cannot be created, or the file cannot be renamed.
+
+    Example:
+        >>> with atomic_write(Path("report.txt")) as file:
+        ...     file.write_text("done")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
@@ -84,22 +111,40 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: Any, sync: bool = False) -> None:
-    """Write a JSON file whole or not at all; raises OSError. `sync`: see `atomic_write`."""
+    """Write a JSON file atomically; `sync` as in `atomic_write`.
+
+    Raises:
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> write_json(Path("scores.json"), {"fid": 12.5})
+    """
     with atomic_write(path, sync) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def write_hashed_json(path: Path, values: Mapping[str, Any], sync: bool = False) -> None:
-    """Write a JSON file with a hash of its values, for `read_hashed_json`; raises OSError."""
+    """Write a JSON file with a hash of its values, atomically; read it with `read_hashed_json`.
+
+    Raises:
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> write_hashed_json(Path("state.json"), {"step": 100})
+    """
     write_json(path, {**values, HASH_KEY: _json_hash(values)}, sync)
 
 
 def read_hashed_json(path: Path) -> dict[str, Any]:
-    """Read a file of `write_hashed_json`, without the hash.
+    """Read a file of `write_hashed_json` and check its hash.
 
     Raises:
         ValueError: if the file is damaged or has no hash.
         OSError: if it cannot be read.
+
+    Example:
+        >>> read_hashed_json(Path("state.json"))
+        {'step': 100}
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -113,42 +158,57 @@ def read_hashed_json(path: Path) -> dict[str, Any]:
 
 
 def _json_hash(values: Mapping[str, Any]) -> str:
-    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)  # keys and tuples as they are read back
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)  # keys and tuples as JSON returns them
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def hash_tensors(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Feed names, types, shapes and every byte of some tensors to a hash, in the order of their names."""
+    """Update a hash with names, dtypes, shapes and values of tensors, in the order of their names.
+
+    Args:
+        digest: object with `update`, from hashlib or xxhash.
+        tensors: tensors by name, on any device.
+
+    Example:
+        >>> digest = hashlib.blake2b()
+        >>> hash_tensors(digest, model.state_dict())
+    """
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_hashed_tensors(path: Path, tensors: Mapping[str, torch.Tensor], sync: bool = False) -> None:
-    """Write a safetensors file with a hash of its tensors, for `read_hashed_tensors`; whole or not at all.
+    """Write a safetensors file with a hash of its tensors, atomically; read it with `read_hashed_tensors`.
 
     Raises:
-        OSError, SafetensorError: if it cannot be written.
+        OSError, SafetensorError: if the file cannot be written.
+
+    Example:
+        >>> write_hashed_tensors(Path("statistics.safetensors"), {"mean": torch.zeros(3)})
     """
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(path, sync) as file:
-        save_file(kept, file, {HASH_KEY: _tensors_hash(kept)})
+        save_file(contiguous, file, {HASH_KEY: _tensors_hash(contiguous)})
 
 
 def read_hashed_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a file of `write_hashed_tensors` into memory.
+    """Read a file of `write_hashed_tensors` and check its hash.
 
     Raises:
         ValueError: if the file is damaged or has no hash.
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if the file does not exist.
+
+    Example:
+        >>> mean = read_hashed_tensors(Path("statistics.safetensors"))["mean"]
     """
     try:
         with safe_open(path, "pt") as file:
-            stated = (file.metadata() or {}).get(HASH_KEY)
+            stored_hash = (file.metadata() or {}).get(HASH_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    if stated != _tensors_hash(tensors):
+    if stored_hash != _tensors_hash(tensors):
         raise ValueError(f"{path} is damaged: its content does not match its hash.")
     return tensors
 
@@ -160,12 +220,15 @@ def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """The XXH3-128 hash of a file's content, in hexadecimal; read in pieces.
+    """Return the XXH3-128 hash of a file's content, in hexadecimal.
 
-    It finds accidents, and is no defense against forgery. Twelve times as fast as BLAKE2: a checkpoint has gigabytes.
+    It detects accidents, not forgery, and is twelve times as fast as BLAKE2 on checkpoints of gigabytes.
 
     Raises:
         OSError: if the file cannot be read.
+
+    Example:
+        >>> checksum = hash_file(Path("model.safetensors"))
     """
     digest, buffer = xxhash.xxh3_128(), bytearray(2**20)
     view = memoryview(buffer)
@@ -176,15 +239,19 @@ def hash_file(path: Path) -> str:
 
 
 def read_yaml(source: str | Path, text: str) -> Any:
-    """Read YAML from a person or a stranger as plain data.
+    """Read untrusted YAML as plain data.
 
     Args:
-        source: file or setting that the text comes from, for messages.
-        text: one document.
+        source: file or setting of the text, for messages.
+        text: one YAML document.
 
     Raises:
-        ValueError: if it is not valid YAML, a mapping has a key twice (YAML would keep the last one), or aliases stand
-            for more than `YAML_VALUES` values.
+        ValueError: if the text is not valid YAML, a mapping has a key twice (YAML would keep the last one), or it has
+            more than `YAML_VALUES` values with aliases written out.
+
+    Example:
+        >>> read_yaml("recipe.yaml", "learning_rate: 0.0001")
+        {'learning_rate': 0.0001}
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -198,10 +265,10 @@ def read_yaml(source: str | Path, text: str) -> Any:
 
 
 def _count_values(source: str | Path, node: yaml.Node, counted: dict[int, int]) -> int:
-    """Count the values of a node; `counted` has those of the nodes that were seen, 0 while one is being counted."""
+    """Count the values of a node. `counted` maps the id of each visited node to its count, 0 during the count."""
     if id(node) in counted:
         if not counted[id(node)]:
-            raise ValueError(f"`{source}` has an alias inside of what it stands for{_line(node)}.")
+            raise ValueError(f"`{source}` has an alias that contains itself{_line(node)}.")
         return counted[id(node)]
     counted[id(node)] = 0
     children: list[yaml.Node] = []

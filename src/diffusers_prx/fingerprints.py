@@ -1,7 +1,6 @@
-"""What is known of a saved network besides its outputs: a hash that tells it apart, and how its images are normalized.
+"""Fingerprints of networks, tokenizers and pipelines, and the image normalization of vision models.
 
-Metrics and training both ask: numbers are only comparable between the same extractors, caches only between the same
-networks.
+Scores are comparable only between equal feature extractors, and caches are valid only for equal networks.
 """
 
 import hashlib
@@ -17,75 +16,98 @@ from .files import hash_tensors
 
 NORMALIZATION_FILE = "preprocessor_config.json"
 
-# Keys of a model's configuration that say where it was saved, not what it computes.
-NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# keys of a configuration that do not change what a model computes
+IGNORED_CONFIG_KEYS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 def fingerprint(module: Any) -> str:
-    """The class of a network and a hash of its weights and configuration; it reads every weight.
+    """Return the class name of a network and a hash of its weights and configuration.
 
-    It sees another revision, and a file that was changed in its place. The same network in another folder is the same.
+    The folder does not count; another revision, or any changed weight, does.
+
+    Args:
+        module: network of diffusers or transformers.
+
+    Example:
+        >>> fingerprint(pipe.vae)
+        'AutoencoderKL 0f3c...'
     """
     settings = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    digest = hashlib.blake2b(json.dumps(_computed(settings), sort_keys=True, default=str).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        json.dumps(_relevant_config(settings), sort_keys=True, default=str).encode(), digest_size=16
+    )
     hash_tensors(digest, module.state_dict())
     return f"{type(module).__name__} {digest.hexdigest()}"
 
 
-def _computed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what says where and when it was saved."""
+def _relevant_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without `IGNORED_CONFIG_KEYS` and private keys."""
     return {
-        str(key): _computed(value) if isinstance(value, dict) else value
+        str(key): _relevant_config(value) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if not str(key).startswith("_") and key not in NOT_COMPUTED
+        if not str(key).startswith("_") and key not in IGNORED_CONFIG_KEYS
     }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of a fast tokenizer; padding and truncation, which every call sets anew, do not count."""
+    """Return a hash of a fast tokenizer, without padding and truncation, which every call sets anew.
+
+    Example:
+        >>> tokenizer_fingerprint(pipe.tokenizer) == tokenizer_fingerprint(other.tokenizer)
+        True
+    """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {key: value for key, value in settings.items() if key not in ("padding", "truncation")}
     return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def pipeline_fingerprint(pipeline: Any) -> str:
-    """A hash of all that a pipeline's images depend on: its class, its own configuration, and every component."""
+    """Return a hash of everything that a pipeline's images depend on: class, configuration and components.
+
+    Example:
+        >>> pipeline_fingerprint(pipe) == pipeline_fingerprint(PRXPipeline.from_pretrained("my-prx"))
+        True
+    """
     digest = hashlib.blake2b(type(pipeline).__name__.encode(), digest_size=16)
     components = pipeline.components
     own = {key: value for key, value in pipeline.config.items() if key not in components}
-    digest.update(json.dumps(_computed(own), sort_keys=True, default=str).encode())
+    digest.update(json.dumps(_relevant_config(own), sort_keys=True, default=str).encode())
     for name, component in sorted(components.items()):
         if isinstance(component, torch.nn.Module):
             described = fingerprint(component)
         elif hasattr(component, "backend_tokenizer"):
             described = tokenizer_fingerprint(component)
-        else:  # schedulers; other helpers are told apart by their class
+        else:  # schedulers, and helpers without a configuration
             settings = getattr(component, "config", {})
-            described = f"{type(component).__name__} {json.dumps(_computed(settings), sort_keys=True, default=str)}"
+            described = (
+                f"{type(component).__name__} {json.dumps(_relevant_config(settings), sort_keys=True, default=str)}"
+            )
         digest.update(f"{name}: {described}".encode())
     return digest.hexdigest()
 
 
 def read_normalization(name: str, revision: str | None = None, kind: str = "model") -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, for pixels in [0, 1], of a vision model's images.
+    """Read mean and standard deviation per channel, for pixels in [0, 1], of a vision model's images.
 
-    Read without transformers' image processors, some of which need torchvision. Nothing is assumed: constants of
-    ImageNet count only where the file has them.
+    It does not use transformers' image processors, some of which need torchvision, and has no defaults.
 
     Args:
-        name: a folder with a preprocessor_config.json, or a Hub id.
-        revision: on the Hub.
-        kind: what messages call the model.
+        name: folder with a preprocessor_config.json, or Hub id.
+        revision: revision on the Hub.
+        kind: kind of model, for messages.
 
     Raises:
-        ValueError: if the file is not there, or does not state it.
+        ValueError: if the file is missing or incomplete.
+
+    Example:
+        >>> mean, std = read_normalization("facebook/dinov2-base")
     """
     try:
         path = cached_file(name, NORMALIZATION_FILE, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"The {kind} {name!r} has no {NORMALIZATION_FILE}, which states how its images are normalized; give a "
-            'folder or repository that has it, for example {"image_mean": [...], "image_std": [...]}.'
+            f"The {kind} {name!r} has no {NORMALIZATION_FILE}, which holds the normalization of its images. Use a "
+            'folder or repository with this file, for example {"image_mean": [...], "image_std": [...]}.'
         ) from error
     settings = json.loads(Path(str(path)).read_text())
     if abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:

@@ -1,17 +1,16 @@
-"""Prompt cleaning: a prompt must reach the text encoder as the captions did in training.
+"""Prompt cleaning: prompts are cleaned as the captions in training.
 
-The rules are those that PRX was trained with (a form of the caption cleaning of DeepFloyd IF), in the same order and
-with their quirks: what looks odd here is how the captions of the published checkpoints were cleaned. All of them take
-time in proportion to the prompt's length, whatever the prompt: rules whose regular expression would try every start
-against every end are written so that they do not (`_remove_links`, `_remove_file_name`).
+The rules, their order and their quirks are those of PRX's training (a variant of DeepFloyd IF's caption cleaning): the
+published checkpoints were trained on captions that were cleaned this way. All rules take linear time. Two that would be
+quadratic as regular expressions are functions (`_remove_links`, `_remove_file_name`).
 
-Which cleaning a pipeline uses is its `caption_cleaning`:
+`caption_cleaning` of a pipeline is one of:
 
 - "full": lower case, without links, file names, article numbers, CJK characters and odd signs; the rules of the
-  current trainer of Photoroom/PRX. The study's, for T5Gemma.
-- "full_v1": the same, in the form in which diffusers' PRXPipeline has it: curly quotes are straightened only after the
-  rules for quotes, and space at the ends hides signs there from the rules for them. Of pipelines that do not say.
-- "light": only Unicode and HTML are repaired. The study's, for Qwen3-VL.
+  current trainer of Photoroom/PRX. The study uses it with T5Gemma.
+- "full_v1": the rules as in diffusers' PRXPipeline: curly quotes are straightened only after the rules for quotes, and
+  whitespace at the ends hides signs there from their rules. The default of PRXPipeline.
+- "light": only repairs Unicode and HTML. The study uses it with Qwen3-VL. The default of PRXPixelPipeline.
 """
 
 import html
@@ -41,10 +40,10 @@ _LONG_REFERENCE = re.compile(r"(?<=&#)[0-9]{8,}")
 
 
 def _remove_links(text: str) -> str:
-    """Remove what starts like an address, and names of hosts with what follows them.
+    """Remove starts of addresses, and host names with their paths.
 
-    The same as removing every match of `\\b(scheme|host characters + .domain[\\w/-]*\\b/?(?!@))`, in linear time: from
-    whichever start in a run of host characters, the match ends with the last domain of the run that can end one.
+    Equals removing every match of `\\b(scheme|host characters + .domain[\\w/-]*\\b/?(?!@))`, in linear time: wherever
+    it starts in a run of host characters, a match ends with the last domain of the run that can end one.
     """
     parts, position = [], 0
     while run := _HOST.search(text, position):
@@ -66,12 +65,12 @@ def _remove_links(text: str) -> str:
 
 
 def _remove_file_name(word: re.Match[str]) -> str:
-    """Return the rest of a word behind its last file ending, as of removing `\\S+\\.(?:png|...)`."""
+    """Return the rest of a word after its last file ending; equals removing `\\S+\\.(?:png|...)`."""
     ends = [found.end() for found in _FILE_ENDING.finditer(word[0], 1)]
     return word[0][ends[-1] :] if ends else word[0]
 
 
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]  # (what is found, what takes its place)
+Rule = tuple[str, str | Callable[[re.Match[str]], str]]  # (pattern, replacement)
 
 _QUOTES: dict[str, list[Rule]] = {
     "full": [("[`\u00b4«»“”\u00a8]", '"'), ("[‘’]", "'")],  # noqa: RUF001 (curly quotes)
@@ -130,8 +129,8 @@ def clean_prompt(text: str, version: Literal["full", "full_v1"] = "full") -> str
     """Apply the full cleaning: lower case, without links, file names, article numbers, CJK and odd signs.
 
     Args:
-        text: a prompt or a caption of any length.
-        version: see the top of this module.
+        text: prompt or caption of any length.
+        version: "full" or "full_v1", see the top of this module.
 
     Example:
         >>> clean_prompt("A Cat, see https://cats.com/1")
@@ -149,10 +148,10 @@ def clean_prompt(text: str, version: Literal["full", "full_v1"] = "full") -> str
 
 
 def repair_prompt(text: str) -> str:
-    """Apply the light cleaning: repair broken Unicode (ftfy) and HTML entities, also those that were escaped twice.
+    """Apply the light cleaning: repair broken Unicode (ftfy) and HTML entities, also if they were escaped twice.
 
     Args:
-        text: a prompt or a caption of any length.
+        text: prompt or caption of any length.
 
     Example:
         >>> repair_prompt(" A Cat (&amp;lt;3) ")
@@ -162,12 +161,12 @@ def repair_prompt(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """Unescape HTML; `html.unescape` raises an error for a character reference of more than 4300 digits."""
+    """Unescape HTML. `html.unescape` alone fails for a character reference of more than 4300 digits."""
     return html.unescape(_LONG_REFERENCE.sub(_shorten, text))
 
 
 def _shorten(digits: re.Match[str]) -> str:
-    """The same number without leading zeros; 8 nines for one that is above every character's."""
+    """Return the number without leading zeros, or 8 nines if it is above every character's."""
     number = digits[0].lstrip("0") or "0"
     return number if len(number) < 8 else "9" * 8
 

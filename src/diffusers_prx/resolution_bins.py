@@ -1,9 +1,8 @@
-"""The sizes, by aspect ratio, that PRX was trained on at 256, 512 and 1024 pixels.
+"""Image sizes by aspect ratio that PRX was trained on, at 256, 512 and 1024 pixels.
 
-Each table maps height / width, rounded as in diffusers' tables, to (height, width) in pixels. The sizes are those that
-the original trainer lists for its data: for each side, in whole patches of 32 pixels, the longest other side with an
-area that is not above the square's, up to a ratio of about 2. diffusers' table for 1024 pixels lacks three of them:
-864 x 1184, 960 x 1088 and 1280 x 800.
+Each table maps height / width, rounded as in diffusers' tables, to (height, width) in pixels. The sizes are those of
+the original trainer: for each side, in multiples of 32 pixels, the longest other side whose area is not above the
+square's, up to a ratio of about 2. diffusers' table for 1024 pixels lacks 864 x 1184, 960 x 1088 and 1280 x 800.
 """
 
 RESOLUTION_BINS: dict[int, dict[str, tuple[int, int]]] = {

@@ -1,10 +1,10 @@
-"""The PRX transformer: image tokens attend to themselves and to text tokens that no block ever changes.
+"""The PRX transformer: image tokens attend to themselves and to text tokens, which no block changes.
 
 Shapes in this file: B batch, C channels, H x W latent (or pixel) height and width, p patch size, D hidden size,
 h heads, d head dimension (h * d = D), N = (H/p) * (W/p) image tokens, L text tokens, T timesteps.
 
-What no step of a sampling run changes can be computed once before it: `PRXTextContext` and `PRXTimeContext`. They are
-values that the caller keeps and passes in; the model remembers nothing of a run.
+`PRXTextContext` and `PRXTimeContext` are parts of the forward that do not depend on the image tokens. A sampling run
+computes them once and passes them to every step.
 """
 
 import functools
@@ -53,47 +53,56 @@ from .token_routing import TokenRoute
 NORM_EPS = 1e-6
 TIME_EMBEDDING_SIZE = 256
 
-# Devices known to have float64 and complex numbers; others (MPS, NPUs, ...) are not asked for either.
-NUMBER_RICH_DEVICES = ("cpu", "cuda")
+# devices with float64 and complex numbers, unlike MPS and NPUs
+FLOAT64_DEVICES = ("cpu", "cuda")
 
-# Configuration that diffusers' PRXTransformer2DModel does not have. A model that uses any of it is stored under a
-# class name that diffusers does not know, and so refuses: it would load the rest without these weights.
+# Configuration that diffusers' PRXTransformer2DModel does not have. A model that uses it is stored under another class
+# name, so that diffusers raises an error instead of loading the model without these weights.
 OWN_OPTIONS = ("resolution_tokens", "fusion_range")
 STOCK_CLASS_NAME, OWN_CLASS_NAME = "PRXTransformer2DModel", "PRXExtendedTransformer2DModel"
 
 
 def load_complete(load: Callable[..., Any], source: Any, **kwargs: Any) -> Any:
-    """Load a model whose file holds all of its weights; diffusers and transformers fill at random what is missing.
+    """Load a model and check that no weight is missing; diffusers and transformers would initialize it at random.
 
     Args:
         load: `from_pretrained` of a class of diffusers or transformers.
         source: first argument of `load`.
-        kwargs: its other arguments.
+        kwargs: other arguments of `load`.
 
     Raises:
-        ValueError: names the weights that are missing.
+        ValueError: if weights are missing; the message names them.
+
+    Example:
+        >>> vae = load_complete(AutoencoderKL.from_pretrained, "my-prx", subfolder="vae")
     """
     try:
         model, info = load(source, output_loading_info=True, **kwargs)
-    except NotImplementedError:  # `device_map` cannot move what is not there
+    except NotImplementedError:  # with `device_map`, missing weights fail here already
         if kwargs.get("device_map") is None:
             raise
         load_complete(load, source, **kwargs | {"device_map": None})
         raise
-    lacking = set(info["missing_keys"])
-    if not {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())):
-        # what an index promises and no shard holds; offloaded weights wait there as well
-        lacking |= {name for name, weight in model.state_dict().items() if weight.is_meta}
-    if lacking:
+    missing = set(info["missing_keys"])
+    is_offloaded = {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if not is_offloaded:  # offloaded weights are on the meta device too
+        # weights that the index lists, but no shard holds
+        missing |= {name for name, weight in model.state_dict().items() if weight.is_meta}
+    if missing:
         raise ValueError(
-            f"The weights of {type(model).__name__} in {source} are not complete: {len(lacking)} are missing, such as"
-            f" {sorted(lacking)[:8]}. Save or download them again."
+            f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {sorted(missing)[:8]}. Save or"
+            " download them again."
         )
     return model
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cut images (B, C, H, W) into a row-major sequence of patches (B, N, C * p * p)."""
+    """Cut images (B, C, H, W) into a row-major sequence of patches (B, N, C * p * p).
+
+    Example:
+        >>> patchify(torch.zeros(1, 3, 8, 8), 4).shape
+        torch.Size([1, 4, 48])
+    """
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
@@ -101,7 +110,12 @@ def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
-    """Put a sequence of patches (B, N, C * p * p) together again as images (B, C, H, W)."""
+    """Assemble patches (B, N, C * p * p) to images (B, C, H, W); the inverse of `patchify`.
+
+    Example:
+        >>> unpatchify(torch.zeros(1, 4, 48), 4, height=8, width=8).shape
+        torch.Size([1, 3, 8, 8])
+    """
     rows, columns = height // patch_size, width // patch_size
     images = patches.reshape(patches.shape[0], rows, columns, -1, patch_size, patch_size)
     return images.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, height, width)
@@ -110,26 +124,26 @@ def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) 
 def rotary_table(
     rows: int, columns: int, axes_dim: tuple[int, ...], theta: float, device: torch.device
 ) -> torch.Tensor:
-    """Cosines and sines of the axial rotary embedding (RoFormer, arXiv 2104.09864), of shape (N, d/2, 2).
+    """Compute cosines and sines (N, d/2, 2) of the axial rotary embedding (RoFormer, arXiv 2104.09864).
 
-    The first `axes_dim[0] / 2` angles follow the row of a token, the others its column. They are computed in float64,
-    on the device itself where possible: a copy from the CPU inside a compiled graph would rule out CUDA graphs.
+    The first `axes_dim[0] / 2` angles depend on the row of a token, the others on its column. They are computed in
+    float64, if possible on `device`: a copy from the CPU in a compiled graph would prevent CUDA graphs.
     """
-    place = device if device.type in NUMBER_RICH_DEVICES else torch.device("cpu")
-    row_ids, column_ids = (torch.arange(n, dtype=torch.float64, device=place) for n in (rows, columns))
+    float64_device = device if device.type in FLOAT64_DEVICES else torch.device("cpu")
+    row_ids, column_ids = (torch.arange(n, dtype=torch.float64, device=float64_device) for n in (rows, columns))
     angles = []
     for positions, dim in zip(torch.meshgrid(row_ids, column_ids, indexing="ij"), axes_dim):
-        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=place) / dim)  # (dim/2,)
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=float64_device) / dim)  # (dim/2,)
         angles.append(positions.reshape(-1, 1) * frequencies)  # (N, dim/2)
     table = torch.cat(angles, dim=-1)  # (N, d/2)
     return torch.stack((table.cos(), table.sin()), dim=-1).float().to(device)  # (N, d/2, 2)
 
 
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotate neighboring pairs of features of x (B, N, h, d) by the angles of their tokens; float32 throughout."""
+    """Rotate neighboring pairs of features of x (B, N, h, d) by the angles of their tokens, in float32."""
     pairs, angles = x.unflatten(-1, (-1, 2)), rotary.unsqueeze(-3)  # (B, N, h, d/2, 2) and (N, 1, d/2, 2)
-    if x.device.type in NUMBER_RICH_DEVICES and not torch.compiler.is_compiling():
-        # one pass over memory where the lines below take seven; inductor has no code for complex numbers
+    if x.device.type in FLOAT64_DEVICES and not torch.compiler.is_compiling():
+        # one pass over memory instead of seven below; inductor has no code for complex numbers
         product = torch.view_as_complex(pairs) * torch.view_as_complex(angles)  # (B, N, h, d/2)
         return torch.view_as_real(product).flatten(-2)  # (B, N, h, d)
     (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)  # (B, N, h, d/2) and (N, 1, d/2)
@@ -137,15 +151,16 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 
 
 def exchange_tokens_for_heads(x: torch.Tensor, tokens: int, config: ContextParallelConfig) -> torch.Tensor:
-    """From 1/w of the tokens, padded to a multiple of w, to `tokens` = N with 1/w of the heads, on w processes.
+    """Exchange all heads of n tokens per process for h/w heads of all N tokens, on w processes.
 
-    (B, n, h, d) to (B, N, h/w, d): Ulysses, arXiv 2309.14509. The padding is gone on this side, so it needs no mask.
+    (B, n, h, d) becomes (B, N, h/w, d) (Ulysses, arXiv 2309.14509). Tokens are padded to a multiple of w before; the
+    exchange removes the padding, so that it needs no mask.
     """
     return SeqAllToAllDim.apply(ulysses_group(config), x, 2, 1)[:, :tokens]  # (B, N, h/w, d)
 
 
 def exchange_heads_for_tokens(x: torch.Tensor, tokens: int, config: ContextParallelConfig) -> torch.Tensor:
-    """The way back: from (B, N, h/w, d) to (B, n, h, d) with `tokens` = n, in which the padding is zero."""
+    """Undo `exchange_tokens_for_heads`: (B, N, h/w, d) becomes (B, n, h, d) with `tokens` = n and zero padding."""
     x = F.pad(x, (0, 0, 0, 0, 0, config.ulysses_degree * tokens - x.shape[1]))  # (B, w * n, h/w, d)
     return SeqAllToAllDim.apply(ulysses_group(config), x, 1, 2)  # (B, n, h, d)
 
@@ -161,21 +176,25 @@ class PRXRMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS)
 
 
-# Keys and values of text in one block, (B, L, h, d) each.
+# keys and values of the text in one block, (B, L, h, d) each
 TextKeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-# A mask or None, or for each part of the text one of these.
+# a mask or None, or one of these per part of the text
 AttentionMask: TypeAlias = torch.Tensor | tuple[torch.Tensor | None, ...] | None
 
 
 @dataclass(frozen=True)
 class PRXTextContext:
-    """What the blocks read of a text: computed once per prompt, since no block changes it and no step either.
+    """Keys and values of a text in all blocks, for any number of forwards.
 
-    `PRXTransformer2DModel.encode_text_context` makes it. It belongs to the weights and adapters that made it.
+    `PRXTransformer2DModel.encode_text_context` computes it. It is valid for the weights and adapters of that moment.
 
     Args:
         keys_values: for each block, keys and values (B, L, h, d); B = 1 serves any number of rows.
-        mask: bool (B, L), true where a token counts; None where all of them do.
+        mask: bool (B, L), true where a token counts; None if all count.
+
+    Example:
+        >>> context = transformer.encode_text_context(embeds, mask)
+        >>> output = transformer(latents, timestep, text_context=context)
     """
 
     keys_values: tuple[TextKeysValues, ...]
@@ -184,33 +203,36 @@ class PRXTextContext:
 
 @dataclass(frozen=True)
 class PRXTimeContext:
-    """What the blocks make of timesteps: their modulation, computed for all steps of a run in one go.
+    """Modulation of all blocks for T timesteps.
 
-    `PRXTransformer2DModel.encode_timesteps` makes it. It belongs to the weights and adapters that made it.
+    `PRXTransformer2DModel.encode_timesteps` computes it. It is valid for the weights and adapters of that moment.
 
     Args:
-        blocks: for each block, shift, scale and gate of attention and MLP for T timesteps, (T, 6, D).
-        final: shift and scale of the final layer, (T, 2, D).
+        blocks: for each block (T, 6, D): shift, scale and gate of attention, then of the MLP.
+        final: (T, 2, D): shift and scale of the final layer.
+
+    Example:
+        >>> times = transformer.encode_timesteps(torch.tensor([1.0, 0.5]))
+        >>> output = transformer(latents, encoder_hidden_states=embeds, time_context=times.at(0))
     """
 
     blocks: tuple[torch.Tensor, ...]
     final: torch.Tensor
 
     def at(self, step: int) -> "PRXTimeContext":
-        """The one timestep (T = 1) with this index, counted from 0, which a forward takes."""
+        """Return the context of one timestep (T = 1), which a forward takes; `step` counts from 0."""
         return PRXTimeContext(tuple(block[step, None] for block in self.blocks), self.final[step, None])
 
 
 class PRXAttnProcessor:
-    """Attention of image tokens over the joint sequence of text and image tokens.
+    """Attention of image tokens to text tokens and image tokens.
 
-    On several processes (`enable_parallelism`) each of them comes with its n of the N image tokens and with the whole
-    text. In here it has all tokens and its share of the heads, so that mask, rotary table and text stay what they are
-    on one process, and no text key counts twice. (diffusers' own templates would take the keys of all processes for
-    parts of one sequence.)
+    On w processes (`enable_parallelism`) each process holds n of the N image tokens and the whole text. Inside the
+    attention it has all tokens and h/w heads, so that masks, rotary table and text are as on one process. (diffusers'
+    own templates would concatenate the text keys of all processes.)
     """
 
-    # set by `set_attention_backend` and by `enable_parallelism`
+    # diffusers sets the first in `set_attention_backend`, this model the second in `enable_parallelism`
     _attention_backend: Any = None
     _parallel_config: Any = None
 
@@ -222,12 +244,20 @@ class PRXAttnProcessor:
         image_rotary_emb: torch.Tensor,
         attention_mask: AttentionMask = None,
     ) -> torch.Tensor:
-        """Attend from `hidden_states` (B, N, D) to `encoder_hidden_states` (B, L, D) and to itself.
+        """Attend from image tokens to text tokens and image tokens.
 
-        `attention_mask` is bool (B, 1, 1, L + N), true where a key may be looked at, or None. Returns (B, N, D).
+        The text is either hidden states, or G parts of projected keys and values, each with its own L and mask (the
+        branches of guidance). The first part is for the first B / G rows, and so on.
 
-        Or the text comes as keys and values that were projected before, in parts of a length and with a mask of their
-        own (the branches of guidance): the first part is for the first rows, and so on, as many for each.
+        Args:
+            attn: layer with the projections.
+            hidden_states: image tokens (B, N, D).
+            encoder_hidden_states: text tokens (B, L, D), or G parts of keys and values (B / G or 1, L, h, d).
+            image_rotary_emb: (N, d/2, 2) or (B, N, d/2, 2).
+            attention_mask: bool (B, 1, 1, L + N), true for keys that count, or None; for G parts a tuple of G masks.
+
+        Returns:
+            (B, N, D).
         """
         parallel, own_tokens = self._context_parallel, hidden_states.shape[1]
         qkv = attn.img_qkv_proj(hidden_states).unflatten(-1, (3, attn.heads, attn.head_dim))  # (B, N, 3, h, d)
@@ -246,9 +276,9 @@ class PRXAttnProcessor:
         else:
             assert isinstance(attention_mask, tuple)
             images = [x.unflatten(0, (len(encoder_hidden_states), -1)).unbind() for x in (query, key, value)]
-            attended = []  # for each part of the text, (B / parts, N, h, d)
+            attended = []  # G x (B / G, N, h, d)
             for q, k, v, text, mask in zip(*images, encoder_hidden_states, attention_mask):
-                text_key, text_value = (x.expand(len(q), -1, -1, -1) for x in text)  # (B / parts, L, h, d) each
+                text_key, text_value = (x.expand(len(q), -1, -1, -1) for x in text)  # (B / G, L, h, d) each
                 attended.append(self.attend(q, k, v, text_key, text_value, mask))
             hidden_states = attended[0] if len(attended) == 1 else torch.cat(attended)  # (B, N, h, d)
         if parallel is not None:
@@ -265,7 +295,7 @@ class PRXAttnProcessor:
         text_value: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention (B, N, h, d) of image tokens (B, N, h, d) to text tokens (B, L, h, d) and to themselves."""
+        """Attend (B, N, h, d) from image tokens (B, N, h, d) to text tokens (B, L, h, d) and image tokens."""
         if self._context_parallel is not None:
             degree, rank = self._context_parallel.ulysses_degree, ulysses_rank(self._context_parallel)
             text_key, text_value = (x.chunk(degree, dim=2)[rank] for x in (text_key, text_value))  # (B, L, h/w, d)
@@ -283,12 +313,12 @@ class PRXAttnProcessor:
 
 
 class PRXAttention(nn.Module, AttentionModuleMixin):
-    """Projections and norms of one attention layer; the arithmetic is in its processor."""
+    """Projections and norms of one attention layer; its processor computes the attention."""
 
     processor: Any
     _default_processor_cls = PRXAttnProcessor
-    _available_processors = [PRXAttnProcessor]  # noqa: RUF012 (the name and form are diffusers')
-    _supports_qkv_fusion = False  # the projections are stored fused
+    _available_processors = [PRXAttnProcessor]  # noqa: RUF012 (diffusers defines the name and form)
+    _supports_qkv_fusion = False  # stored fused already
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -303,7 +333,7 @@ class PRXAttention(nn.Module, AttentionModuleMixin):
         self.processor = PRXAttnProcessor()
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> TextKeysValues:
-        """Keys and values (B, L, h, d) of text (B, L, D), which has no position: they depend on nothing else."""
+        """Project text (B, L, D) to keys and values (B, L, h, d). Text has no positions."""
         text_kv = self.txt_kv_proj(encoder_hidden_states).unflatten(-1, (2, self.heads, self.head_dim))
         text_key, text_value = text_kv.unbind(2)  # (B, L, h, d) each
         return self.norm_added_k(text_key).to(text_value.dtype), text_value
@@ -319,7 +349,7 @@ class PRXAttention(nn.Module, AttentionModuleMixin):
 
 
 class PRXModulation(nn.Module):
-    """Shift, scale and gate for the two halves of a block, from the conditioning vector (adaLN-Zero, 2212.09748)."""
+    """Shift, scale and gate for attention and MLP of a block (adaLN-Zero, arXiv 2212.09748)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -330,17 +360,17 @@ class PRXModulation(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm of x (B, N, D), then shift and scale, (B, 1, D) or, the same for all rows, (D,).
+    """Apply layer norm to x (B, N, D), then shift and scale: (B, 1, D), or (D,) for all rows.
 
-    PyTorch's kernel takes mean and variance in float32 whatever the input's type, so no cast is needed for that.
+    PyTorch's kernel computes mean and variance in float32 whatever the input's dtype.
     """
-    if shift.ndim == 1:  # what is the same for all tokens is the norm's own weight and bias: one pass over memory
+    if shift.ndim == 1:  # as weight and bias of the norm: one pass over memory
         return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, NORM_EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 class PRXBlock(nn.Module):
-    """One transformer block: modulated joint attention, then a modulated gated MLP; the text stays as it is."""
+    """Transformer block: modulated joint attention, then a modulated gated MLP. The text stays unchanged."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -384,7 +414,7 @@ class PRXMLPEmbedder(nn.Module):
 
 
 def embed_resolution(height: int, width: int, max_period: int, device: torch.device) -> torch.Tensor:
-    """Sinusoidal embeddings (2, 128), float32, of the height and the width of latents or pixels."""
+    """Compute sinusoidal embeddings (2, 128), float32, of height and width of the latents or pixels."""
     return get_timestep_embedding(
         torch.tensor([height, width], device=device, dtype=torch.float32),
         TIME_EMBEDDING_SIZE // 2,
@@ -395,7 +425,7 @@ def embed_resolution(height: int, width: int, max_period: int, device: torch.dev
 
 
 class PRXResolutionEmbedder(nn.Module):
-    """Height and width as a vector to add to the timestep's."""
+    """Embedding of height and width that is added to the timestep's."""
 
     def __init__(self, hidden_size: int, max_period: int):
         super().__init__()
@@ -408,7 +438,7 @@ class PRXResolutionEmbedder(nn.Module):
 
 
 class PRXResolutionTokens(nn.Module):
-    """Height and width as two tokens that stand before the text."""
+    """Embedding of height and width as two tokens before the text."""
 
     def __init__(self, hidden_size: int, max_period: int):
         super().__init__()
@@ -422,7 +452,7 @@ class PRXResolutionTokens(nn.Module):
 
 
 class PRXFusion(nn.Module):
-    """Fuses the tokens before a range of blocks with those behind it (SPRINT, arXiv 2510.21986)."""
+    """Fusion of the input and the output of a range of blocks (SPRINT, arXiv 2510.21986)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -430,14 +460,17 @@ class PRXFusion(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, dense: torch.Tensor, deep: torch.Tensor, route: TokenRoute | None) -> torch.Tensor:
-        """Tokens (B, N, D) from those before (B, N, D) and behind (B, N or K, D); the mask token where none came."""
+        """Fuse the input (B, N, D) and the output (B, N or K, D) of the blocks to (B, N, D).
+
+        The mask token replaces tokens that skipped the blocks.
+        """
         if route is not None:
             deep = route.scatter(deep, self.mask_token.to(deep.dtype).expand_as(dense))  # (B, N, D)
         return self.linear(torch.cat((dense, deep), dim=-1))  # (B, N, D)
 
 
 class PRXFinalLayer(nn.Module):
-    """Modulated norm, then the projection of every token to the values of its patch."""
+    """Modulated norm, then a projection of every token to the values of its patch."""
 
     def __init__(self, hidden_size: int, patch_values: int):
         super().__init__()
@@ -453,13 +486,16 @@ class PRXFinalLayer(nn.Module):
 
 @dataclass
 class PRXTransformer2DModelOutput(Transformer2DModelOutput):
-    """What `PRXTransformer2DModel` returns.
+    """Return value of `PRXTransformer2DModel`.
 
     Args:
-        sample (`torch.Tensor` of shape (B, C, H, W)): the prediction.
-        features (`torch.Tensor` of shape (B, K, D), *optional*): what block `feature_block` gave, if asked for.
-        feature_indices (`torch.Tensor` of shape (B, K), *optional*): which of the N tokens they belong to; None where
-            they are all of them in order.
+        sample: (B, C, H, W), the prediction.
+        features: (B, K, D), output of block `feature_block`; None without one.
+        feature_indices: (B, K), indices of the tokens in `features`; None if they are all N tokens in order.
+
+    Example:
+        >>> output = transformer(latents, timestep, embeds, feature_block=7)
+        >>> velocity, features = output.sample, output.features
     """
 
     features: torch.Tensor | None = None
@@ -469,43 +505,52 @@ class PRXTransformer2DModelOutput(Transformer2DModelOutput):
 class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
     """PRX, the text-to-image transformer of Photoroom (https://github.com/Photoroom/PRX).
 
-    Configuration and state-dict keys are those of the class of the same name in diffusers, so that weights go both
-    ways; but for `resolution_tokens` and `fusion_range`, which diffusers does not have: models with one of them are
-    stored as PRXExtendedTransformer2DModel. A model made from a configuration is initialized for training from
-    scratch (`init_weights`).
+    Configuration and state-dict keys are those of the class of the same name in diffusers, so that each loads what the
+    other saved. Only `resolution_tokens` and `fusion_range` do not exist in diffusers; models with one of them are
+    stored as PRXExtendedTransformer2DModel. A new model is initialized for training from scratch (`init_weights`).
 
     Args:
-        in_channels (`int`): channels C of the latents, or 3 for pixels.
-        patch_size (`int`): side p of the square patch that becomes one token.
-        context_in_dim (`int`): width of the text encoder's hidden states.
-        hidden_size (`int`): width D of the tokens.
-        mlp_ratio (`float`): width of the gated MLP over `hidden_size`.
-        num_heads (`int`): attention heads; must divide `hidden_size`.
-        depth (`int`): number of blocks.
-        axes_dim (`tuple[int, int]`): features of a head that encode the row and the column; both even, their sum is
-            `hidden_size / num_heads`.
-        theta (`int`): base of the rotary frequencies.
-        time_factor (`float`): what timesteps in [0, 1] are multiplied by before their sinusoidal embedding.
-        time_max_period (`int`): longest period of the sinusoidal embeddings of timestep and resolution.
-        bottleneck_size (`int`, *optional*): width of a linear bottleneck between patch and token (JiT, arXiv
-            2511.13720); None for one linear layer.
-        resolution_embeds (`bool`): add an embedding of (H, W) to the timestep's.
-        resolution_tokens (`bool`): put an embedding of H and one of W before the text, as two tokens.
-        fusion_range (`tuple[int, int]`, *optional*): half-open range of blocks whose output is fused with their input
-            by a linear layer (SPRINT, arXiv 2510.21986), so that a `route` around them may drop tokens; None for no
-            fusion. It runs with and without a route.
+        in_channels: channels C of the latents, or 3 for pixels.
+        patch_size: side p of the square patch that becomes one token.
+        context_in_dim: width of the text encoder's hidden states.
+        hidden_size: width D of the tokens.
+        mlp_ratio: width of the gated MLP divided by `hidden_size`.
+        num_heads: attention heads; must divide `hidden_size`.
+        depth: number of blocks.
+        axes_dim: features of a head that encode the row and the column; both even, with the sum
+            `hidden_size / num_heads`. None: (32, 32).
+        theta: base of the rotary frequencies.
+        time_factor: factor on timesteps in [0, 1] before their sinusoidal embedding.
+        time_max_period: longest period of the sinusoidal embeddings of timestep and resolution.
+        bottleneck_size: width of a linear bottleneck between patch and token (JiT, arXiv 2511.13720); None for one
+            linear layer.
+        resolution_embeds: add an embedding of (H, W) to the timestep's.
+        resolution_tokens: put an embedding of H and one of W before the text, as two tokens.
+        fusion_range: half-open range of blocks whose output a linear layer fuses with their input (SPRINT, arXiv
+            2510.21986), with or without a `route` around them; None for no fusion.
 
     Raises:
         ValueError: if the sizes do not fit each other.
+
+    Example:
+        >>> from diffusers_prx import PRXTransformer2DModel
+        >>> transformer = PRXTransformer2DModel.from_pretrained("Photoroom/prx-512-t2i-sft", subfolder="transformer")
+        >>> small = PRXTransformer2DModel(hidden_size=256, num_heads=4, depth=4)
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["PRXBlock"]  # noqa: RUF012 (the names and forms here are diffusers')
+    _no_split_modules = ["PRXBlock"]  # noqa: RUF012 (diffusers defines these names and forms)
     _repeated_blocks = ["PRXBlock"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = [  # noqa: RUF012
-        "norm", "time_in", "resolution_", "modulation", "img_in", "txt_in", "final_layer",
-    ]  # fmt: skip
-    # image tokens are split over processes from their embedding to the last projection; see `enable_parallelism`
+        "norm",
+        "time_in",
+        "resolution_",
+        "modulation",
+        "img_in",
+        "txt_in",
+        "final_layer",
+    ]
+    # `enable_parallelism` splits image tokens over processes from their embedding to the last projection
     _cp_plan = {  # noqa: RUF012
         "img_in": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "final_layer": ContextParallelOutput(gather_dim=1, expected_dims=3),
@@ -543,7 +588,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
-        axes = (32, 32) if axes_dim is None else tuple(axes_dim)  # None is how stock configurations say (32, 32)
+        axes = (32, 32) if axes_dim is None else tuple(axes_dim)  # stock configurations hold None
         head_dim = hidden_size // num_heads
         if len(axes) != 2 or sum(axes) != head_dim or any(dim % 2 for dim in axes):
             raise ValueError(
@@ -556,7 +601,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             )
         self.axes_dim = axes
         self.gradient_checkpointing = False
-        self.kept_blocks = 0  # with checkpointing: so many of the last blocks keep their activations all the same
+        self.kept_blocks = 0  # number of trailing blocks that gradient checkpointing leaves out
         self._rotary_tables: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
         patch_values = in_channels * patch_size**2
@@ -580,9 +625,12 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def init_weights(self) -> None:
         """Initialize every parameter for training from scratch, as DiT does (arXiv 2212.09748).
 
-        Xavier-uniform matrices and zero biases; normal(0, 0.02) in the embedders of timestep and resolution and in the
-        mask token of the fusion; zero modulation and output layer, so that every block starts as the identity and the
-        network answers zero.
+        Matrices are Xavier-uniform and biases zero. The embedders of timestep and resolution and the mask token of the
+        fusion are normal(0, 0.02). Modulation and output layer are zero, so that every block starts as the identity
+        and the model predicts zero.
+
+        Example:
+            >>> transformer.init_weights()
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -605,53 +653,63 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
     @property
     def stored_class_name(self) -> str:
-        """The class that stored files name: stock's, or one that stock does not know where stock lacks an option."""
+        """Class name in stored files: diffusers', or one that it does not know if the model uses `OWN_OPTIONS`."""
         return OWN_CLASS_NAME if any(self.config[option] for option in OWN_OPTIONS) else STOCK_CLASS_NAME
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
-        """Load a model as `ModelMixin.from_pretrained` does, which fills at random what a file lacks.
+        """Load a model as `ModelMixin.from_pretrained` does, and check that no weight is missing.
 
         Raises:
-            ValueError: weights that are not all there. With `output_loading_info=True` you get the model all the same,
-                and the names of what is missing.
+            ValueError: if weights are missing. With `output_loading_info=True` you get the model and their names
+                instead.
+
+        Example:
+            >>> transformer = PRXTransformer2DModel.from_pretrained("my-prx", subfolder="transformer")
         """
         if kwargs.get("output_loading_info") or kwargs.get("use_flashpack"):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         return load_complete(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     def to_json_string(self) -> str:
-        """What config.json says: without options of our own that are off, so that it is stock's where stock can be."""
+        """Return config.json. It omits `OWN_OPTIONS` that are off, so that diffusers can load it."""
         stored = json.loads(super().to_json_string()) | {"_class_name": self.stored_class_name}
         stored = {key: value for key, value in stored.items() if value or key not in OWN_OPTIONS}
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
-    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the arguments
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines inspect the signature
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save a model as `ModelMixin.save_pretrained` does, if its weights are in memory under the names of files.
+        """Save a model as `ModelMixin.save_pretrained` does.
 
         Raises:
-            ValueError: the model is offloaded to disk, has adapters or was quantized after it was loaded; nothing is
+            ValueError: if the model is offloaded to disk, has adapters or was quantized after loading. Nothing is
                 written.
+
+        Example:
+            >>> transformer.save_pretrained("my-transformer")
         """
         check_saving("transformer", self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def enable_parallelism(self, *, config: ContextParallelConfig | ParallelConfig, cp_plan: Any = None) -> None:
-        """Share one forward out over several processes, each with its part of the image tokens (sampling only).
+        """Split one forward over several processes, each with a part of the image tokens (sampling only).
 
-        Every process calls the model, or the pipeline, with the same arguments and gets the whole answer. Text, text
-        contexts and masks stay whole everywhere: attention exchanges tokens for heads (Ulysses, arXiv 2309.14509), and
-        what it exchanges are image tokens. `torch.distributed` must be initialized, on each process with its device.
+        Every process calls the model, or the pipeline, with the same arguments and gets the whole result. Text and
+        masks stay whole on each process; attention exchanges image tokens for heads (Ulysses, arXiv 2309.14509).
+        Initialize `torch.distributed` before, and set the device of each process.
 
         Args:
-            config (`ContextParallelConfig`): with an `ulysses_degree` that divides the heads. Where it does not divide
-                the image tokens, they are padded.
-            cp_plan: not taken; which tensors are split is the model's.
+            config: ContextParallelConfig with an `ulysses_degree` that divides the heads. Image tokens are padded if
+                it does not divide their number.
+            cp_plan: must be None; the model has its own plan.
 
         Raises:
-            ValueError: another kind of parallelism, a degree that does not divide the heads, or a FirstBlockCache.
-            RuntimeError: parallelism is on already, or `torch.distributed` is not initialized.
+            ValueError: for another kind of parallelism, a degree that does not divide the heads, or a FirstBlockCache.
+            RuntimeError: if parallelism is already on, or `torch.distributed` is not initialized.
+
+        Example:
+            >>> torch.distributed.init_process_group("nccl")
+            >>> pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
         """
         parallel = config.context_parallel_config if isinstance(config, ParallelConfig) else config
         if not isinstance(parallel, ContextParallelConfig):
@@ -667,53 +725,55 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 f" {self.config.num_heads} attention heads."
             )
         if parallel.ulysses_anything:
-            raise ValueError("`config` has `ulysses_anything`; leave it out: any number of tokens is accepted.")
+            raise ValueError("`config` has `ulysses_anything`; leave it out: the model accepts any number of tokens.")
         if cp_plan is not None:
-            raise ValueError("`cp_plan` was given; leave it out: the model's own is the one that its forward is for.")
+            raise ValueError("`cp_plan` is given; leave it out: the forward works only with the model's own plan.")
         _check_cache(self._cache_config, True)
         if self._parallel_config is not None:
-            raise RuntimeError("parallelism is on already, and stays as it is.")
+            raise RuntimeError("Parallelism is already on. Load the model again to change it.")
         if not dist.is_initialized():
-            raise RuntimeError("`torch.distributed.init_process_group` has to be called first.")
-        # diffusers' own steps need an accelerator (0.42), and an attention backend that its templates know
+            raise RuntimeError("Call `torch.distributed.init_process_group` before `enable_parallelism`.")
+        # diffusers' `enable_parallelism` (0.42) needs an accelerator and an attention backend that its templates know
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device_type = "cpu" if accelerator is None else accelerator.type
         mesh = parallel.mesh
         if mesh is None:
             mesh = init_device_mesh(device_type, parallel.mesh_shape, mesh_dim_names=parallel.mesh_dim_names)
-        together = ParallelConfig(context_parallel_config=parallel)
-        together.setup(dist.get_rank(), dist.get_world_size(), torch.device(device_type), mesh=mesh)
-        self._parallel_config = together
+        parallel_config = ParallelConfig(context_parallel_config=parallel)
+        parallel_config.setup(dist.get_rank(), dist.get_world_size(), torch.device(device_type), mesh=mesh)
+        self._parallel_config = parallel_config
         for processor in self.attn_processors.values():
-            processor._parallel_config = together
+            processor._parallel_config = parallel_config
         apply_context_parallel(self, parallel, self._cp_plan)
 
     def enable_cache(self, config: Any) -> None:
-        """Reuse features of earlier steps (`CacheMixin.enable_cache`, hooks of diffusers; sampling only).
+        """Reuse features of earlier steps, with diffusers' hooks (sampling only, one run at a time).
 
         Args:
-            config: FirstBlockCacheConfig or MagCacheConfig (blocks are left out where little changes),
-                TaylorSeerCacheConfig (attention is extrapolated or, with `use_lite_mode`, the final layer; arXiv
-                2503.06923) or PyramidAttentionBroadcastConfig (attention is repeated, arXiv 2408.12588). The state is
-                the module's: one sampling run at a time.
+            config: FirstBlockCacheConfig or MagCacheConfig (skip blocks when little changes), TaylorSeerCacheConfig
+                (extrapolates attention or, with `use_lite_mode`, the final layer; arXiv 2503.06923), or
+                PyramidAttentionBroadcastConfig (repeats attention, arXiv 2408.12588).
 
         Raises:
-            ValueError: another cache, or one that this network has no place for.
+            ValueError: for another cache, or one that does not fit this model.
+
+        Example:
+            >>> from diffusers import FirstBlockCacheConfig
+            >>> pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
         """
         _check_cache(config, self._parallel_config is not None)
-        whole_blocks = isinstance(config, (FirstBlockCacheConfig, MagCacheConfig))
-        if not whole_blocks and not isinstance(config, (TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig)):
+        skips_blocks = isinstance(config, (FirstBlockCacheConfig, MagCacheConfig))
+        if not skips_blocks and not isinstance(config, (TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig)):
             raise ValueError(
                 f"`config` is a {type(config).__name__}; accepted are FirstBlockCacheConfig, MagCacheConfig,"
                 " TaylorSeerCacheConfig and PyramidAttentionBroadcastConfig."
             )
-        if whole_blocks and (self.config.fusion_range is not None or self.config.depth < 2):
+        if skips_blocks and (self.config.fusion_range is not None or self.config.depth < 2):
             raise ValueError(
-                f"`config` is a {type(config).__name__}, which leaves out blocks up to the last: that takes a model"
-                f" of at least two blocks and without a `fusion_range`, got {self.config.depth} and"
-                f" {self.config.fusion_range}."
+                f"`config` is a {type(config).__name__}, which skips blocks up to the last: it needs at least 2 blocks"
+                f" and no `fusion_range`, but the model has {self.config.depth} and {self.config.fusion_range}."
             )
-        if isinstance(config, TaylorSeerCacheConfig):  # by default it looks for names that this model does not have
+        if isinstance(config, TaylorSeerCacheConfig):  # its default names do not exist in this model
             if config.use_lite_mode:
                 names = {"skip_predict_identifiers": [r"blocks\.\d+"], "cache_identifiers": ["final_layer"]}
                 config = replace(config, use_lite_mode=False, **names)
@@ -723,12 +783,12 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         super().enable_cache(config)
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """The rotary table of a token grid, remembered: it depends on nothing but the shape."""
+        """Return the rotary table of a token grid from a cache: it depends only on the shape."""
         if torch.compiler.is_compiling():
             return rotary_table(rows, columns, self.axes_dim, self.config.theta, device)
         key = (rows, columns, device)
         if key not in self._rotary_tables:
-            # a table first made while sampling must also serve a later training step
+            # a table made while sampling must also serve a later training step
             with torch.inference_mode(False):
                 self._rotary_tables[key] = rotary_table(rows, columns, self.axes_dim, self.config.theta, device)
         return self._rotary_tables[key]
@@ -736,7 +796,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def _embed_time(
         self, timestep: torch.Tensor, height: int | None, width: int | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The vector (T, D) that the modulation of every block is made from, of timesteps (T,)."""
+        """Embed timesteps (T,) to the vectors (T, D) that modulate every block."""
         temb = get_timestep_embedding(
             timestep,
             TIME_EMBEDDING_SIZE,
@@ -757,7 +817,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         height: int | None,
         width: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text tokens (B, L, D) and their mask; with resolution tokens two more, which L counts from here on."""
+        """Embed text to tokens (B, L, D) and return them with their mask; L then includes resolution tokens."""
         txt = self.txt_in(encoder_hidden_states)  # (B, L, D)
         if self.resolution_token_embedder is not None:
             size_tokens = self.resolution_token_embedder(height, width, txt.device, txt.dtype)  # (1, 2, D)
@@ -775,26 +835,30 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         width: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> PRXTextContext:
-        """Project the text to the keys and values of all blocks, for any number of forwards with this text.
+        """Project text to the keys and values of all blocks, for any number of forwards.
 
         Args:
-            encoder_hidden_states (`torch.Tensor` of shape (B, L, `context_in_dim`)): the text; B = 1 serves any number
-                of rows of images.
-            attention_mask (`torch.Tensor` of shape (B, L), *optional*): true where a text token counts.
-            height (`int`, *optional*): H of the `hidden_states` to come; needed with `resolution_tokens`.
-            width (`int`, *optional*): W, likewise.
-            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by s.
+            encoder_hidden_states: text (B, L, `context_in_dim`); B = 1 serves any number of images.
+            attention_mask: (B, L), true where a text token counts; None: all count.
+            height: H of the later `hidden_states`; needed with `resolution_tokens`.
+            width: W, likewise.
+            attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s.
 
         Raises:
-            ValueError: if a shape is not as above, or there is no size where one is needed.
+            ValueError: if a shape is not as described, or a needed size is missing.
+
+        Example:
+            >>> context = transformer.encode_text_context(embeds, mask)
+            >>> for timestep in timesteps:
+            ...     velocity = transformer(latents, timestep, text_context=context).sample
         """
         self._check_text(encoder_hidden_states, attention_mask)
         if self.resolution_token_embedder is not None and (height is None or width is None):
-            raise ValueError("`height` and `width` are needed: this model puts them before the text as tokens.")
+            raise ValueError("This model puts the size before the text as tokens: pass `height` and `width`.")
         txt, mask = self._embed_text(encoder_hidden_states, attention_mask, height, width)  # (B, L, D) and (B, L)
         blocks: Any = self.blocks
         projected = [block.attention.project_text(txt) for block in blocks]  # (B, L, h, d) each
-        # the values are a view of keys and values together, of which only they are still needed
+        # the values are a view of the joint projection, whose keys are not needed any more
         keys_values = tuple((key, value.contiguous()) for key, value in projected)
         return PRXTextContext(keys_values, None if mask is None else mask.bool())
 
@@ -807,21 +871,25 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         width: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> PRXTimeContext:
-        """Compute the modulation of all blocks for all timesteps of a run in one go.
+        """Compute the modulation of all blocks for all timesteps of a run at once.
 
         Args:
-            timestep (`torch.Tensor` of shape (T,)): shares of noise in [0, 1], on the device of the images.
-            height (`int`, *optional*): H of the `hidden_states` to come; needed with `resolution_embeds`.
-            width (`int`, *optional*): W, likewise.
-            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by s.
+            timestep: (T,) noise levels in [0, 1], on the device of the model.
+            height: H of the later `hidden_states`; needed with `resolution_embeds`.
+            width: W, likewise.
+            attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s.
 
         Raises:
-            ValueError: if the shape is not as above, or there is no size where one is needed.
+            ValueError: if the shape is not as described, or a needed size is missing.
+
+        Example:
+            >>> times = transformer.encode_timesteps(scheduler.sigmas[:-1])
+            >>> velocity = transformer(latents, encoder_hidden_states=embeds, time_context=times.at(0)).sample
         """
         if timestep.ndim != 1:
             raise ValueError(f"`timestep` must have the shape (T,), got {tuple(timestep.shape)}.")
         if self.resolution_embedder is not None and (height is None or width is None):
-            raise ValueError("`height` and `width` are needed: this model adds them to the timestep.")
+            raise ValueError("This model adds the size to the timestep: pass `height` and `width`.")
         temb = self._embed_time(timestep, height, width, self.dtype)  # (T, D)
         blocks: Any = self.blocks
         modulations = tuple(torch.cat(block.modulation(temb), dim=1) for block in blocks)  # (T, 6, D) each
@@ -847,7 +915,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         feature_block: int | None,
     ) -> None:
         channels, patch_size, width = self.config.in_channels, self.config.patch_size, self.config.context_in_dim
-        depth, fusion_range = self.config.depth, self.config.fusion_range
+        depth = self.config.depth
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels:
             raise ValueError(f"`hidden_states` must have the shape (B, {channels}, H, W), got {shape}.")
@@ -859,7 +927,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if isinstance(timestep, PRXTimeContext):
             if len(timestep.blocks) != depth or len(timestep.final) != 1:
                 raise ValueError(
-                    f"`time_context` must hold one timestep (take it with `at`) for the {depth} blocks, "
+                    f"`time_context` must hold one timestep (select it with `at`) for the {depth} blocks, "
                     f"got {len(timestep.final)} for {len(timestep.blocks)}."
                 )
         elif timestep.ndim != 1 or timestep.shape[0] not in (1, shape[0]):
@@ -875,10 +943,10 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                     )
             if rows * len(text) != shape[0]:
                 raise ValueError(
-                    f"`text_context` must be one for each equal share of {shape[0]} rows, got {len(text)}."
+                    f"`text_context` must split {shape[0]} rows into equal parts, got {len(text)} contexts."
                 )
             if attention_mask is not None:
-                raise ValueError("`attention_mask` goes to `encode_text_context`: a `text_context` holds its own.")
+                raise ValueError("`attention_mask` is part of a `text_context`: pass it to `encode_text_context`.")
         else:
             if text.ndim == 3 and text.shape[0] != shape[0]:
                 raise ValueError(
@@ -889,9 +957,12 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             raise ValueError(f"`feature_block` must be one of the {depth} blocks, from 0, got {feature_block}.")
         if self._parallel_config is not None and (route is not None or feature_block is not None):
             name = "feature_block" if route is None else "route"
-            raise ValueError(f"`{name}` was given, but in parallel a process has only its share of the tokens.")
-        if route is None:
-            return
+            raise ValueError(f"`{name}` is given, but in parallel each process has only some of the tokens.")
+        if route is not None:
+            self._check_route(route, shape[0], (shape[2] // patch_size) * (shape[3] // patch_size))
+
+    def _check_route(self, route: TokenRoute, rows: int, tokens: int) -> None:
+        depth, fusion_range = self.config.depth, self.config.fusion_range
         if not _is_range((route.start, route.stop), depth):
             raise ValueError(
                 f"`route` must go around a half-open range [start, stop) of the {depth} blocks, "
@@ -902,10 +973,10 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 f"`route` must go around the blocks [{fusion_range[0]}, {fusion_range[1]}) that this model fuses "
                 f"(`fusion_range`), got [{route.start}, {route.stop})."
             )
-        kept, tokens = tuple(route.kept.shape), (shape[2] // patch_size) * (shape[3] // patch_size)
-        if len(kept) != 2 or kept[0] != shape[0] or not 1 <= kept[1] <= tokens:
+        kept = tuple(route.kept.shape)
+        if len(kept) != 2 or kept[0] != rows or not 1 <= kept[1] <= tokens:
             raise ValueError(
-                f"`route.kept` must have the shape ({shape[0]}, K) with 1 <= K <= {tokens} tokens, got {kept}."
+                f"`route.kept` must have the shape ({rows}, K) with 1 <= K <= {tokens} tokens, got {kept}."
             )
 
     @apply_lora_scale("attention_kwargs")
@@ -922,35 +993,36 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         text_context: PRXTextContext | tuple[PRXTextContext, ...] | None = None,
         time_context: PRXTimeContext | None = None,
     ) -> PRXTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
-        """Predict the velocity (or the clean image, by how the network was trained) of noisy latents or pixels.
+        """Predict the velocity, or the clean image if trained for it, of noisy latents or pixels.
 
         Args:
-            hidden_states (`torch.Tensor` of shape (B, C, H, W)): the noisy input; H and W are multiples of p.
-            timestep (`torch.Tensor` of shape (B,) or (1,)): share of noise in [0, 1]; 0 is the clean image.
-            encoder_hidden_states (`torch.Tensor` of shape (B, L, `context_in_dim`)): the text.
-            attention_mask (`torch.Tensor` of shape (B, L), *optional*): true where a text token counts. None where
-                nothing is padded, which is faster.
-            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by s for this call.
-            return_dict (`bool`): False for a plain tuple.
-            route (`TokenRoute`, *optional*): image tokens that go around a range of blocks.
-            feature_block (`int`, *optional*): the block, counted from 0, whose output is returned as well.
-            text_context (`PRXTextContext`, *optional*): what `encode_text_context` made, in place of
-                `encoder_hidden_states` and its mask. Or several, each with a length and a mask of its own: the first
-                is for the first rows, and so on, as many rows for each (the branches of guidance).
-            time_context (`PRXTimeContext`, *optional*): one timestep of what `encode_timesteps` made, in place of
-                `timestep`; for all rows.
+            hidden_states: noisy input (B, C, H, W); H and W are multiples of p.
+            timestep: (B,) or (1,), noise level in [0, 1]; 0 is the clean image.
+            encoder_hidden_states: text (B, L, `context_in_dim`).
+            attention_mask: (B, L), true where a text token counts. None: all count, which is faster.
+            attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s for this call.
+            return_dict: False to return a plain tuple.
+            route: image tokens that skip a range of blocks.
+            feature_block: block, counted from 0, whose output is returned as well.
+            text_context: result of `encode_text_context`, in place of `encoder_hidden_states` and its mask. Or G of
+                them, each with its own L and mask (the branches of guidance): the first is for the first B / G rows,
+                and so on.
+            time_context: one timestep of `encode_timesteps`, in place of `timestep`, for all rows.
 
         Returns:
-            `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or the tuple (sample,), or
-            (sample, features, feature_indices) with a `feature_block`.
+            `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or a tuple: (sample,), or with
+            a `feature_block` (sample, features, feature_indices).
 
         Raises:
-            ValueError: if a shape is not as above, or of timestep or text not exactly one form came.
+            ValueError: if a shape is not as described, or timestep or text is missing or given twice.
+
+        Example:
+            >>> velocity = transformer(latents, torch.tensor([0.5]), embeds, mask).sample
         """
         if (timestep is None) == (time_context is None):
-            raise ValueError("exactly one of `timestep` and `time_context` must be given.")
+            raise ValueError("Pass either `timestep` or `time_context`.")
         if (encoder_hidden_states is None) == (text_context is None):
-            raise ValueError("exactly one of `encoder_hidden_states` and `text_context` must be given.")
+            raise ValueError("Pass either `encoder_hidden_states` or `text_context`.")
         contexts = (text_context,) if isinstance(text_context, PRXTextContext) else text_context
         time: Any = timestep if time_context is None else time_context
         text: Any = encoder_hidden_states if contexts is None else contexts
@@ -961,7 +1033,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         patches = patchify(hidden_states, patch_size)  # (B, N, C * p * p)
         if self._parallel_config is not None:
             degree = self._parallel_config.context_parallel_config.ulysses_degree
-            patches = F.pad(patches, (0, 0, 0, -patches.shape[1] % degree))  # N a multiple of w, up to the last line
+            patches = F.pad(patches, (0, 0, 0, -patches.shape[1] % degree))  # N a multiple of w until the final layer
         img = self.img_in(patches)  # (B, N, D), in parallel (B, N/w, D)
         table = self._rotary(height // patch_size, width // patch_size, img.device)  # (N, d/2, 2)
 
@@ -971,7 +1043,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         else:
             times = [block[0].unbind() for block in time_context.blocks]  # 6 x (D,) each
             final_time = time_context.final[0].unbind()  # 2 x (D,)
-            # a linear layer gives a view, a block does not: dynamo would compile the first block by itself
+            # a linear layer returns a view, a block does not: dynamo would compile the first block separately
             img = img.clone()  # (B, N, D)
 
         text_mask: AttentionMask
@@ -1006,7 +1078,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 if self.fusion is not None:
                     img = self.fusion(dense, img, route)  # (B, N, D)
                 elif route is not None:
-                    img = route.scatter(img, dense)  # (B, N, D); TREAD: the others as they were
+                    img = route.scatter(img, dense)  # (B, N, D); TREAD: the other tokens are unchanged
                 rotary, mask = table, joint_mask
 
         patches = self.final_layer(img, final_time)[:, : len(table)]  # (B, N, C * p * p)
@@ -1017,38 +1089,41 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
 
 def check_saving(name: str, module: nn.Module) -> None:
-    """Refuse to save weights that are not in memory, or under names that nothing loads.
+    """Check that a module can be saved.
 
     Args:
         name: name of the component, for the message.
         module: any network of diffusers or transformers.
 
     Raises:
-        ValueError: it is offloaded to disk, has adapters or was quantized after it was loaded.
+        ValueError: if it is offloaded to disk, has adapters or was quantized after loading.
+
+    Example:
+        >>> check_saving("transformer", pipe.transformer)
     """
     if is_offloaded_to_disk(module):
         raise ValueError(
-            f"`{name}` is offloaded to disk, so that its weights are not in memory to be saved. Load the pipeline "
-            "again, and save it before `enable_group_offload` or without `offload_to_disk_path`."
+            f"`{name}` is offloaded to disk, and its weights are not in memory. Load the pipeline again, and save it "
+            "before `enable_group_offload` or without `offload_to_disk_path`."
         )
     saves_itself = getattr(module, "hf_quantizer", None) is not None
     if not saves_itself and any(type(parameter) is not nn.Parameter for parameter in module.parameters()):
         raise ValueError(
-            f"`{name}` was quantized after it was loaded, and a file has no place for such weights. To save it "
-            "quantized, load it with a `quantization_config`."
+            f"`{name}` was quantized after it was loaded; a file cannot hold such weights. To save it quantized, load "
+            "it with a `quantization_config`."
         )
-    named = [getattr(part, "lora_A", None) for part in module.modules()]
-    if layers := [adapters for adapters in named if isinstance(adapters, nn.ModuleDict)]:
+    lora_layers = [getattr(part, "lora_A", None) for part in module.modules()]
+    if adapters := [names for names in lora_layers if isinstance(names, nn.ModuleDict)]:
         raise ValueError(
-            f"`{name}` has the adapters {sorted(set().union(*layers))}. To save it without them, call "
-            "`unload_lora_weights` of the pipeline before; with them in its weights, `fuse_lora` and then that."
+            f"`{name}` has the adapters {sorted(set().union(*adapters))}. To save it without them, call "
+            "`unload_lora_weights` of the pipeline before. To save them in the weights, call `fuse_lora` before that."
         )
 
 
 def join_mask(text_mask: AttentionMask, tokens: int) -> Any:
-    """Mask (B, 1, 1, L + N) of text tokens (B, L) and of image tokens, which all count; None where all text counts.
+    """Extend a mask (B, L) of text tokens by N image tokens, which all count, to (B, 1, 1, L + N).
 
-    Of parts of the text, a tuple of masks, each by itself.
+    None stays None: all tokens count. A tuple (parts of the text) gives a tuple.
     """
     if isinstance(text_mask, tuple):
         return tuple(join_mask(part, tokens) for part in text_mask)
@@ -1056,14 +1131,14 @@ def join_mask(text_mask: AttentionMask, tokens: int) -> Any:
 
 
 def _check_cache(config: Any, parallel: bool) -> None:
-    """Raise a ValueError for a cache by which processes could come to run different blocks, and wait for ever."""
+    """Raise a ValueError for a cache with which processes may run different blocks and wait for each other forever."""
     if parallel and isinstance(config, FirstBlockCacheConfig):
         raise ValueError(
-            "FirstBlockCacheConfig does not go with parallelism: each process would judge its own tokens, and the"
-            " blocks that one leaves out the others would wait for. Use another cache."
+            "`config` is a FirstBlockCacheConfig, which does not work with parallelism: each process would skip blocks"
+            " by its own tokens. Use another cache."
         )
 
 
 def _is_range(span: tuple[int, int], depth: int) -> bool:
-    """Whether [start, stop) is a range of at least one of `depth` blocks."""
+    """True if [start, stop) is a range of at least one of `depth` blocks."""
     return isinstance(span, (list, tuple)) and len(span) == 2 and 0 <= span[0] < span[1] <= depth

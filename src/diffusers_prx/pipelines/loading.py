@@ -124,7 +124,7 @@ def _model_class(library: str, name: str) -> Any:
 
 
 def check_same_kind(pipeline_class: Any, pipeline: Any) -> None:
-    """Raise a ValueError unless a pipeline, ours or diffusers', draws in the same space (latents, pixels) as a class."""
+    """Raise a ValueError unless a pipeline, ours or diffusers', draws in the same space as a class."""
     if not _kinds(pipeline_class) & _kinds(type(pipeline)):
         raise ValueError(
             f"`pipeline` is a {type(pipeline).__name__}; accepted by {pipeline_class.__name__}.from_pipe is a"

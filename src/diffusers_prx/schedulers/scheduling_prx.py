@@ -1,6 +1,6 @@
-"""The two schedulers of PRX: the same grid of noise levels, and two things that a network may predict.
+"""Schedulers of PRX for the two predictions of its transformers, velocity and clean image, with the same noise levels.
 
-Time runs as in the whole package: sigma (also written t) is 0 at the clean image and 1 at pure noise,
+Time is as in the whole package: sigma (also written t) is 0 at the clean image and 1 at pure noise,
 x_t = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0 (rectified flow, arXiv 2209.03003; flow matching,
 arXiv 2210.02747). A *timestep* of a diffusers scheduler is `num_train_timesteps * sigma`.
 """
@@ -17,7 +17,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-# Options of FlowMatchEulerDiscreteScheduler that change its grid or its step, and that have no counterpart here.
+# Options of FlowMatchEulerDiscreteScheduler that change its noise levels or its step, and that do not exist here.
 STOCK_ONLY_OPTIONS = (
     "use_dynamic_shifting",
     "invert_sigmas",
@@ -31,26 +31,29 @@ STOCK_ONLY_OPTIONS = (
 
 @dataclass
 class PRXSchedulerOutput(BaseOutput):
-    """What `step` returns.
+    """Return value of `step`.
 
     Args:
-        prev_sample (`torch.Tensor`): the sample at the next, lower noise level; shape of the sample given.
+        prev_sample: (B, ...), sample at the next, lower noise level.
+
+    Example:
+        >>> sample = scheduler.step(model_output, timestep, sample).prev_sample
     """
 
     prev_sample: torch.Tensor
 
 
 class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
-    """The grid, the noising and the draw of training timesteps; subclasses say what the network predicts."""
+    """Noise levels, noising and training timesteps. Subclasses define the prediction and the step."""
 
     order = 1
     init_noise_sigma = 1.0
-    # lets diffusers' from_config read a stock configuration without a warning for each key that it does not need
+    # diffusers then reads stock configurations without a warning for each key that does not exist here
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]  # noqa: RUF012
     prediction_type: ClassVar[str]
 
     def _setup(self) -> None:
-        """Check the configuration and start with an empty schedule. NumPy's numbers become Python's, for JSON."""
+        """Check the configuration and start without a schedule. NumPy numbers become Python numbers, for JSON."""
         checked: dict[str, Any] = {
             "num_train_timesteps": check_count("num_train_timesteps", self.config["num_train_timesteps"]),
             "logit_mean": check_number("logit_mean", self.config["logit_mean"], -math.inf, math.inf),
@@ -64,31 +67,32 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         self.register_to_config(**checked)
         sampling = self.config["timestep_sampling"]
         if not isinstance(sampling, str) or sampling not in ("logit_normal", "uniform"):
-            raise ValueError(
-                f"`timestep_sampling` is {self.config['timestep_sampling']!r}; accepted: 'logit_normal', 'uniform'."
-            )
+            raise ValueError(f"`timestep_sampling` is {sampling!r}; accepted are 'logit_normal' and 'uniform'.")
         self.num_inference_steps: int | None = None
         self.sigmas = torch.empty(0)
         self.timesteps = torch.empty(0)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`; reads configurations of FlowMatchEulerDiscreteScheduler too.
+        """Make a scheduler as `ConfigMixin.from_config` does, also from a FlowMatchEulerDiscreteScheduler.
 
         Raises:
-            ValueError: the configuration asks for something that only FlowMatchEulerDiscreteScheduler does.
+            ValueError: if the configuration sets an option in `STOCK_ONLY_OPTIONS`.
+
+        Example:
+            >>> pipe.scheduler = PRXFlowMatchScheduler.from_config(pipe.scheduler.config, shift=3.0)
         """
-        unknown = {key: config[key] for key in STOCK_ONLY_OPTIONS if isinstance(config, dict) and config.get(key)}
-        if unknown:
+        unsupported = {key: config[key] for key in STOCK_ONLY_OPTIONS if isinstance(config, dict) and config.get(key)}
+        if unsupported:
             raise ValueError(
-                f"`config` sets {unknown}, which {cls.__name__} does not do; switch these options off, or use"
+                f"`config` sets {unsupported}, which {cls.__name__} does not support; switch these options off, or use"
                 " diffusers' FlowMatchEulerDiscreteScheduler."
             )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @property
     def shift(self) -> float:
-        """The shift s of the noise levels, sigma -> s sigma / (1 + (s - 1) sigma) (arXiv 2403.03206, 5.3.2)."""
+        """Shift s of the noise levels, sigma -> s sigma / (1 + (s - 1) sigma) (arXiv 2403.03206, 5.3.2)."""
         return float(self.config["shift"])
 
     def __len__(self) -> int:
@@ -100,16 +104,22 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
     ) -> None:
-        """Lay the grid for one sampling run: `sigmas` (n+1 values, 1 ... 0) and `timesteps` (n values).
+        """Set the noise levels of one sampling run: `sigmas` (n + 1 values, 1 ... 0) and `timesteps` (n values).
 
         Args:
-            num_inference_steps: n, at least 1. May be left out when `sigmas` are given.
-            device: where `sigmas` and `timesteps` are put; the CPU when None.
-            sigmas: n noise levels, strictly decreasing, in (0, 1]. They are used as they are, *not* shifted again
-                (FlowMatchEulerDiscreteScheduler shifts what it is given); the final 0 is appended.
+            num_inference_steps: number n of steps, at least 1. Optional with `sigmas`.
+            device: device of `sigmas` and `timesteps`; the CPU when None.
+            sigmas: n custom noise levels, strictly decreasing, in (0, 1]. They are *not* shifted again
+                (FlowMatchEulerDiscreteScheduler would do so). The final 0 is appended.
 
         Raises:
-            ValueError: neither argument, a count below 1, or noise levels that are not as described.
+            ValueError: if both arguments are missing, the count is below 1, or the noise levels are not as described.
+
+        Example:
+            >>> scheduler = PRXFlowMatchScheduler()
+            >>> scheduler.set_timesteps(4)
+            >>> scheduler.timesteps
+            tensor([1000.,  750.,  500.,  250.])
         """
         if num_inference_steps is not None or sigmas is None:
             num_inference_steps = check_count("num_inference_steps", num_inference_steps)
@@ -121,25 +131,29 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
             if num_inference_steps is not None and num_inference_steps != given.size:
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps} but `sigmas` has {given.size} values; leave one"
-                    " of them out, or make them agree."
+                    " of them out."
                 )
             grid = np.append(given, 0.0)
         if bool(np.any(np.diff(grid.astype(np.float32)) >= 0)):
             raise ValueError(
-                f"`num_inference_steps` is {len(grid) - 1} and `shift` {self.shift:g}: such noise levels repeat in"
-                " float32. Take fewer steps, or a shift nearer to 1."
+                f"`num_inference_steps` is {len(grid) - 1} and `shift` {self.shift:g}: their noise levels repeat in"
+                " float32. Use fewer steps, or a shift nearer to 1."
             )
         self.num_inference_steps = len(grid) - 1
-        # float64 up to here, so that both lists are the correctly rounded float32 values
+        # float64 up to here, so that both lists are correctly rounded
         self.sigmas = torch.from_numpy(grid.astype(np.float32)).to(device)
         timesteps = grid[:-1] * self.config["num_train_timesteps"]
         self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(device)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """The place of a timestep in the schedule.
+        """Return the index of a timestep in the schedule.
 
         Raises:
-            ValueError: there is no schedule yet, or the timestep is none of it.
+            ValueError: if there is no schedule yet, or the timestep is not in it.
+
+        Example:
+            >>> scheduler.index_for_timestep(scheduler.timesteps[3])
+            3
         """
         if self.num_inference_steps is None:
             raise ValueError("There is no schedule yet: call `set_timesteps` first.")
@@ -150,31 +164,31 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         value = float(timestep)
         distance = (self.timesteps.cpu().double() - value).abs()
         index = int(distance.argmin())
-        # wide enough for a value that went through a float32 product, far below the spacing of any schedule
+        # above the rounding of a float32 product, far below the spacing of any schedule
         if not float(distance[index]) <= 1e-6 * self.config["num_train_timesteps"]:
-            raise ValueError(
-                f"`timestep` is {value}, which is none of this schedule's timesteps: {self.timesteps.tolist()}."
-            )
+            raise ValueError(f"`timestep` is {value}, which is not in this schedule: {self.timesteps.tolist()}.")
         return index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample itself: PRX scales no input (diffusers' interface)."""
+        """Return the sample as it is: PRX does not scale inputs (diffusers' interface)."""
         return sample
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noise a clean sample: x_t = (1 - sigma) x_0 + sigma noise, in float32, at any noise level.
+        """Add noise to a clean sample: x_t = (1 - sigma) x_0 + sigma noise, computed in float32.
 
         Args:
-            sample (B, ...): x_0.
-            timestep: one value or (B,) values in [0, num_train_timesteps], in the unit of `timesteps`; they need not
-                be on the grid.
-            noise (B, ...): a draw of the noise.
+            sample: x_0, (B, ...).
+            timestep: one value or (B,) values in [0, num_train_timesteps], on the schedule or not.
+            noise: standard normal draw, (B, ...).
 
         Returns:
             (B, ...) in the sample's dtype.
 
         Raises:
-            ValueError: the shapes do not agree, the tensors hold whole numbers, or a timestep is out of its range.
+            ValueError: if the shapes differ, the tensors hold integers, or a timestep is out of range.
+
+        Example:
+            >>> noisy = scheduler.scale_noise(latents, 500.0, torch.randn_like(latents))
         """
         _check_tensors(sample=sample, noise=noise)
         highest = self.config["num_train_timesteps"]
@@ -187,21 +201,23 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
     def sample_timesteps(
         self, n: int, generator: torch.Generator | None = None, device: str | torch.device | None = None
     ) -> torch.Tensor:
-        """Draw noise levels for training, in [min_timestep, 1), float32 of shape (n,).
+        """Draw noise levels for training, in [min_timestep, 1), float32, shape (n,).
 
-        A logit-normal (arXiv 2403.03206) or uniform draw is shifted and held inside the range. Of the logit-normal
-        ones each is then replaced, with probability `uniform_fraction`, by a uniform draw on that range, which is not
-        shifted. Each sample takes three numbers of the generator whatever comes out, so that n draws of one generator
-        and one draw of each of n generators have the same distribution, and the draw is a pure function of the
-        generator.
+        A logit-normal (arXiv 2403.03206) or uniform draw is shifted and conditioned on the range. A fraction
+        `uniform_fraction` of the logit-normal ones is then replaced by uniform draws on the range, which are not
+        shifted. Each sample consumes three numbers of the generator, so that n draws of one generator and one draw of
+        each of n generators have the same distribution.
 
         Args:
-            n: how many, at least 1.
-            generator: torch's global one when None.
-            device: where the result goes; the generator's device when None.
+            n: number of draws, at least 1.
+            generator: torch generator; the global one when None.
+            device: device of the result; the generator's when None.
 
         Raises:
-            ValueError: `n` is not a whole number of at least 1, or `generator` is not a generator.
+            ValueError: if `n` is not an integer of at least 1, or `generator` is not a generator.
+
+        Example:
+            >>> sigmas = scheduler.sample_timesteps(8, torch.Generator().manual_seed(0))
         """
         n = check_count("n", n)
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -209,7 +225,7 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         config, low = self.config, self.config["min_timestep"]
         source = generator.device if generator is not None else "cpu"
         u, coin, u_plain = torch.rand(n, 3, generator=generator, device=source).unbind(1)  # each (n,)
-        # The inverse of the distribution function on [F(low), 1) is exactly "draw again until inside the range".
+        # inverting the distribution function on [F(low), 1) is the same as drawing again until inside the range
         low_unshifted = low / (self.shift - (self.shift - 1) * low)
         if config["timestep_sampling"] == "logit_normal":
             z_low = (math.log(low_unshifted / (1 - low_unshifted)) - config["logit_mean"]) / config["logit_std"]
@@ -222,15 +238,15 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         t = self.shift * t / (1 + (self.shift - 1) * t)
         if config["timestep_sampling"] == "logit_normal":
             t = torch.where(coin < config["uniform_fraction"], low + (1 - low) * u_plain, t)
-        # float32 rounds the ends of the range over its edges: 1 itself is excluded
+        # float32 may round beyond the range; 1 itself is excluded
         return t.clamp(low, 1 - 2**-24).to(device)
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's prediction as a velocity, float32. Arguments as in `clean`."""
+        """Convert a prediction to a velocity, float32; see the subclasses."""
         raise NotImplementedError
 
     def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's prediction as a clean image x_0, float32."""
+        """Convert a prediction to a clean image x_0, float32; see the subclasses."""
         raise NotImplementedError
 
     def step(
@@ -240,19 +256,24 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         return_dict: bool = True,
     ) -> PRXSchedulerOutput | tuple[torch.Tensor]:
-        """One Euler step to the next lower noise level. Keeps no state: the place comes from `timestep`.
+        """Take one Euler step to the next lower noise level. The scheduler keeps no state between steps.
 
         Args:
-            model_output (B, ...): what the network predicts (see `prediction_type`).
+            model_output: prediction of the transformer, (B, ...); see `prediction_type`.
             timestep: one of `timesteps`.
-            sample (B, ...): x_t at this timestep.
-            return_dict: a plain tuple when False.
+            sample: x_t at this timestep, (B, ...).
+            return_dict: False to return a plain tuple.
 
         Returns:
-            `PRXSchedulerOutput`; computed in float32, in the dtype of `model_output`.
+            `PRXSchedulerOutput`, computed in float32, in the dtype of `model_output`.
 
         Raises:
-            ValueError: a timestep that is not in the schedule, or tensors of other shapes or of whole numbers.
+            ValueError: if the timestep is not in the schedule, the shapes differ, or a tensor holds integers.
+
+        Example:
+            >>> for t in scheduler.timesteps:
+            ...     velocity = transformer(sample, t[None] / 1000, embeds, return_dict=False)[0]
+            ...     sample = scheduler.step(velocity, t, sample).prev_sample
         """
         _check_tensors(sample=sample, model_output=model_output)
         index = self.index_for_timestep(timestep)
@@ -265,20 +286,24 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
 
 
 class PRXFlowMatchScheduler(_PRXSchedulerBase):
-    """The scheduler of a PRX that predicts velocity, v = noise - x_0.
+    """Scheduler for a PRX transformer that predicts velocity, v = noise - x_0.
 
     Args:
-        num_train_timesteps: the unit of `timesteps`: timestep = num_train_timesteps * sigma.
-        shift: s of the shift s t / (1 + (s - 1) t) of both the sampling grid and the training draw. PRX uses 1 at
-            256 pixels and 3 at 1024.
-        timestep_sampling: "logit_normal" or "uniform", the base distribution in training.
-        logit_mean: mean of the normal behind the logit-normal.
-        logit_std: standard deviation of that normal.
-        uniform_fraction: the share of logit-normal training draws that is uniform and unshifted instead.
-        min_timestep: the lowest noise level in training.
+        num_train_timesteps: unit of `timesteps`: timestep = num_train_timesteps * sigma.
+        shift: s in s t / (1 + (s - 1) t), for the sampling steps and the training draw. PRX uses 1 at 256 pixels and 3
+            at 1024.
+        timestep_sampling: base distribution in training, "logit_normal" or "uniform".
+        logit_mean: mean of the normal distribution of the logits.
+        logit_std: standard deviation of that distribution.
+        uniform_fraction: fraction of logit-normal training draws that is uniform and unshifted instead, in [0, 1].
+        min_timestep: lowest noise level in training, in (0, 1).
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: if an argument is not as described.
+
+    Example:
+        >>> scheduler = PRXFlowMatchScheduler(shift=3.0)
+        >>> pipe = PRXPipeline.from_pretrained("Photoroom/prx-512-t2i-sft", scheduler=scheduler)
     """
 
     prediction_type = "velocity"
@@ -297,16 +322,19 @@ class PRXFlowMatchScheduler(_PRXSchedulerBase):
         self._setup()
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's prediction as a velocity, float32: the prediction itself. Arguments as in `clean`."""
+        """Return the prediction itself as float32. Arguments as in `clean`."""
         return model_output.float()
 
     def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's prediction as a clean image, float32: x_t - sigma v.
+        """Convert the predicted velocity to a clean image, x_t - sigma v, float32.
 
         Args:
-            model_output (B, ...): the predicted velocity.
-            sample (B, ...): x_t.
-            sigma: one value or (B,) noise levels in [0, 1], as `sample_timesteps` draws them.
+            model_output: predicted velocity, (B, ...).
+            sample: x_t, (B, ...).
+            sigma: one value or (B,) noise levels in [0, 1].
+
+        Example:
+            >>> clean = scheduler.clean(velocity, noisy, 0.5)
         """
         _check_tensors(sample=sample, model_output=model_output)
         sigma = _like_sample(_as_levels("sigma", sigma).to(sample.device), sample)
@@ -317,18 +345,23 @@ class PRXFlowMatchScheduler(_PRXSchedulerBase):
 
 
 class PRXXPredictionScheduler(_PRXSchedulerBase):
-    """The scheduler of a PRX that predicts the clean image x_0 (JiT, arXiv 2511.13720).
+    """Scheduler for a PRX transformer that predicts the clean image x_0 (JiT, arXiv 2511.13720).
 
-    A step goes in closed form towards the predicted image, x_s = x_0 + (s / t) (x_t - x_0): the same line as an Euler
-    step, without the division by a small t that would need a clamp, so that a perfect prediction leaves no noise.
+    A step goes towards the predicted image, x_s = x_0 + (s / t) (x_t - x_0). This is the Euler step without its
+    division by a small t, which would need a clamp: a perfect prediction leaves no noise.
 
     Args:
-        clamp: in *training*, velocity = (x_t - x_0) / max(t, clamp), so that the loss stays bounded near t = 0.
+        clamp: lower bound of t in the *training* velocity (x_t - x_0) / max(t, clamp), which bounds the loss near
+            t = 0.
         num_train_timesteps, shift, timestep_sampling, logit_mean, logit_std, uniform_fraction, min_timestep: as in
             `PRXFlowMatchScheduler`.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: if an argument is not as described.
+
+    Example:
+        >>> scheduler = PRXXPredictionScheduler(shift=3.0)
+        >>> pipe = PRXPixelPipeline.from_pretrained("Photoroom/prxpixel-t2i", scheduler=scheduler)
     """
 
     prediction_type = "x_prediction"
@@ -348,19 +381,22 @@ class PRXXPredictionScheduler(_PRXSchedulerBase):
         self._setup()
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's prediction as the velocity of the training loss, float32: (x_t - x_0) / max(sigma, clamp).
+        """Convert the predicted image to the velocity of the training loss, (x_t - x_0) / max(sigma, clamp), float32.
 
         Args:
-            model_output (B, ...): the predicted clean image.
-            sample (B, ...): x_t.
-            sigma: one value or (B,) noise levels in [0, 1], as `sample_timesteps` draws them.
+            model_output: predicted clean image, (B, ...).
+            sample: x_t, (B, ...).
+            sigma: one value or (B,) noise levels in [0, 1].
+
+        Example:
+            >>> velocity = scheduler.velocity(clean, noisy, 0.5)
         """
         _check_tensors(sample=sample, model_output=model_output)
         sigma = _like_sample(_as_levels("sigma", sigma).to(sample.device), sample)
         return (sample.float() - model_output.float()) / sigma.clamp(min=self.config["clamp"])
 
     def clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's prediction as a clean image, float32: the prediction itself. Arguments as in `velocity`."""
+        """Return the prediction itself as float32. Arguments as in `velocity`."""
         return model_output.float()
 
     def _step(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
@@ -368,7 +404,7 @@ class PRXXPredictionScheduler(_PRXSchedulerBase):
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite number of Python or NumPy that a float can hold; booleans, strings and tensors are none."""
+    """True for a finite number of Python or NumPy that a float can hold; false for booleans, strings and tensors."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
@@ -378,10 +414,10 @@ def is_number(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, low: float, high: float, closed: bool = False) -> float | int:
-    """Return a finite number between low and high (those values included if `closed`), as a number of Python.
+    """Check a finite number between low and high (inclusive if `closed`), and return it as a Python number.
 
     Raises:
-        ValueError: anything else; NumPy's numbers are numbers, booleans and strings are not.
+        ValueError: for anything else, including booleans and strings; NumPy numbers are accepted.
     """
     if not is_number(value) or not (low <= value <= high if closed else low < value < high):
         edges = "[]" if closed else "()"
@@ -390,10 +426,10 @@ def check_number(name: str, value: Any, low: float, high: float, closed: bool = 
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return a whole number of at least 1, as an int of Python.
+    """Check an integer of at least 1, and return it as a Python int.
 
     Raises:
-        ValueError: anything else; NumPy's integers are whole numbers, 32.0 and True are not.
+        ValueError: for anything else, including 32.0 and True; NumPy integers are accepted.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` is {value!r}; it has to be a whole number of at least 1.")
@@ -401,56 +437,57 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_levels(name: str, values: Any, highest: float = 1.0) -> np.ndarray:
-    """Return noise levels as a float64 array: at least one, strictly decreasing, in (0, highest].
+    """Check noise levels (at least one, strictly decreasing, in (0, highest]), and return them as a float64 array.
 
     Args:
-        name: argument that the error names.
+        name: name of the argument, for the error message.
         values: list, tuple, array or tensor of one dimension.
         highest: unit of the values, 1 for sigmas.
 
     Raises:
-        ValueError: anything else. Levels have to differ as float32 too, in which schedulers keep them.
+        ValueError: for anything else, including levels that are equal in float32, in which schedulers keep them.
     """
-    wanted = f"a list of strictly decreasing numbers in (0, {highest:g}]"
+    accepted = f"a list of strictly decreasing numbers in (0, {highest:g}]"
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().tolist()
     elif isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
-    plain = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in values]
-    if not all(is_number(value) for value in plain):
-        raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
-    levels = np.array([float(value) for value in plain], dtype=np.float64)
-    kept = (levels / highest).astype(np.float32)
-    if not levels.size or not bool(np.all((kept > 0) & (levels <= highest))) or bool(np.any(np.diff(kept) >= 0)):
-        raise ValueError(f"`{name}` is {values!r}; it has to be {wanted}.")
+        raise ValueError(f"`{name}` is {values!r}; it has to be {accepted}.")
+    items = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in values]
+    if not all(is_number(value) for value in items):
+        raise ValueError(f"`{name}` is {values!r}; it has to be {accepted}.")
+    levels = np.array([float(value) for value in items], dtype=np.float64)
+    rounded = (levels / highest).astype(np.float32)
+    in_range = bool(np.all((rounded > 0) & (levels <= highest)))
+    if not levels.size or not in_range or bool(np.any(np.diff(rounded) >= 0)):
+        raise ValueError(f"`{name}` is {values!r}; it has to be {accepted}.")
     return levels
 
 
 def _check_tensors(sample: torch.Tensor, **others: torch.Tensor) -> None:
-    """Raise a ValueError unless all are tensors of real numbers (whole ones would be cut) in the sample's shape."""
+    """Raise a ValueError unless all are floating-point tensors (integers would be truncated) of the sample's shape."""
     for name, tensor in {"sample": sample, **others}.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            came = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-            raise ValueError(f"`{name}` is {came}; it has to be a floating-point tensor.")
+            received = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"`{name}` is {received}; it has to be a floating-point tensor.")
         if tensor.shape != sample.shape:
             raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be as `sample`, {tuple(sample.shape)}.")
 
 
 def _as_levels(name: str, values: Any, highest: float = 1.0) -> torch.Tensor:
-    """One value or (B,) values as float32. The values of a tensor are not checked: that would wait for a GPU."""
-    tensor = isinstance(values, torch.Tensor) and not values.is_complex() and values.dtype != torch.bool
-    if not tensor and not (is_number(values) and 0 <= values <= highest):
-        raise ValueError(f"`{name}` is {values!r}; it has to be in [0, {highest:g}], or a tensor of one for each row.")
+    """Return one value or (B,) values as float32. A tensor's values are not checked: that would wait for a GPU."""
+    is_real_tensor = isinstance(values, torch.Tensor) and not values.is_complex() and values.dtype != torch.bool
+    if not is_real_tensor and not (is_number(values) and 0 <= values <= highest):
+        raise ValueError(f"`{name}` is {values!r}; it has to be in [0, {highest:g}], or a tensor with one per row.")
     return torch.as_tensor(values, dtype=torch.float32)
 
 
 def _like_sample(sigma: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """() or (B,) noise levels with as many trailing dimensions as the sample (B, ...) needs to broadcast."""
+    """Reshape () or (B,) noise levels so that they broadcast with a sample (B, ...)."""
     if sigma.numel() != 1 and sigma.shape != sample.shape[:1]:
         raise ValueError(
-            f"There are {tuple(sigma.shape)} noise levels for a sample of shape {tuple(sample.shape)}; give one value,"
-            " or one for each row."
+            f"Noise levels have the shape {tuple(sigma.shape)}, the sample {tuple(sample.shape)}; accepted are one"
+            " value, or one per row."
         )
     return sigma.reshape(-1, *[1] * (sample.ndim - 1))

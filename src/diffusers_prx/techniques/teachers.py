@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel
 
 from ..files import hash_tensors
-from ..fingerprints import NOT_COMPUTED, read_normalization
+from ..fingerprints import IGNORED_CONFIG_KEYS, read_normalization
 
 # Parts of transformers' models after the patch features; checkpoints often lack them.
 AFTER_FEATURES = ("pooler.", "head.")
@@ -91,7 +91,9 @@ class VisionTeacher(nn.Module, ABC):
     def fingerprint(self) -> str:
         """Hash of everything that determines the features: weights, configuration and normalization."""
         digest = hashlib.blake2b(digest_size=16)
-        settings = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in NOT_COMPUTED}
+        settings = {
+            key: value for key, value in self.model.config.to_diff_dict().items() if key not in IGNORED_CONFIG_KEYS
+        }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith(AFTER_FEATURES)}
         hash_tensors(digest, weights | {"mean": self.mean, "std": self.std})
