@@ -186,6 +186,33 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
+class EmbeddingsTransformer(PRXTransformer2DModel):
+    """A transformer that takes embeddings and timesteps only, as in training and as stock diffusers' does."""
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask=None, return_dict=True, **route):
+        return super().forward(
+            hidden_states, timestep, encoder_hidden_states, attention_mask, return_dict=return_dict, **route
+        )
+
+
+class RecordingTransformer(PRXTransformer2DModel):
+    """Records what it computes: (rows, tokens, masked) of texts, numbers of timesteps, and rows of images."""
+
+    def encode_text_context(self, encoder_hidden_states, attention_mask=None, **size):
+        self.texts = [*getattr(self, "texts", []), (*encoder_hidden_states.shape[:2], attention_mask is not None)]
+        return super().encode_text_context(encoder_hidden_states, attention_mask, **size)
+
+    def encode_timesteps(self, timestep, *size):
+        self.steps = [*getattr(self, "steps", []), len(timestep)]
+        return super().encode_timesteps(timestep, *size)
+
+    def forward(self, hidden_states, time_context=None, text_context=None, return_dict=True):
+        self.rows = [*getattr(self, "rows", []), len(hidden_states)]
+        return super().forward(
+            hidden_states, time_context=time_context, text_context=text_context, return_dict=return_dict
+        )
+
+
 class ExactEuler(FlowMatchEulerDiscreteScheduler):
     """diffusers' Euler scheduler on the exact grid, for its pipelines, which take no `sigmas`."""
 

@@ -1,8 +1,8 @@
 """Prompt cleaning: prompts are cleaned as the captions in training.
 
 The rules, their order and their quirks are those of PRX's training (a variant of DeepFloyd IF's caption cleaning): the
-published checkpoints were trained on captions that were cleaned this way. All rules take linear time. Two that would be
-quadratic as regular expressions are functions (`_remove_links`, `_remove_file_name`).
+published checkpoints were trained on captions that were cleaned this way. All rules take linear time. Two that would
+be quadratic as regular expressions are functions (`_remove_links`, `_remove_file_name`).
 
 `caption_cleaning` of a pipeline is one of:
 

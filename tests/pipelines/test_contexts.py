@@ -1,4 +1,4 @@
-"""What a call computes once for all of its steps: the same pictures, and how often each thing is computed."""
+"""Text and time contexts, computed once per call: the pictures stay the same, and nothing is computed twice."""
 
 import diffusers
 import pytest
@@ -21,33 +21,6 @@ CALLS = [
 ]
 
 
-class Plain(PRXTransformer2DModel):
-    """Takes text and timesteps only as they are, as in training."""
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask=None, return_dict=True, **route):
-        return super().forward(
-            hidden_states, timestep, encoder_hidden_states, attention_mask, return_dict=return_dict, **route
-        )
-
-
-class Watched(PRXTransformer2DModel):
-    """Notes what was computed: shapes of texts with their masks, numbers of timesteps, rows of images."""
-
-    def encode_text_context(self, encoder_hidden_states, attention_mask=None, **size):
-        self.texts = [*getattr(self, "texts", []), (*encoder_hidden_states.shape[:2], attention_mask is not None)]
-        return super().encode_text_context(encoder_hidden_states, attention_mask, **size)
-
-    def encode_timesteps(self, timestep, *size):
-        self.steps = [*getattr(self, "steps", []), len(timestep)]
-        return super().encode_timesteps(timestep, *size)
-
-    def forward(self, hidden_states, time_context=None, text_context=None, return_dict=True):
-        self.rows = [*getattr(self, "rows", []), len(hidden_states)]
-        return super().forward(
-            hidden_states, time_context=time_context, text_context=text_context, return_dict=return_dict
-        )
-
-
 def draw(pipe, prompt=PROMPTS, seeds=(0, 1, 2), steps=4, **kwargs):
     generator = tiny.generators(*seeds)
     return pipe(prompt, generator=generator, num_inference_steps=steps, output_type="pt", **kwargs).images
@@ -64,40 +37,42 @@ def pipeline(kind, cls, **changes):
 
 @pytest.mark.parametrize("kind", ["latent", "pixel", "tokens"])
 @pytest.mark.parametrize("call", CALLS)
-def test_same_pictures_as_without(kind, call):
+def test_same_pictures_as_without_contexts(kind, call):
     """Prompts of three lengths, a generator for each."""
-    pipes = [pipeline(kind, cls, token_route=(1, 3, 0.5)) for cls in (PRXTransformer2DModel, Plain)]
+    pipes = [
+        pipeline(kind, cls, token_route=(1, 3, 0.5)) for cls in (PRXTransformer2DModel, tiny.EmbeddingsTransformer)
+    ]
     images, expected = (draw(pipe, **call) for pipe in pipes)
     assert (images - expected).abs().max() < 1e-5  # seen: 2e-6
     assert (images - draw(pipes[0], PROMPTS[::-1], **call)).abs().max() > 1e-3
 
 
-def test_each_thing_is_computed_once():
-    pipe = pipeline("latent", Watched)
+def test_contexts_are_computed_once_per_call():
+    pipe = pipeline("latent", tiny.RecordingTransformer)
     draw(pipe, PROMPTS[0], (0,))
     # 1 token of the empty prompt and 7 of the other, neither padded to the other
     assert pipe.transformer.texts == [(1, 1, False), (1, 7, False)]
     assert pipe.transformer.steps == [4]
     assert pipe.transformer.rows == [2] * 4
 
-    pipe = pipeline("latent", Watched)
+    pipe = pipeline("latent", tiny.RecordingTransformer)
     draw(pipe, negative_prompt="circle")
-    assert pipe.transformer.texts == [(1, 2, False), (3, 7, True)]  # the negative one for all
+    assert pipe.transformer.texts == [(1, 2, False), (3, 7, True)]  # one negative prompt for all
     assert pipe.transformer.rows == [6] * 4
 
-    pipe = pipeline("latent", Watched)
+    pipe = pipeline("latent", tiny.RecordingTransformer)
     draw(pipe, negative_prompt=["circle", "", ""], num_images_per_prompt=2, seeds=range(6))
     assert pipe.transformer.texts == [(6, 2, True), (6, 7, True)]
     assert pipe.transformer.rows == [12] * 4
 
-    pipe = pipeline("latent", Watched)
+    pipe = pipeline("latent", tiny.RecordingTransformer)
     draw(pipe, guidance_scale=1.0)
     assert pipe.transformer.texts == [(3, 7, True)]
     assert pipe.transformer.rows == [3] * 4  # no second branch
 
 
-def test_compiled_calls_make_as_many_graphs_whatever_the_number_of_prompts(fresh_dynamo):
-    pipe, plain = (pipeline("latent", cls) for cls in (PRXTransformer2DModel, Plain))
+def test_number_of_prompts_does_not_recompile(fresh_dynamo):
+    pipe, plain = (pipeline("latent", cls) for cls in (PRXTransformer2DModel, tiny.EmbeddingsTransformer))
     counter = torch._dynamo.testing.CompileCounter()
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
     compiled = []
@@ -110,8 +85,8 @@ def test_compiled_calls_make_as_many_graphs_whatever_the_number_of_prompts(fresh
     assert compiled[1:] == [0, 0, 0, 0, 0]
 
 
-def test_a_text_that_a_callback_changes_is_read_again():
-    pipe, plain = pipeline("latent", Watched), pipeline("latent", Plain)
+def test_text_that_a_callback_changes_is_projected_again():
+    pipe, plain = pipeline("latent", tiny.RecordingTransformer), pipeline("latent", tiny.EmbeddingsTransformer)
     names = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
 
     def swap(pipeline, step, timestep, tensors):
@@ -123,7 +98,7 @@ def test_a_text_that_a_callback_changes_is_read_again():
     assert len(pipe.transformer.texts) == 4
 
 
-def test_texts_are_encoded_once_each(monkeypatch):
+def test_equal_texts_are_encoded_once(monkeypatch):
     pipe = pipeline("latent", PRXTransformer2DModel)
     rows = []
     forward = pipe.text_encoder.forward
@@ -140,7 +115,7 @@ def test_texts_are_encoded_once_each(monkeypatch):
 
 
 def test_group_offloading_to_disk(tmp_path):
-    """Weights of a block are there only while it runs, so that nothing can be projected before."""
+    """No context can be computed before the blocks run, because their weights are on disk."""
     pipe = pipeline("latent", PRXTransformer2DModel)
     expected = draw(pipe)
     pipe.transformer.enable_group_offload(
@@ -152,7 +127,7 @@ def test_group_offloading_to_disk(tmp_path):
     assert (draw(pipe) - expected).abs().max() < 1e-5
 
 
-def test_the_transformer_of_diffusers():
-    """In our pipeline it draws the same, for batches with guidance too, which its own pipeline cannot."""
+def test_stock_transformer_in_our_pipeline():
+    """It draws the same, also batches with guidance, which stock's pipeline cannot."""
     pipe = tiny.latent_pipeline(transformer=tiny.transformer(cls=diffusers.PRXTransformer2DModel))
     assert (draw(pipe) - draw(tiny.latent_pipeline())).abs().max() < 1e-4

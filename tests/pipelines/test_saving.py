@@ -1,7 +1,7 @@
-"""Saving and loading in every direction, each load in a process of its own.
+"""Saving and loading between this package and stock diffusers.
 
-This process makes folders and draws from them; a fresh process with stock diffusers alone and one with this package
-load them, and what stock saved in turn, and draw the same images.
+This process saves pipelines. A fresh process with stock diffusers alone and one with this package load them, and what
+stock saved in turn, and must draw the same images.
 """
 
 import copy
@@ -37,9 +37,9 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 import diffusers, logging, numpy as np, torch
 root = sys.argv[1]
-said = []
+messages = []
 handler = logging.Handler(logging.WARNING)
-handler.emit = lambda record: said.append(record.getMessage())
+handler.emit = lambda record: messages.append(record.getMessage())
 logging.getLogger("diffusers").addHandler(handler)
 
 class ExactEuler(diffusers.FlowMatchEulerDiscreteScheduler):
@@ -48,11 +48,11 @@ class ExactEuler(diffusers.FlowMatchEulerDiscreteScheduler):
 
 report = {}
 for name in ("kl", "dc", "pixel", "tread", "from_published"):
-    said.clear()
+    messages.clear()
     cls = diffusers.PRXPixelPipeline if name == "pixel" else diffusers.PRXPipeline
     pipe = cls.from_pretrained(f"{root}/{name}")
     report[name] = [type(pipe.scheduler).__name__, pipe.scheduler.config.shift, type(pipe.transformer).__module__]
-    report[f"{name}_warnings"] = " ".join(said)
+    report[f"{name}_warnings"] = " ".join(messages)
     if name != "from_published":
         pipe.save_pretrained(f"{root}/stock_{name}")
     pipe.scheduler = ExactEuler.from_config(pipe.scheduler.config)
@@ -72,7 +72,7 @@ try:
     torch.save(pipe.text_encoder.state_dict(), f"{root}/composite_by_stock.pt")
 except Exception as error:
     report["published_composite"] = f"{type(error).__name__}: {error}"
-# what stock would build for the other one: by itself that takes a minute and 11 GB before it fails
+# the size that stock would build for the other one, which takes a minute and 11 GB before it fails
 from transformers import T5GemmaConfig
 report["published"] = T5GemmaConfig.from_pretrained(f"{root}/published/text_encoder").encoder.hidden_size
 report["ours_imported"] = [name for name in sys.modules if name.startswith("diffusers_prx")]
@@ -110,7 +110,7 @@ def draw(pipe):
 
 
 def publish(root: Path, name: str, source: str, text_folder_model=None, **entries) -> None:
-    """A folder in the layout of the published checkpoints: from one of ours, without our keys."""
+    """Make a folder in the layout of the published checkpoints from one of ours, without our keys."""
     shutil.copytree(root / source, root / name)
     if text_folder_model is not None:
         shutil.rmtree(root / name / "text_encoder")
@@ -183,7 +183,7 @@ LOADED += ["published_pixel", "sprint", "pixel_size_tokens", "tread", "stock_tre
 
 
 @pytest.mark.parametrize("name", LOADED)
-def test_we_load_it_and_draw_the_same(saved, name):
+def test_loaded_pipeline_draws_the_same(saved, name):
     root, images, _, ours, _ = saved
     assert np.abs(np.load(root / f"{name}_by_ours.npy") - images[name]).max() < 1e-5
     scheduler, transformer, _ = ours[name]["classes"]
@@ -196,28 +196,27 @@ def test_we_load_it_and_draw_the_same(saved, name):
 
 
 @pytest.mark.parametrize("name", ["kl", "dc", "pixel", "tread", "from_published"])
-def test_stock_loads_what_we_save_without_this_package(saved, name):
+def test_stock_loads_compatible_pipelines_without_this_package(saved, name):
     root, images, stock, _, _ = saved
     assert stock["ours_imported"] == []
     assert stock[name] == ["FlowMatchEulerDiscreteScheduler", 3.0, "diffusers.models.transformers.transformer_prx"]
     assert np.abs(np.load(root / f"{name}_by_stock.npy") - images[name]).max() < 1e-4
     warnings = stock[f"{name}_warnings"]
     assert not any(option in warnings for option in ("resolution_tokens", "fusion_range"))
-    assert ("token_route" in warnings) == (name == "tread")  # it is not lost without a word
+    assert ("token_route" in warnings) == (name == "tread")  # stock warns that it ignores the route
 
 
 @pytest.mark.parametrize(
     "name", ["x_latents", "x_latents_unipc", "loud_latents", "v_pixel", "sprint", "pixel_size_tokens"]
 )
-def test_stock_refuses_what_it_cannot_express(saved, name):
+def test_stock_refuses_incompatible_pipelines(saved, name):
     _, _, stock, _, _ = saved
     assert re.search(r"`diffusers` has no class `PRX|module diffusers has no attribute PRX", stock[name]), stock[name]
 
 
 @pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="older ones load neither")
-def test_stock_needs_the_configuration_of_the_whole_model_to_load_a_published_text_encoder(saved):
-    """Of two folders with the same weights; ours loads both. For the encoder's own configuration stock takes that of
-    transformers' default sizes, which fits no other."""
+def test_stock_loads_one_of_the_two_kinds_of_published_text_encoders(saved):
+    """Both have the same weights. With the encoder's own configuration stock uses transformers' default sizes."""
     root, _, stock, _, whole = saved
     assert stock["published_composite"] == "T5GemmaEncoder"
     loaded, expected = torch.load(root / "composite_by_stock.pt"), whole.encoder.state_dict()
@@ -226,7 +225,7 @@ def test_stock_needs_the_configuration_of_the_whole_model_to_load_a_published_te
     assert whole.encoder.config.hidden_size != stock["published"] == T5GemmaModuleConfig().hidden_size
 
 
-def test_our_extra_settings_survive(saved):
+def test_settings_that_stock_lacks_survive_a_round_trip(saved):
     _, _, _, ours, _ = saved
     assert ours["kl"]["scheduler"]["logit_mean"] == ours["stock_kl"]["scheduler"]["logit_mean"] == 0.25
     assert ours["pixel"]["scheduler"]["clamp"] == ours["stock_pixel"]["scheduler"]["clamp"] == 0.1
@@ -235,8 +234,7 @@ def test_our_extra_settings_survive(saved):
 
 
 @pytest.mark.parametrize("name", ["sprint", "pixel_size_tokens"])
-def test_transformers_that_stock_lacks(saved, name):
-    """Named so in both files; a fresh process with this package has them again bit by bit."""
+def test_transformer_options_that_stock_lacks_change_the_stored_class_name(saved, name):
     root, _, stock, ours, _ = saved
     assert "PRXExtendedTransformer2DModel" in stock[name]
     index = json.loads((root / name / "model_index.json").read_text())
@@ -252,8 +250,8 @@ def test_transformers_that_stock_lacks(saved, name):
     assert ours[name]["token_route"] == ([0, 1, 0.75] if name == "sprint" else None)
 
 
-def test_the_route_of_training_is_kept(saved):
-    """Except by stock, which does not know it, and says so."""
+def test_token_route_is_stored(saved):
+    """Stock drops it."""
     root, _, _, ours, _ = saved
     assert ours["tread"]["token_route"] == [0, 2, 0.5]
     assert ours["stock_tread"]["token_route"] is None
@@ -271,7 +269,7 @@ def test_published_text_encoder_is_loaded_bit_by_bit(saved):
         assert ours[name]["classes"][2].endswith(".T5GemmaEncoderModel")
 
 
-def test_published_text_encoder_that_does_not_fit(saved, tmp_path):
+def test_published_text_encoder_with_missing_layers_is_refused(saved, tmp_path):
     root, *_ = saved
     shutil.copytree(root / "published", tmp_path / "broken")
     broken = tiny.t5gemma_model().encoder
@@ -279,11 +277,11 @@ def test_published_text_encoder_that_does_not_fit(saved, tmp_path):
     broken.save_pretrained(tmp_path / "broken" / "text_encoder")
     config = tmp_path / "broken" / "text_encoder" / "config.json"
     shutil.copy(root / "published" / "text_encoder" / "config.json", config)
-    with pytest.raises(ValueError, match=r"does not fit T5GemmaEncoderModel.*layers"):
+    with pytest.raises(ValueError, match=r"T5GemmaEncoderModel.*layers"):
         PRXPipeline.from_pretrained(tmp_path / "broken")
 
 
-def test_what_is_stored(saved):
+def test_stored_class_names_and_settings(saved):
     root, *_ = saved
     index = json.loads((root / "kl" / "model_index.json").read_text())
     assert index["_class_name"] == "PRXPipeline"
@@ -296,23 +294,23 @@ def test_what_is_stored(saved):
     assert (pixel["noise_scale"], pixel["_class_name"]) == (2.0, "PRXPixelPipeline")
 
 
-def test_a_scheduler_that_ours_cannot_replace_stays(saved):
+def test_stock_scheduler_with_options_of_its_own_is_kept(saved):
     root, *_ = saved
     pipe = PRXPipeline.from_pretrained(root / "dynamic")
     assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
     assert pipe.scheduler.config.use_karras_sigmas
 
 
-def test_the_other_pipeline_is_refused(saved):
+def test_loading_with_the_other_pipeline_class_is_refused(saved):
     root, *_ = saved
-    with pytest.raises(ValueError, match=r"load it with PRXPipeline\.from_pretrained"):
+    with pytest.raises(ValueError, match=r"PRXPipeline\.from_pretrained"):
         PRXPixelPipeline.from_pretrained(root / "kl")
-    with pytest.raises(ValueError, match=r"load it with PRXPixelPipeline\.from_pretrained"):
+    with pytest.raises(ValueError, match=r"PRXPixelPipeline\.from_pretrained"):
         PRXPipeline.from_pretrained(root / "pixel")
 
 
-def test_from_the_cache_of_the_hub(saved, tmp_path):
-    """As it lies there after a download; also the way on which diffusers reads model_index.json by its file name."""
+def test_loading_from_the_cache_of_the_hub(saved, tmp_path):
+    """diffusers reads model_index.json by its file name here."""
     root, images, *_ = saved
     repository = tmp_path / "models--someone--prx"
     (repository / "refs").mkdir(parents=True)
@@ -324,7 +322,7 @@ def test_from_the_cache_of_the_hub(saved, tmp_path):
 
 
 def test_options_of_from_pretrained(saved):
-    """dtype, per component as well, passed components, components left out, and a variant."""
+    """dtype for all and per component, passed components, omitted components, and a variant."""
     root, *_ = saved
     for folder in ("kl", "published"):
         half = PRXPipeline.from_pretrained(root / folder, dtype=torch.bfloat16)
@@ -347,12 +345,10 @@ def test_options_of_from_pretrained(saved):
     assert PRXPipeline.from_pretrained(root / "variant", variant="fp16").scheduler.config["shift"] == 5.0
 
 
-# Files that lack a weight, which both libraries fill at random.
-
-
 @pytest.mark.parametrize("layout", ["whole", "sharded", "variant", "device_map"])
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
-def test_a_file_that_lacks_a_weight_is_refused(tmp_path, layout, part):
+def test_missing_weight_is_an_error(tmp_path, layout, part):
+    """diffusers and transformers initialize it at random."""
     options = {"sharded": {"max_shard_size": "40KB"}, "variant": {"variant": "fp16"}}.get(layout, {})
     load = {"variant": {"variant": "fp16"}, "device_map": {"device_map": "cpu"}}.get(layout, {})
     tiny.latent_pipeline().save_pretrained(tmp_path, **options)
@@ -362,12 +358,12 @@ def test_a_file_that_lacks_a_weight_is_refused(tmp_path, layout, part):
     name = sorted(tensors)[len(tensors) // 2]
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"are not complete.*{re.escape(name)}"):
+    with pytest.raises(ValueError, match=re.escape(name)):
         PRXPipeline.from_pretrained(tmp_path, **load)
     if part == "transformer":
         with pytest.raises(ValueError, match=re.escape(name)):
             PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, **load)
-        if layout in ("whole", "variant"):  # who asks for the report gets the model all the same
+        if layout in ("whole", "variant"):  # the report is returned with the model
             _, info = PRXTransformer2DModel.from_pretrained(tmp_path, subfolder=part, output_loading_info=True, **load)
             assert info["missing_keys"] == [name]
     if part == "vae" and not load:

@@ -1,4 +1,4 @@
-"""Less memory, one line each, as diffusers has it: what of it a CPU can show."""
+"""Less memory with one line each: casting, quantization, offloading, tiling; as far as a CPU can test them."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from diffusers_prx import PRXPipeline
 
 PROMPTS = ["a red cat on the beach", "sunset"]
 CPU = torch.device("cpu")
-# of the transformer: what layerwise casting leaves as it is
+# parts of the transformer that layerwise casting leaves unchanged
 HIGH_PRECISION = ("norm", "time_in", "resolution", "modulation", "img_in", "txt_in", "final_layer")
 TOLERANCE = 1e-5  # seen: 6e-7
 
@@ -22,7 +22,7 @@ def draw(pipe, **kwargs):
 
 @torch.no_grad()
 def with_weights(make, weight_of):
-    """A pipeline whose linear layers have other weights, by name and weight, and nothing else that is new."""
+    """Make a pipeline and replace the weights of its linear layers by `weight_of(name, weight)`."""
     pipe = make()
     for name, module in pipe.transformer.named_modules():
         if isinstance(module, nn.Linear):
@@ -30,8 +30,7 @@ def with_weights(make, weight_of):
     return pipe
 
 
-def largest(weight):
-    """Of each row."""
+def row_maxima(weight):
     return weight.abs().amax(dim=1, keepdim=True)
 
 
@@ -55,13 +54,13 @@ def test_layerwise_casting_to_float8(make):
 @pytest.mark.parametrize(
     ("kind", "error"),
     [
-        # half of one of 255 steps; half of one of 8 steps of a power of two, or of the smallest step
-        ("Int8", lambda w: 0.51 / 127.5 * largest(w)),
-        ("Float8", lambda w: w.abs() / 15.9 + 2**-9 / 448 * largest(w)),
+        # half of one of 255 steps; half of one of 8 steps per power of two, or of the smallest step
+        ("Int8", lambda w: 0.51 / 127.5 * row_maxima(w)),
+        ("Float8", lambda w: w.abs() / 15.9 + 2**-9 / 448 * row_maxima(w)),
     ],
     ids=["int8", "float8"],
 )
-def test_weights_of_torchao(tmp_path, kind, error):
+def test_torchao_weights(tmp_path, kind, error):
     quantization = pytest.importorskip(
         "torchao.quantization", reason="torchao is not installed: pip install -e '.[quantization]'"
     )
@@ -104,7 +103,7 @@ def offload_models(pipe):
 
 
 def offload_layers(pipe):
-    """What `enable_sequential_cpu_offload` does; the method itself refuses a machine without an accelerator."""
+    """Do what `enable_sequential_cpu_offload` does, which itself needs an accelerator."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             cpu_offload(part, CPU, offload_buffers=len(part._parameters) > 0)
@@ -114,14 +113,14 @@ def offload_layers(pipe):
 @pytest.mark.parametrize("make", [tiny.latent_pipeline, tiny.pixel_pipeline])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
 def test_offloading_by_models_and_by_layers(make, offload):
-    """The hooks of accelerate: text and timesteps are projected before the first forward of the network."""
+    """accelerate's hooks must also run before contexts are computed, which is before the first forward."""
     pipe = make()
     offload(pipe)
     assert torch.equal(draw(pipe), draw(make()))
     assert torch.equal(draw(pipe), draw(make()))  # a second call as well
 
 
-@pytest.mark.gpu  # none of these moves anything where there is one memory
+@pytest.mark.gpu  # without a GPU these move nothing
 @pytest.mark.parametrize(
     "offload",
     [

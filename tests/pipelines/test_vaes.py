@@ -1,4 +1,4 @@
-"""PRXPipeline with every VAE and every kind of text encoder: sampling, saving, loading, and what stock makes of it."""
+"""PRXPipeline with every VAE and every kind of text encoder: sampling, saving, loading, and parity with stock."""
 
 import diffusers
 import numpy as np
@@ -26,13 +26,13 @@ def pipeline(name, **changes):
     return tiny.latent_pipeline(vae, transformer=tiny.transformer(in_channels=latent_channels(vae)), **changes)
 
 
-def draw(pipe, **changes):
+def draw(pipe, prompt=PROMPTS, **changes):
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt", "height": 32, "width": 48}
-    return pipe(PROMPTS, generator=tiny.generators(0, 1), **settings | changes).images
+    return pipe(prompt, **{"generator": tiny.generators(0, 1)} | settings | changes).images
 
 
 def decode_by_hand(vae, latents):
-    """With the VAE's own methods, and for FLUX.2 with those of its pipeline."""
+    """Decode with the VAE's own methods, for FLUX.2 with those of its pipeline."""
     if isinstance(vae, diffusers.AutoencoderKLFlux2):
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
         codes = Flux2Pipeline._unpatchify_latents(latents * std + vae.bn.running_mean.view(1, -1, 1, 1))
@@ -43,7 +43,7 @@ def decode_by_hand(vae, latents):
 
 @pytest.mark.parametrize("name", VAES)
 @torch.no_grad()
-def test_sampling(name):
+def test_images_are_the_decoded_latents(name):
     pipe = pipeline(name)
     latents, images = draw(pipe, output_type="latent"), draw(pipe)
     side = vae_scale_factor(pipe.vae)
@@ -82,7 +82,6 @@ def test_stock_draws_the_same(name, tmp_path):
 
 
 def test_stock_refuses_flux2(tmp_path):
-    """It knows neither the patchify nor the statistics."""
     pipe = pipeline("flux2")
     assert not pipe.is_stock_compatible
     pipe.save_pretrained(tmp_path)
@@ -92,7 +91,7 @@ def test_stock_refuses_flux2(tmp_path):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_encoders(name, tmp_path):
-    """Saved and loaded under their public classes; what is drawn does not depend on the side of the padding."""
+    """They load under their public classes, and the images do not depend on the tokenizer's padding side."""
     encoder, tokenizer = TEXTS[name]
     pipe = pipeline("flux2", text_encoder=encoder(), tokenizer=tokenizer("right"))
     pipe.save_pretrained(tmp_path)
@@ -107,32 +106,29 @@ def test_text_encoders(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_one_prompt_alone_is_the_same_prompt_in_a_batch(name):
+def test_row_of_a_batch_equals_the_prompt_alone(name):
     encoder, tokenizer = TEXTS[name]
     pipe = pipeline("kl", text_encoder=encoder(), tokenizer=tokenizer())
     whole = draw(pipe, guidance_scale=1.0)
     for row, prompt in enumerate(PROMPTS):
-        alone = pipe(
-            prompt, generator=tiny.generators(row)[0], num_inference_steps=3, guidance_scale=1.0, output_type="pt",
-            height=32, width=48,
-        ).images  # fmt: skip
+        alone = draw(pipe, prompt, generator=tiny.generators(row)[0], guidance_scale=1.0)
         torch.testing.assert_close(alone[0], whole[row], rtol=0, atol=1e-5)
 
 
-def test_the_text_encoder_sees_no_more_tokens_than_the_longest_prompt():
+def test_padding_does_not_reach_the_text_encoder():
     pipe = pipeline("kl")
     tokens = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False, tokenizer_max_length=12)
     longer = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False, tokenizer_max_length=40)
     assert tokens[0].shape == (2, 7, tiny.TEXT_WIDTH)
-    assert torch.equal(longer[0], tokens[0])  # to the last bit: the padding never reached it
+    assert torch.equal(longer[0], tokens[0])  # to the last bit
 
 
-def test_channels_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"`vae` has latents of 12 channels.*4 \(`in_channels`\)"):
+def test_vae_with_other_channels_is_refused():
+    with pytest.raises(ValueError, match=r"`vae`.*12.*4"):
         tiny.latent_pipeline(zoo.vae_flux2())
 
 
-def test_a_vae_without_a_scale_is_refused_before_anything_is_drawn(tmp_path):
+def test_vae_without_a_scale_is_refused_at_construction(tmp_path):
     zoo.vae_flux2().save_pretrained(tmp_path)
     plain = AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     with pytest.raises(ValueError, match="scaling_factor"):

@@ -1010,8 +1010,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             time_context: one timestep of `encode_timesteps`, in place of `timestep`, for all rows.
 
         Returns:
-            `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or a tuple: (sample,), or with
-            a `feature_block` (sample, features, feature_indices).
+            `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or a tuple: (sample,), or
+            (sample, features, feature_indices) with a `feature_block`.
 
         Raises:
             ValueError: if a shape is not as described, or timestep or text is missing or given twice.
