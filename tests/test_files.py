@@ -1,4 +1,4 @@
-"""Atomic writes and hashed files."""
+"""Atomic writes, hashed files."""
 
 import json
 
@@ -18,7 +18,7 @@ from disks import full_disk
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_a_file_appears_when_it_is_complete(tmp_path, sync):
+def test_atomic_write_creates_the_file_at_the_end(tmp_path, sync):
     path = tmp_path / "new" / "file.txt"
     with atomic_write(path, sync) as file:
         file.write_text("half")
@@ -28,7 +28,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path, sync):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_error_keeps_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, "before")
     with full_disk(20), pytest.raises(OSError, match="File too large"):
@@ -37,7 +37,7 @@ def test_an_error_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_writers_do_not_interfere(tmp_path):
+def test_two_writers_use_different_temporary_files(tmp_path):
     path = tmp_path / "file.txt"
     with atomic_write(path) as one, atomic_write(path) as other:
         assert one != other
@@ -47,13 +47,13 @@ def test_two_writers_do_not_interfere(tmp_path):
     assert path.read_text() == "one"  # the block that ended last
 
 
-def test_json(tmp_path):
+def test_write_json_creates_folders(tmp_path):
     write_json(tmp_path / "a" / "values.json", {"a": [1, None]})
     assert json.loads((tmp_path / "a" / "values.json").read_text()) == {"a": [1, None]}
 
 
 @pytest.mark.parametrize("kind", ["json", "tensors"])
-def test_a_flipped_bit_anywhere_in_a_hashed_file_is_detected(tmp_path, kind):
+def test_any_flipped_bit_in_a_hashed_file_is_detected(tmp_path, kind):
     path = tmp_path / "file"
     if kind == "json":
         read, values = read_hashed_json, {"a": [1, 2.5, None], "b": {"c": "star"}}
@@ -71,8 +71,8 @@ def test_a_flipped_bit_anywhere_in_a_hashed_file_is_detected(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{}", b'{"hash": 1}', b"[" * 100_000, b"\xff"])
-def test_files_without_a_hash_are_refused(tmp_path, content):
+def test_file_without_hash_is_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     for read in (read_hashed_json, read_hashed_tensors):
-        with pytest.raises(ValueError, match="is damaged"):
+        with pytest.raises(ValueError, match="damaged"):
             read(tmp_path / "file")

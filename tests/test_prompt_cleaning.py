@@ -1,4 +1,4 @@
-"""Prompt cleaning against diffusers', on ordinary prompts, hostile ones, and random mixtures of hostile pieces."""
+"""Prompt cleaning, against stock on ordinary prompts, difficult ones, and random mixtures of difficult pieces."""
 
 import html
 import importlib.metadata
@@ -14,7 +14,7 @@ from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 import tiny
 from diffusers_prx.prompt_cleaning import CLEANERS, clean_prompt, repair_prompt
 
-# separated by |, with unusual characters as escapes
+# separated by |, with odd signs written as escapes
 PIECES = """A cat|https://foo.com/bar?x=1|www.x.ru|me@mail.com|@user_1|\u6f22\u5b57|\u3400|\u2013\u2014\u2010|\xabq\xbb
 \u201csmart\u201d|\u2018s\u2019|`b`|\"\"\"X\"\"\"|''|&quot;|&amp;|&amp|192.168.0.1|1:23 |\\n|#12|#12345|1234567|#1234
 file.png|a b.jpeg|...| . |.|***SALE***|#AUS|(x)|[y]|{z}|\\|/|a-b-c-d-e|x_y_z_w_v|jc6640|jc6640vc|6640vc231
@@ -25,7 +25,7 @@ caf\xc3\xa9|http:|www:|a.b|.com|.co|a.com/|a.com@|.com_x|-|/|@|_|a.com\xe9|.jpg|
 PIECES = [piece for line in PIECES.split("\n") for piece in line.split("|")] + ["|", "\n"]
 
 
-def nasty_prompts():
+def difficult_prompts():
     rng = random.Random(0)
     for _ in range(1500):
         yield rng.choice([" ", "", "  "]).join(rng.choice(PIECES) for _ in range(rng.randint(0, 8)))
@@ -34,7 +34,7 @@ def nasty_prompts():
 
 def test_same_as_stock():
     stock = TextPreprocessor()
-    for prompt in nasty_prompts():
+    for prompt in difficult_prompts():
         assert clean_prompt(prompt, "full_v1") == stock.clean_text(prompt), repr(prompt)
         assert repair_prompt(prompt) == stock.basic_clean(prompt), repr(prompt)
 
@@ -44,22 +44,23 @@ def test_same_as_stock():
     [
         ("\u201c\u201d a cat", '" a cat', '"" a cat'),  # a pair of quotes becomes one
         ("it\u2019\u2019s a cat", 'it"s a cat', "it''s a cat"),
-        ("free shipping - a cat", "a cat", "- a cat"),  # a removed word leaves a space before the dash
+        ("free shipping - a cat", "a cat", "- a cat"),  # the removed words leave a space before the sign
         ("'a cat' free shipping", "a cat", "a cat'"),
         ("a cat", "a cat", "a cat"),
     ],
 )
-def test_current_rules_differ_from_the_first_ones_in_curly_quotes_and_at_the_ends(prompt, current, first):
+def test_full_and_full_v1_differ_in_curly_quotes_and_at_the_ends(prompt, current, first):
     assert clean_prompt(prompt) == CLEANERS["full"](prompt) == current
     assert CLEANERS["full_v1"](prompt) == TextPreprocessor().clean_text(prompt) == first
 
 
-# inputs of which regular expressions could try every start with every end
+# pieces whose repetitions could make a regular expression quadratic
 REPEATED = [
-    *". -_/@:;'\"#&%<(a1\u00e9\u6f22\u2013x\u00d7\u00c3\n\t!", "a.", "a-", "a.com", ".com@", "a.com/", "a.com@",
-    "_.com", "www:", "https://", ".png", "a.png", "&amp;amp;", "&#1", "free ", "worldwide free ", "page 1", "1x",
-    "1.1", "a1", "1:23 ", "#1", "\u00c3\u00a9", "\u00c3\u0192", ". ", " .a", "'a",
-]  # fmt: skip
+    *". -_/@:;'\"#&%<(a1\u00e9\u6f22\u2013x\u00d7\u00c3\n\t!",
+    *("a.", "a-", "a.com", ".com@", "a.com/", "a.com@", "_.com", "www:", "https://", ".png", "a.png", "&amp;amp;"),
+    *("&#1", "free ", "worldwide free ", "page 1", "1x", "1.1", "a1", "1:23 ", "#1", "\u00c3\u00a9", "\u00c3\u0192"),
+    *(". ", " .a", "'a"),
+]
 
 
 @pytest.mark.parametrize("cleaning", ["full", "light"])
@@ -89,20 +90,20 @@ def test_long_character_references(number):
         ("", ""),
     ],
 )
-def test_examples(prompt, cleaned):
+def test_full_cleaning(prompt, cleaned):
     assert clean_prompt(prompt) == cleaned
 
 
-def test_light_cleaning_keeps_what_the_prompt_says():
+def test_light_cleaning_only_repairs():
     assert repair_prompt(" A Cat (&amp;lt;3) - cafÃ© ") == "A Cat (<3) - café"
 
 
 def test_ftfy_comes_with_the_package():
-    """diffusers does not require it, and fails on every prompt without it."""
+    """Stock fails without it, and does not require it."""
     assert any(line.startswith("ftfy") for line in importlib.metadata.requires("diffusers-prx") or [])
 
 
-# --- the setting of a pipeline
+# --- `caption_cleaning` of a pipeline
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def embeds(pipe, prompt, **arguments):
 
 
 @pytest.mark.parametrize("make", [tiny.latent_pipeline, tiny.pixel_pipeline])
-def test_prompts_are_cleaned_as_the_pipeline_says(make, tmp_path):
+def test_pipeline_uses_its_caption_cleaning(make, tmp_path):
     prompt = "free shipping - a RED cat"
     for cleaning, clean in CLEANERS.items():
         pipe = make(caption_cleaning=cleaning)
@@ -139,8 +140,8 @@ def test_prompts_are_cleaned_as_the_pipeline_says(make, tmp_path):
         (tiny.pixel_pipeline, diffusers.PRXPixelPipeline, "light"),
     ],
 )
-def test_stock_loads_every_cleaning_and_warns_of_other_ones(make, stock_class, default, tmp_path, warned, caplog):
-    assert make().caption_cleaning == default  # of pipelines saved without the setting
+def test_stock_warns_of_a_cleaning_that_is_not_its_own(make, stock_class, default, tmp_path, warned, caplog):
+    assert make().caption_cleaning == default  # a pipeline without the setting
     for cleaning in CLEANERS:
         folder = tmp_path / cleaning
         make(caption_cleaning=cleaning).save_pretrained(folder)
@@ -151,20 +152,22 @@ def test_stock_loads_every_cleaning_and_warns_of_other_ones(make, stock_class, d
 
 
 @pytest.mark.parametrize("value", ["none", "FULL", True, 1])
-def test_unknown_cleaning(value):
+def test_unknown_cleaning_is_refused(value):
     with pytest.raises(ValueError, match=r"`caption_cleaning`.*full_v1"):
         tiny.pixel_pipeline(caption_cleaning=value)
 
 
 @pytest.mark.parametrize("prompt", ["\u4e00\u53ea\u732b", "\u6f22\u5b57", "abc123def"])
-def test_a_prompt_that_cleaning_empties_is_named(prompt, warned, caplog):
+def test_prompt_that_cleaning_empties_is_named(prompt, warned, caplog):
     pipe = tiny.latent_pipeline(caption_cleaning="full")
     embeds(pipe, [prompt, "a cat", prompt, "", " "])
     (warning,) = warned()
     assert repr(prompt) in warning
     assert "skip_text_cleaning=True" in warning
     caplog.clear()
-    assert not torch.equal(embeds(pipe, prompt, skip_text_cleaning=True), embeds(pipe, ""))  # the flag helps
+    assert not torch.equal(
+        embeds(pipe, prompt, skip_text_cleaning=True), embeds(pipe, "")
+    )  # the fix in the warning works
     assert warned() == []
     embeds(pipe, "&nbsp;" * 500, skip_text_cleaning=True)
     (warning,) = warned()

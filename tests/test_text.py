@@ -1,4 +1,4 @@
-"""Tokenizing, encoding and trimming of prompts, shared by sampling and training."""
+"""Tokenizing, encoding and trimming of prompts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import zoo
 from diffusers_prx.prompt_cleaning import clean_prompt, repair_prompt
 from diffusers_prx.text import encode_text, find_truncated, tokenize_prompts, trim_text, trim_tokens
 
-# relative positions (rotary, T5) and absolute ones; causal and bidirectional
+# encoders with relative and absolute positions, causal and bidirectional
 ENCODERS = {
     "t5gemma": (lambda: zoo.randomised(tiny.text_encoder()), tiny.tokenizer),
     "qwen3_vl": (lambda: zoo.randomised(tiny.qwen_text_tower()), tiny.tokenizer),
@@ -20,7 +20,7 @@ PROMPTS = ["a red cat in the sunset", "", "dog"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_tokens_are_those_of_the_tokenizer_with_padding_on_the_right(side):
+def test_padding_is_on_the_right(side):
     tokenizer = tiny.tokenizer(side)
     ids, mask = tokenize_prompts(tokenizer, ["A Red cat", "dog"], 6, clean_prompt)
     assert tokenizer.padding_side == side
@@ -35,7 +35,7 @@ def test_tokens_are_those_of_the_tokenizer_with_padding_on_the_right(side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_empty_prompt_keeps_one_position(side):
-    """Even if the tokenizer returns no token, so that the encoder has one to attend to."""
+    """This tokenizer gives it no token, and an encoder could not attend to anything."""
     tokenizer = tiny.tokenizer(side, bos=False)
     assert tokenizer([""])["input_ids"] == [[]]
     ids, mask = tokenize_prompts(tokenizer, ["", "a cat"], 5, clean_prompt)
@@ -46,13 +46,13 @@ def test_empty_prompt_keeps_one_position(side):
 
 
 @pytest.mark.parametrize("max_length", [0, -1, True, 2.0, int(1e30), None])
-def test_max_length_that_is_none(max_length):
+def test_wrong_max_length_is_refused(max_length):
     with pytest.raises(ValueError, match="tokenizer_max_length"):
         tokenize_prompts(tiny.tokenizer(), ["a"], max_length, repair_prompt)
 
 
-def test_find_cut():
-    """`a red cat` and its end are cut to three tokens; `red cat` and its end have three."""
+def test_find_truncated():
+    """With its end, `red cat` has three tokens and `a red cat` four."""
     tokenizer, prompts = tiny.tokenizer(), ["dog", "a red cat", "red cat", "a red red cat"]
     _, mask = tokenize_prompts(tokenizer, prompts, 3, clean_prompt)
     assert mask.all(dim=1).tolist() == [False, True, True, True]
@@ -60,7 +60,7 @@ def test_find_cut():
     assert find_truncated(tokenizer, prompts[:1], mask[:1], clean_prompt) == [False]
 
 
-def test_trim_both_sides():
+def test_trim_text_on_both_sides():
     mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     embeds = torch.randn(2, 6, 3)
     trimmed, kept = trim_text(embeds, mask)
@@ -74,7 +74,7 @@ def test_trim_both_sides():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_trimming_changes_no_result(side):
+def test_trimming_does_not_change_the_prediction(side):
     ids, mask = tokenize_prompts(tiny.tokenizer(side), ["a red cat in the sunset", "dog"], 12, clean_prompt)
     embeds = encode_text(tiny.text_encoder(), ids, mask)
     model = tiny.transformer()
@@ -89,8 +89,8 @@ def test_trimming_changes_no_result(side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
-def test_padding_changes_no_encoding(name, side):
-    """Compare each prompt alone, trimmed to the longest of its batch, and padded to the limit."""
+def test_padding_does_not_change_embeddings(name, side):
+    """Each prompt alone and unpadded, trimmed to the longest of its batch, and padded to the limit."""
     encoder, tokenizer = (make() for make in (ENCODERS[name][0], lambda: ENCODERS[name][1](side)))
     ids, mask = tokenize_prompts(tokenizer, PROMPTS, 12, clean_prompt)
     short, short_mask = trim_tokens(ids, mask)
@@ -106,8 +106,8 @@ def test_padding_changes_no_encoding(name, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ENCODERS)
-def test_padding_changes_neither_the_output_nor_a_gradient(name, side):
-    """Through the transformer, and back into a text encoder that is trained too."""
+def test_padding_does_not_change_predictions_or_gradients(name, side):
+    """Through the transformer, and back into the text encoder."""
     encoder, tokenizer = ENCODERS[name][0](), ENCODERS[name][1](side)
     model = tiny.transformer()
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 0.9, 0.6])
@@ -125,8 +125,8 @@ def test_padding_changes_neither_the_output_nor_a_gradient(name, side):
     torch.testing.assert_close(trimmed_gradients, padded_gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_on_the_left_is_not_cut_from_tokens():
-    """Cutting would move them, which changes the result of an encoder with absolute positions."""
+def test_trim_tokens_keeps_padding_on_the_left():
+    """Without it the tokens would get other positions."""
     mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     ids = torch.arange(12).view(2, 6)
     trimmed, kept = trim_tokens(ids, mask)

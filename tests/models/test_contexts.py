@@ -1,4 +1,4 @@
-"""Text and timesteps that were computed before the forward: against stock, and with everything a forward can do."""
+"""Precomputed text and time contexts: against stock, and with every other feature of the forward."""
 
 import dataclasses
 import threading
@@ -43,8 +43,8 @@ def relative_error(actual, expected):
 @pytest.mark.parametrize("side", ["left", "right", None])
 @pytest.mark.parametrize("variant", ["base", "both"])
 @torch.no_grad()
-def test_against_stock_row_by_row(variant, side):
-    """All timesteps in one go, texts of their own length, and stock given each row alone, padded and masked."""
+def test_contexts_match_stock_row_by_row(variant, side):
+    """All timesteps at once and texts of different lengths, against stock with each row alone, padded and masked."""
     model = tiny.transformer(**VARIANTS[variant])
     stock = StockPRXTransformer2DModel.from_config(model.config).eval()
     stock.load_state_dict(model.state_dict())
@@ -66,7 +66,7 @@ def test_against_stock_row_by_row(variant, side):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_each_context_by_itself_and_both(variant):
+def test_each_context_alone_and_both(variant):
     model = tiny.transformer(depth=3, **VARIANTS[variant])
     images, text, mask = make_inputs()
     expected = model(images, torch.tensor([0.4]), text, mask).sample
@@ -82,7 +82,7 @@ def test_each_context_by_itself_and_both(variant):
 
 @torch.no_grad()
 def test_one_row_of_text_serves_a_batch():
-    """The branches of guidance: a negative text for all, and a positive one for each."""
+    """As in guidance: one negative text for all, and a positive one for each."""
     model = tiny.transformer()
     images, text, mask = make_inputs()
     negative = text[2:, :4]
@@ -94,7 +94,7 @@ def test_one_row_of_text_serves_a_batch():
     assert relative_error(actual[:3], actual[3:]) > 1e-3
 
 
-def test_contexts_are_frozen_values_that_threads_do_not_share():
+def test_contexts_are_immutable_and_thread_safe():
     model = tiny.transformer()
     images, text, _ = make_inputs()
     with torch.no_grad():
@@ -102,24 +102,24 @@ def test_contexts_are_frozen_values_that_threads_do_not_share():
         alone = [model(images, torch.tensor([0.4]), text_context=context).sample for context in contexts]
     with pytest.raises(dataclasses.FrozenInstanceError):
         contexts[0].mask = None
-    wrong, start = [], threading.Barrier(BATCH)
+    mixed_up, start = [], threading.Barrier(BATCH)
 
     @torch.no_grad()
     def work(row):
         start.wait()
         for _ in range(20):
             if not torch.equal(model(images, torch.tensor([0.4]), text_context=contexts[row]).sample, alone[row]):
-                wrong.append(row)
+                mixed_up.append(row)
 
     threads = [threading.Thread(target=work, args=(row,)) for row in range(BATCH)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not mixed_up
 
 
-def test_gradients_reach_every_parameter_also_recomputed():
+def test_gradients_with_contexts_and_checkpointing():
     model = tiny.transformer(depth=3)
     images, text, mask = make_inputs()
 
@@ -143,7 +143,7 @@ def test_gradients_reach_every_parameter_also_recomputed():
 
 
 @torch.no_grad()
-def test_adapters_are_part_of_what_is_computed():
+def test_contexts_include_lora_adapters():
     peft = pytest.importorskip("peft")
     model = tiny.transformer()
     images, text, mask = make_inputs()
@@ -161,13 +161,13 @@ def test_adapters_are_part_of_what_is_computed():
         }
         assert relative_error(model(images, **contexts, **kwargs).sample, expected) < TOLERANCE
         assert (relative_error(expected, base) > 1e-2) == (scale > 0)
-        # the keys were scaled when they were made
+        # the keys were scaled when they were computed
         assert relative_error(model(images, **contexts).sample, expected) < TOLERANCE or scale < 1
 
 
 @pytest.mark.parametrize("variant", ["base", "fusion"])
 @torch.no_grad()
-def test_routes_and_features(variant):
+def test_contexts_with_routes_and_features(variant):
     model = tiny.transformer(depth=3, **VARIANTS[variant])
     images, text, mask = make_inputs()
     scores = torch.rand(BATCH, 24, generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def test_routes_and_features(variant):
 
 
 @torch.no_grad()
-def test_backends_casting_and_attention_caches():
+def test_contexts_with_backends_caches_and_casting():
     model = tiny.transformer()
     images, text, mask = make_inputs()
     contexts = {"text_context": model.encode_text_context(text, mask)}
@@ -211,17 +211,17 @@ def test_backends_casting_and_attention_caches():
 
 
 @torch.no_grad()
-def test_an_offloaded_model_is_brought_in_first():
-    """Model offloading moves a model when its forward is called: these two are other doors to its weights."""
+def test_encoders_of_contexts_load_an_offloaded_model():
+    """Model offloading loads weights in `forward`; these two methods use the weights before."""
 
-    class Arrives(ModelHook):
+    class LoadingHook(ModelHook):
         count = 0
 
         def pre_forward(self, module, *args, **kwargs):
             self.count += 1
             return args, kwargs
 
-    model, hook = tiny.transformer(), Arrives()
+    model, hook = tiny.transformer(), LoadingHook()
     add_hook_to_module(model, hook)
     images, text, _ = make_inputs()
     context = model.encode_text_context(text)
@@ -232,7 +232,7 @@ def test_an_offloaded_model_is_brought_in_first():
 
 
 @torch.no_grad()
-def test_half_precision_stays_as_close_to_float32():
+def test_bf16_contexts_are_as_close_to_float32():
     images, text, mask = make_inputs()
     model = tiny.transformer(depth=3)
     expected = model(images, torch.tensor([0.4]), text, mask).sample
@@ -248,7 +248,7 @@ def test_half_precision_stays_as_close_to_float32():
 
 @torch.no_grad()
 def test_regional_compilation_compiles_at_most_once_per_shape(fresh_dynamo):
-    """The first block serves all; other sizes and lengths of text are dynamic; another number of images is not."""
+    """Image sizes and text lengths are dynamic; the number of images is not."""
     model, eager = tiny.transformer(), tiny.transformer()
     counter = torch._dynamo.testing.CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
@@ -271,20 +271,20 @@ def test_regional_compilation_compiles_at_most_once_per_shape(fresh_dynamo):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time_context": None}, "exactly one of `timestep` and `time_context`"),
-        ({"timestep": torch.tensor([0.4])}, "exactly one of `timestep` and `time_context`"),
-        ({"text_context": None}, "exactly one of `encoder_hidden_states` and `text_context`"),
-        ({"text_context": ()}, "`text_context` must be one for each"),
-        ({"attention_mask": torch.ones(3, 7)}, "`attention_mask` goes to `encode_text_context`"),
-        ({"text_context": "rows"}, "`text_context` must hold 1 or 3 rows"),
-        ({"text_context": "share"}, "`text_context` must be one for each"),
-        ({"text_context": "depth"}, "for 2 blocks, got 3 for 3"),
-        ({"time_context": "several"}, "`time_context` must hold one timestep"),
-        ({"time_context": "depth"}, "`time_context` must hold one timestep"),
+        ({"time_context": None}, "`timestep` or `time_context`"),
+        ({"timestep": torch.tensor([0.4])}, "`timestep` or `time_context`"),
+        ({"text_context": None}, "`encoder_hidden_states` or `text_context`"),
+        ({"text_context": ()}, "`text_context`"),
+        ({"attention_mask": torch.ones(3, 7)}, "`attention_mask`"),
+        ({"text_context": "rows"}, "`text_context`"),
+        ({"text_context": "share"}, "`text_context`"),
+        ({"text_context": "depth"}, "`text_context`"),
+        ({"time_context": "several"}, "`time_context`"),
+        ({"time_context": "depth"}, "`time_context`"),
     ],
 )
 @torch.no_grad()
-def test_wrong_use(change, message):
+def test_wrong_context_is_refused(change, message):
     model, deeper = tiny.transformer(), tiny.transformer(depth=3)
     images, text, _ = make_inputs()
     values = {
@@ -301,16 +301,16 @@ def test_wrong_use(change, message):
         model(images, **given)
 
 
-def test_wrong_use_of_the_encoders():
+def test_wrong_input_of_the_encoders_is_refused():
     _, text, mask = make_inputs()
     tokens, embeds = tiny.transformer(resolution_tokens=True), tiny.transformer(resolution_embeds=True)
-    with pytest.raises(ValueError, match="`height` and `width` are needed"):
+    with pytest.raises(ValueError, match="`height` and `width`"):
         tokens.encode_text_context(text)
-    with pytest.raises(ValueError, match="`height` and `width` are needed"):
+    with pytest.raises(ValueError, match="`height` and `width`"):
         embeds.encode_timesteps(torch.rand(2))
-    with pytest.raises(ValueError, match="`encoder_hidden_states` must have the shape"):
+    with pytest.raises(ValueError, match="`encoder_hidden_states`"):
         embeds.encode_text_context(text[..., :3])
-    with pytest.raises(ValueError, match="`attention_mask` must have the shape"):
+    with pytest.raises(ValueError, match="`attention_mask`"):
         embeds.encode_text_context(text, mask[:2])
-    with pytest.raises(ValueError, match="`timestep` must have the shape"):
+    with pytest.raises(ValueError, match="`timestep`"):
         embeds.encode_timesteps(torch.tensor(0.4), 8, 12)

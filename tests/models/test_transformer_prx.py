@@ -1,4 +1,4 @@
-"""The transformer against diffusers' own, against slow float64 mathematics, and in what diffusers users do with it."""
+"""The transformer: against diffusers' own, against slow float64 mathematics, and with diffusers' features."""
 
 import copy
 import json
@@ -59,13 +59,11 @@ OUTPUT_TOLERANCE = 5e-6
 GRADIENT_TOLERANCE = 2e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- helpers
 
 
 def make_model(variant: str = "base", seed: int = 0, **overrides) -> PRXTransformer2DModel:
-    """A tiny model in which nothing is zero, one or the identity: every parameter matters to the output."""
+    """Make a tiny model in which every parameter matters to the output."""
     model = PRXTransformer2DModel(**{**BASE, **VARIANTS[variant], **overrides})
     randomise(model, seed)
     return model.eval()
@@ -101,21 +99,21 @@ def make_inputs(batch: int = 3, height: int = HEIGHT, width: int = WIDTH, seed: 
 
 
 def make_mask(padding: str, batch: int) -> torch.Tensor:
-    """True where text counts: rows of TEXT_LENGTH, TEXT_LENGTH - 2, TEXT_LENGTH - 4, ... tokens, at least one."""
+    """Make a mask with TEXT_LENGTH, TEXT_LENGTH - 2, TEXT_LENGTH - 4, ... tokens per row, at least one."""
     lengths = (TEXT_LENGTH - 2 * torch.arange(batch)).clamp(min=1)
     mask = torch.arange(TEXT_LENGTH) < lengths[:, None]
     return {"right": mask, "left": mask.flip(1), "none": torch.ones_like(mask)}[padding]
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest entry of the expected tensor."""
+    """Return the largest difference divided by the largest expected value."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def gradients(model: nn.Module, inputs: dict, seed: int = 2) -> dict[str, torch.Tensor]:
-    """Gradients of every parameter and of the floating inputs, of a loss in which every output entry has a weight."""
+    """Return the gradients of every parameter and input for a loss that weights every output value differently."""
     leaves = {
         name: value.clone().requires_grad_() if value.is_floating_point() else value for name, value in inputs.items()
     }
@@ -129,7 +127,7 @@ def gradients(model: nn.Module, inputs: dict, seed: int = 2) -> dict[str, torch.
 
 
 class RecordingProcessor(PRXAttnProcessor):
-    """Notes what every call was given."""
+    """Records the rotary tables and masks of every call."""
 
     def __init__(self):
         self.tables, self.masks = [], []
@@ -140,9 +138,7 @@ class RecordingProcessor(PRXAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity with diffusers' PRXTransformer2DModel
-# ---------------------------------------------------------------------------------------------------------------------
+# --- parity with diffusers' PRXTransformer2DModel
 
 
 @pytest.mark.parametrize("padding", [None, "none", "right", "left"])
@@ -163,7 +159,7 @@ def test_outputs_and_gradients_match_stock(variant, padding):
 
 
 def test_parity_notices_a_small_change_of_any_parameter():
-    """The tolerance above can fail: one part in a thousand of any one tensor moves the output by more."""
+    """The tolerance can fail: a change of any tensor by one part in a thousand exceeds it."""
     model = make_model("both")
     inputs = make_inputs(padding="right")
     with torch.no_grad():
@@ -185,7 +181,6 @@ def test_other_shapes_match_stock(height, width):
 
 
 def test_published_configuration_is_the_default():
-    """The defaults of the released 1.2B network, and what a stock configuration says by None."""
     with torch.device("meta"):
         ours, stock = PRXTransformer2DModel(), StockPRXTransformer2DModel()
     assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {
@@ -196,7 +191,7 @@ def test_published_configuration_is_the_default():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_call_conventions_match_stock(dtype):
-    """Positional arguments, tuples, and the types that come out, with and without autocast."""
+    """Positional arguments, tuples and output dtypes, with and without autocast."""
     model = make_model("resolution").to(dtype)
     stock = make_stock(make_model("resolution")).to(dtype)
     inputs = {name: value.to(dtype) for name, value in make_inputs().items()}
@@ -211,14 +206,12 @@ def test_call_conventions_match_stock(dtype):
             assert model(**inputs).sample.shape == inputs["hidden_states"].shape
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision
-# ---------------------------------------------------------------------------------------------------------------------
+# --- precision
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
 def test_bf16_autocast_is_as_close_to_float32_as_stock(padding):
-    """Root-mean-square errors over several draws, as single ones are noise."""
+    """Root-mean-square errors over several draws."""
     totals = torch.zeros(2)
     for seed in range(4):
         model = make_model(seed=seed)
@@ -237,7 +230,7 @@ def test_bf16_autocast_is_as_close_to_float32_as_stock(padding):
 
 @contextmanager
 def autocast_bf16(device: str):
-    """torch.autocast, which refuses a device that this machine lacks, by its switches."""
+    """Switch autocast on; `torch.autocast` itself refuses a device that this machine lacks."""
     torch.set_autocast_dtype(device, torch.bfloat16)
     torch.set_autocast_enabled(device, True)
     try:
@@ -254,7 +247,7 @@ needs_cuda_build = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda_build)])
-def test_residual_stream_has_the_type_of_stock_under_autocast(device):
+def test_residual_stream_has_the_dtype_of_stock_under_autocast(device):
     """On CUDA autocast makes layer norms float32. Fake tensors apply its rules on a machine without CUDA."""
     kinds = {}
     with FakeTensorMode():
@@ -262,14 +255,14 @@ def test_residual_stream_has_the_type_of_stock_under_autocast(device):
             with torch.device(device):
                 model = cls(**BASE)
                 inputs = [torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2, 5, BASE["context_in_dim"])]
-            seen = []
+            dtypes = []
             for block in model.blocks:
-                block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.dtype))
+                block.register_forward_hook(lambda module, args, output, dtypes=dtypes: dtypes.append(output.dtype))
             with autocast_bf16(device):
                 norm = torch.nn.functional.layer_norm(torch.empty(2, 8, device=device, dtype=torch.bfloat16), (8,))
                 assert norm.dtype == {"cpu": torch.bfloat16, "cuda": torch.float32}[device]
-                seen.append(model(*inputs).sample.dtype)
-            kinds[name] = seen
+                dtypes.append(model(*inputs).sample.dtype)
+            kinds[name] = dtypes
     assert kinds["ours"] == kinds["stock"]
     assert set(kinds["ours"]) == {torch.bfloat16}
 
@@ -305,7 +298,7 @@ def slow_rotation(vector: list[float], row: int, column: int, axes_dim, theta: f
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rotary_embedding_against_complex_numbers(compiled, fresh_dynamo):
-    """The eager and the compiled form are different lines of code."""
+    """Eager and compiled mode run different code."""
     rows, columns, axes_dim, theta = 3, 4, (6, 10), 10000
     x = torch.randn(2, rows * columns, 2, 16, generator=torch.Generator().manual_seed(0))
     table = rotary_table(rows, columns, axes_dim, theta, torch.device("cpu"))
@@ -327,7 +320,7 @@ def test_rotary_table_keeps_float64_accuracy_at_far_positions():
 
 
 def slow_attention(attn: PRXAttention, image, text, mask, rows, columns, axes_dim, theta, rounding):
-    """Joint attention in float64 with loops; `rounding` is what the network does to every stored tensor."""
+    """Compute joint attention in float64 with loops; `rounding` rounds every stored tensor as the network does."""
 
     def linear(layer, x):
         return rounding(torch.einsum("oi,bni->bno", layer.weight.double(), x.double()))
@@ -395,7 +388,7 @@ def test_attention_against_slow_float64_mathematics(dtype, masked):
 
 
 def test_no_float64_outside_the_cpu():
-    """Forward and backward on the meta device, which stands for every device not known to have float64."""
+    """Forward and backward on the meta device, in place of devices without float64."""
 
     class NoFloat64(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -417,9 +410,7 @@ def test_no_float64_outside_the_cpu():
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches, text, batch
-# ---------------------------------------------------------------------------------------------------------------------
+# --- patches, text, batch
 
 
 def test_patches_are_row_major_with_channels_first():
@@ -434,7 +425,7 @@ def test_patches_are_row_major_with_channels_first():
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_masked_text_changes_nothing(padding):
+def test_masked_text_has_no_effect(padding):
     model = make_model()
     inputs = make_inputs(padding=padding)
     mask = inputs["attention_mask"]
@@ -443,15 +434,14 @@ def test_masked_text_changes_nothing(padding):
     with torch.no_grad():
         assert torch.equal(model(**inputs).sample, model(**other).sample)
         unmasked = model(**{**inputs, "attention_mask": None}).sample
-        assert relative_error(unmasked[1:], model(**inputs).sample[1:]) > 1e-3  # the mask is at work
+        assert relative_error(unmasked[1:], model(**inputs).sample[1:]) > 1e-3  # the mask has an effect
     found = gradients(model, inputs)["encoder_hidden_states"]
     assert found[~mask].abs().max() == 0
     assert (found[mask].abs().amax(-1) > 0).all()
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_trimmed_text_gives_the_same(padding):
-    """Row by row, text cut to its own tokens and no mask equals padded text with a mask."""
+def test_trimmed_text_equals_padded_text_with_a_mask(padding):
     model = make_model()
     inputs = make_inputs(padding=padding)
     with torch.no_grad():
@@ -462,7 +452,7 @@ def test_trimmed_text_gives_the_same(padding):
             assert relative_error(alone, padded[[row]]) < OUTPUT_TOLERANCE
 
 
-def test_text_that_is_masked_away_altogether_is_no_text():
+def test_fully_masked_text_equals_no_text():
     model = make_model()
     inputs = make_inputs(batch=2)
     with torch.no_grad():
@@ -471,7 +461,7 @@ def test_text_that_is_masked_away_altogether_is_no_text():
         assert relative_error(masked, model(**inputs).sample) < OUTPUT_TOLERANCE
 
 
-def test_integer_mask_is_a_boolean_mask():
+def test_integer_mask_equals_boolean_mask():
     model = make_model()
     inputs = make_inputs(padding="right")
     with torch.no_grad():
@@ -500,7 +490,7 @@ def test_one_timestep_serves_the_whole_batch():
         assert relative_error(one, model(**inputs).sample) < OUTPUT_TOLERANCE
 
 
-def test_mask_and_rotary_table_are_made_once_for_all_blocks():
+def test_mask_and_rotary_table_are_shared_by_all_blocks():
     model = make_model(depth=3)
     recorder = RecordingProcessor()
     model.set_attn_processor(recorder)
@@ -518,8 +508,8 @@ def test_mask_and_rotary_table_are_made_once_for_all_blocks():
     assert first[0].shape == (3, 1, 1, TEXT_LENGTH + HEIGHT * WIDTH // 4)
 
 
-def test_one_model_serves_every_shape_with_its_own_table():
-    """Also two shapes with as many tokens, one after the other."""
+def test_each_shape_has_its_own_rotary_table():
+    """Two shapes have the same number of tokens."""
     model = make_model()
     with torch.no_grad():
         for height, width in ((8, 12), (12, 8), (4, 24), (8, 12)):
@@ -528,7 +518,7 @@ def test_one_model_serves_every_shape_with_its_own_table():
     assert len(model._rotary_tables) == 3
 
 
-def test_rotary_table_first_made_in_inference_mode_serves_training():
+def test_rotary_table_made_in_inference_mode_serves_training():
     model = make_model()
     inputs = make_inputs()
     expected = gradients(make_model(), inputs)
@@ -538,13 +528,11 @@ def test_rotary_table_first_made_in_inference_mode_serves_training():
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training from scratch
-# ---------------------------------------------------------------------------------------------------------------------
+# --- training from scratch
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_untrained_network_answers_zero_and_every_parameter_learns(variant):
+def test_untrained_model_predicts_zero_and_every_parameter_learns(variant):
     model = PRXTransformer2DModel(**{**BASE, **VARIANTS[variant]})
     inputs = make_inputs(padding="right")
     assert model(**inputs).sample.abs().max() == 0
@@ -559,7 +547,7 @@ def test_untrained_network_answers_zero_and_every_parameter_learns(variant):
     (model(**inputs).sample - target).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.count_nonzero() > 0, name
-    for block in model.blocks:  # none of shift, scale and gate, of attention and MLP, is cut off
+    for block in model.blocks:  # shift, scale and gate of attention and MLP
         assert all(chunk.count_nonzero() > 0 for chunk in block.modulation.lin.weight.grad.chunk(6))
 
 
@@ -605,9 +593,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_bit():
     assert len(recorder.tables) == BASE["depth"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving and loading
-# ---------------------------------------------------------------------------------------------------------------------
+# --- saving and loading
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -627,7 +613,7 @@ def test_saved_models_load_in_stock_and_back(variant, tmp_path):
     for loaded in (from_stock, in_stock):
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
-    with torch.no_grad():  # not to the bit: weights in a memory-mapped file are aligned differently
+    with torch.no_grad():  # not bitwise: weights in a memory-mapped file are aligned differently
         assert relative_error(from_stock(**inputs).sample, model(**inputs).sample) < OUTPUT_TOLERANCE
         assert relative_error(in_stock(**inputs).sample, stock(**inputs).sample) < OUTPUT_TOLERANCE
 
@@ -647,22 +633,22 @@ def test_ways_of_loading(options, tmp_path):
 
 
 def test_device_map_that_leaves_blocks_on_disk(tmp_path):
-    """Weights are fetched when a module is called, so that every weight must be used through its module's call."""
+    """Weights are fetched when a module is called: every weight must be used through its module's call."""
     model = make_model("both")
     inputs = make_inputs(padding="right")
     model.save_pretrained(tmp_path / "model")
-    places = {name: "cpu" for name, _ in model.named_children()}
-    del places["blocks"]
-    places.update({"blocks.0": "cpu", "blocks.1": "disk"})
+    device_map = {name: "cpu" for name, _ in model.named_children()}
+    del device_map["blocks"]
+    device_map.update({"blocks.0": "cpu", "blocks.1": "disk"})
     loaded = PRXTransformer2DModel.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
     )
     assert {p.device.type for p in loaded.blocks[1].parameters()} == {"meta"}
     with torch.no_grad():
         assert relative_error(loaded(**inputs).sample, model(**inputs).sample) < OUTPUT_TOLERANCE
 
 
-def test_deep_copies_and_pickles_are_whole(tmp_path):
+def test_deep_copies_and_pickles_draw_the_same(tmp_path):
     model = make_model()
     inputs = make_inputs()
     with torch.no_grad():
@@ -672,36 +658,7 @@ def test_deep_copies_and_pickles_are_whole(tmp_path):
         assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(**inputs).sample, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What diffusers users do with a transformer
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_layerwise_casting_stores_the_big_matrices_in_float8():
-    model = make_model("both")
-    inputs = make_inputs(padding="right")
-    with torch.no_grad():
-        expected = model(**inputs).sample
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-        actual = model(**inputs).sample
-    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    assert kinds["blocks.0.attention.img_qkv_proj.weight"] == torch.float8_e4m3fn
-    assert kinds["blocks.1.down_proj.weight"] == torch.float8_e4m3fn
-    for name, dtype in kinds.items():
-        if any(part in name for part in ("norm", "time_in", "resolution_embedder", "odulation")):
-            assert dtype == torch.float32, name
-    assert 1e-4 < relative_error(actual, expected) < 0.2
-
-
-def test_group_offloading_runs():
-    model = make_model()
-    inputs = make_inputs()
-    with torch.no_grad():
-        expected = model(**inputs).sample
-        for level in ({"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}):
-            other = copy.deepcopy(model)
-            other.enable_group_offload(onload_device=torch.device("cpu"), **level)
-            assert torch.equal(other(**inputs).sample, expected)
+# --- what diffusers users do with a transformer
 
 
 def test_lora_adapter_trains_saves_and_loads(tmp_path):
@@ -715,7 +672,7 @@ def test_lora_adapter_trains_saves_and_loads(tmp_path):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(LORA_TARGETS) * BASE["depth"]
     with torch.no_grad():
-        assert torch.equal(model(**inputs).sample, base)  # an adapter starts as nothing
+        assert torch.equal(model(**inputs).sample, base)  # a new adapter changes nothing
 
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     for _ in range(2):
@@ -738,12 +695,12 @@ def test_lora_adapter_trains_saves_and_loads(tmp_path):
         half = fresh(**inputs, attention_kwargs={"scale": 0.5}).sample
         assert relative_error(half, adapted) > 1e-3
         assert torch.equal(fresh(**inputs, attention_kwargs={"scale": 0.0}).sample, base)
-        assert torch.equal(fresh(**inputs).sample, adapted)  # the scale held for one call
+        assert torch.equal(fresh(**inputs).sample, adapted)  # the scale is for one call
         fresh.fuse_lora()
         assert relative_error(fresh(**inputs).sample, adapted) < OUTPUT_TOLERANCE
 
 
-def test_pyramid_attention_broadcast_skips_attention_and_is_taken_off_again():
+def test_pyramid_attention_broadcast_skips_attention_until_disabled():
     model = make_model()
     inputs = make_inputs()
     recorder = RecordingProcessor()
@@ -787,7 +744,7 @@ def test_attention_backends():
     with torch.no_grad():
         expected = model(**inputs).sample
         for backend, fused_layers in (("native", 2), ("_native_math", 0), ("native", 2)):
-            model.set_attention_backend(backend)  # ends as it began: diffusers remembers it for the whole process
+            model.set_attention_backend(backend)  # last the default: diffusers keeps it for the whole process
             with FusedAttentionCalls() as calls:
                 assert relative_error(model(**inputs).sample, expected) < OUTPUT_TOLERANCE
             assert calls.count == fused_layers
@@ -821,9 +778,7 @@ def test_attention_processors_are_read_and_set():
         model.set_attn_processor({names[0]: PRXAttnProcessor()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.compile
-# ---------------------------------------------------------------------------------------------------------------------
+# --- torch.compile
 
 
 @pytest.mark.parametrize(
@@ -846,7 +801,7 @@ def test_compiles_as_one_graph(fresh_dynamo, padding, checkpointing):
         assert relative_error(actual[f"_orig_mod.{name}"], expected[name]) < tolerance, name
 
 
-def test_compiled_model_fills_no_table_and_takes_other_shapes(fresh_dynamo):
+def test_compiled_model_takes_other_shapes_without_recompiling(fresh_dynamo):
     model = make_model()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
@@ -873,7 +828,7 @@ def test_regional_compilation_compiles_one_block_once(fresh_dynamo):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_numbers(fresh_dynamo):
-    """The forward of a block through the default backend (a training step of a model takes a minute to compile)."""
+    """Only the forward of a block: a training step of a model takes a minute to compile."""
     model = make_model(depth=1)
     inputs = make_inputs(padding="right")
     with torch.no_grad():
@@ -882,22 +837,20 @@ def test_inductor_gives_the_same_numbers(fresh_dynamo):
         assert relative_error(model(**inputs).sample, expected) < OUTPUT_TOLERANCE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wrong use
-# ---------------------------------------------------------------------------------------------------------------------
+# --- wrong use
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_heads": 5}, "multiple of `num_heads`"),
+        ({"num_heads": 5}, "`num_heads`"),
         ({"axes_dim": [8, 10]}, "`axes_dim`"),
-        ({"axes_dim": [7, 9]}, "even"),
-        ({"axes_dim": [16]}, "two even numbers"),
-        ({"axes_dim": None}, "`axes_dim`"),  # None stands for (32, 32)
+        ({"axes_dim": [7, 9]}, "`axes_dim`"),
+        ({"axes_dim": [16]}, "`axes_dim`"),
+        ({"axes_dim": None}, "`axes_dim`"),  # None means (32, 32)
     ],
 )
-def test_configurations_that_do_not_fit_are_refused(overrides, message):
+def test_wrong_configuration_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         PRXTransformer2DModel(**{**BASE, **overrides})
 
@@ -919,18 +872,16 @@ def test_configurations_that_do_not_fit_are_refused(overrides, message):
         ({"attention_mask": torch.zeros(3, 1, 1, TEXT_LENGTH)}, "`attention_mask`"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(change, message):
+def test_wrong_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         make_model()(**{**make_inputs(), **change})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What stock's configuration does not have: resolution tokens and the fusion (the latter in test_token_routing.py)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- options that stock lacks: resolution tokens (the fusion is in test_token_routing.py)
 
 
 def slow_resolution_token(embedder: nn.Module, size: int) -> torch.Tensor:
-    """The token (1, D) of one height or width, in float64."""
+    """Compute the token (1, D) of one height or width in float64."""
     angles = [size * 10000 ** (-k / 64) for k in range(64)]
     features = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles], dtype=torch.float64)
     hidden = embedder.in_layer.weight.double() @ features + embedder.in_layer.bias.double()
@@ -941,7 +892,7 @@ def slow_resolution_token(embedder: nn.Module, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (12, 8), (2, 4)])
 def test_resolution_tokens_stand_before_the_text(height, width, padding):
-    """As a plain model that is given the two tokens as text, already at the width of its blocks."""
+    """A plain model that receives the two tokens as text, already at the width of its blocks, predicts the same."""
     model = make_model(resolution_tokens=True)
     inputs = make_inputs(height=height, width=width, padding=padding)
     plain = PRXTransformer2DModel(**{**BASE, "context_in_dim": BASE["hidden_size"]}).eval()
@@ -965,14 +916,14 @@ def test_resolution_tokens_stand_before_the_text(height, width, padding):
         assert relative_error(plain(**inputs).sample, actual) > 1e-2  # the tokens matter
 
 
-def test_resolution_tokens_tell_height_from_width():
-    """2 x 4 and 4 x 2 have the same sum, product and set of sizes, and as many tokens."""
+def test_resolution_tokens_distinguish_height_from_width():
+    """2 x 4 and 4 x 2 have the same sum, product, set of sizes and number of tokens."""
     embedder = make_model(resolution_tokens=True).resolution_token_embedder
     with torch.no_grad():
         wide, tall, square = (embedder(*size, torch.device("cpu"), torch.float32) for size in ((2, 4), (4, 2), (4, 4)))
     assert wide.shape == (1, 2, BASE["hidden_size"])
     assert relative_error(wide, tall) > 0.1
-    assert relative_error(wide, tall.flip(1)) > 0.1  # nor is one the other turned round
+    assert relative_error(wide, tall.flip(1)) > 0.1  # not even in reverse order
     assert torch.equal(square[:, 0], tall[:, 0])
     assert torch.equal(square[:, 1], wide[:, 1])
 
@@ -990,33 +941,22 @@ def test_resolution_tokens_learn_and_start_small():
     assert all(found[name].count_nonzero() > 0 for name in found)
 
 
-def test_resolution_tokens_are_not_stored_in_float8():
-    model = make_model(resolution_tokens=True, fusion_range=[0, 1])
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    assert kinds["fusion.linear.weight"] == torch.float8_e4m3fn
-    assert kinds["fusion.mask_token"] == torch.float32
-    assert {kinds[name] for name in kinds if name.startswith("resolution_token_embedder.")} == {torch.float32}
-    with torch.no_grad():
-        assert model(**make_inputs()).sample.isfinite().all()
-
-
 class Warnings(logging.Handler):
-    """What diffusers' logger says."""
+    """Collects warnings of diffusers' logger."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.said = []
+        self.messages = []
 
     def emit(self, record):
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 @pytest.fixture
 def diffusers_warnings():
     handler = Warnings()
     logging.getLogger("diffusers").addHandler(handler)
-    yield handler.said
+    yield handler.messages
     logging.getLogger("diffusers").removeHandler(handler)
 
 
@@ -1025,7 +965,7 @@ OWN_OPTIONS["together"] = {"resolution_tokens": True, "fusion_range": [1, 2]}
 
 
 @pytest.mark.parametrize("name", OWN_OPTIONS)
-def test_models_that_stock_lacks_are_saved_and_loaded_by_ours(name, tmp_path, diffusers_warnings):
+def test_models_with_own_options_survive_saving(name, tmp_path, diffusers_warnings):
     model = make_model(**OWN_OPTIONS[name])
     inputs = make_inputs(padding="right")
     model.save_pretrained(tmp_path)
@@ -1044,8 +984,8 @@ def test_models_that_stock_lacks_are_saved_and_loaded_by_ours(name, tmp_path, di
 
 
 @pytest.mark.parametrize("name", OWN_OPTIONS)
-def test_stock_does_not_take_half_of_a_model_in_silence(name, tmp_path, diffusers_warnings):
-    """By its class name it is refused. Asked for as stock's class all the same, stock warns twice; it never raises."""
+def test_stock_does_not_silently_load_a_part_of_a_model(name, tmp_path, diffusers_warnings):
+    """It refuses the class name. Loaded by stock's class, it warns of options and weights."""
     make_model(**OWN_OPTIONS[name]).save_pretrained(tmp_path)
     with pytest.raises((AttributeError, ValueError), match="PRXExtendedTransformer2DModel"):
         AutoModel.from_pretrained(str(tmp_path))
@@ -1058,7 +998,7 @@ def test_stock_does_not_take_half_of_a_model_in_silence(name, tmp_path, diffuser
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stock_has_nothing_to_say_about_other_models(variant, tmp_path, diffusers_warnings):
+def test_stock_loads_other_models_without_warnings(variant, tmp_path, diffusers_warnings):
     make_model(variant).save_pretrained(tmp_path)
     StockPRXTransformer2DModel.from_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(str(tmp_path))) is StockPRXTransformer2DModel

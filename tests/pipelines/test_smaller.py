@@ -12,7 +12,7 @@ from diffusers_prx import PRXPipeline
 PROMPTS = ["a red cat on the beach", "sunset"]
 CPU = torch.device("cpu")
 # parts of the transformer that layerwise casting leaves unchanged
-HIGH_PRECISION = ("norm", "time_in", "resolution", "modulation", "img_in", "txt_in", "final_layer")
+HIGH_PRECISION = ("norm", "time_in", "resolution", "modulation", "img_in", "txt_in", "final_layer", "mask_token")
 TOLERANCE = 1e-5  # seen: 6e-7
 
 
@@ -34,7 +34,11 @@ def row_maxima(weight):
     return weight.abs().amax(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("make", [tiny.latent_pipeline, tiny.pixel_pipeline])
+def own_options_pipeline():
+    return tiny.latent_pipeline(transformer=tiny.transformer(resolution_tokens=True, fusion_range=[0, 1]))
+
+
+@pytest.mark.parametrize("make", [tiny.latent_pipeline, tiny.pixel_pipeline, own_options_pipeline])
 def test_layerwise_casting_to_float8(make):
     pipe = make()
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)

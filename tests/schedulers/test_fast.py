@@ -1,4 +1,4 @@
-"""The fast preset: its noise levels, and how well it solves an equation whose solution is known."""
+"""The fast preset: its noise levels, and its error on an equation with a known solution."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import torch
 
 from diffusers_prx import PRXFlowMatchScheduler, fast_scheduler, fast_sigmas
 
-STD = 0.4  # of the data, normal: the velocity and the way of every sample are known
+STD = 0.4  # standard deviation of normal data, for which velocity and solution are known
 
 
 def error(scheduler, **levels) -> float:
-    """Where a sample ends, relative to where the equation takes it: from x_1 to STD x_1."""
+    """Return the relative error of the end of a sample; the exact end of x_1 is STD * x_1."""
     scheduler.set_timesteps(**{name: np.array(value) if name == "sigmas" else value for name, value in levels.items()})
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1].double()):
@@ -20,7 +20,7 @@ def error(scheduler, **levels) -> float:
     return (x / STD - 1).abs().item()
 
 
-def test_nine_steps_are_nearer_to_the_solution_than_28_of_euler():
+def test_nine_fast_steps_are_closer_to_the_solution_than_28_euler_steps():
     euler = error(PRXFlowMatchScheduler(shift=3.0), num_inference_steps=28)
     assert error(fast_scheduler(), sigmas=fast_sigmas(9)) < 0.6 * euler
     evenly = fast_scheduler()
@@ -28,7 +28,7 @@ def test_nine_steps_are_nearer_to_the_solution_than_28_of_euler():
     assert error(fast_scheduler(), sigmas=fast_sigmas(9)) < 0.6 * error(evenly, num_inference_steps=9)
 
 
-def test_levels_are_dense_at_both_ends():
+def test_noise_levels_are_dense_at_both_ends():
     scheduler = fast_scheduler()
     scheduler.set_timesteps(sigmas=np.array(fast_sigmas(8)))
     steps = -scheduler.sigmas.diff()
@@ -38,7 +38,7 @@ def test_levels_are_dense_at_both_ends():
     assert max(steps[0], steps[-1]) < 0.7 * steps.max()
 
 
-def test_no_step_is_refused():
+def test_wrong_number_of_steps_is_refused():
     for steps in (0, 2.5, True, "9"):
         with pytest.raises(ValueError, match="`num_inference_steps`"):
             fast_sigmas(steps)
