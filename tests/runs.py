@@ -135,7 +135,7 @@ def save_teacher(folder: Path, patch_size: int = 4) -> Path:
     model = Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**sizes, image_size=16, patch_size=patch_size, num_register_tokens=2)
     )
-    tiny.randomise(model)
+    tiny.randomize(model)
     model.save_pretrained(folder)
     normalization = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
     (folder / "preprocessor_config.json").write_text(json.dumps(normalization))
@@ -206,7 +206,7 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         assert one == other, path
 
 
-def nets(scheduler: Any, vae: Any = None, randomise: bool = True, **changes: Any) -> Nets:
+def nets(scheduler: Any, vae: Any = None, randomize: bool = True, **changes: Any) -> Nets:
     """Make networks for a training step on the CPU, with changes of the transformer's configuration."""
     tokenizer = train_tokenizer(CAPTIONS * 20, 300, 48)
     torch.manual_seed(0)
@@ -214,8 +214,8 @@ def nets(scheduler: Any, vae: Any = None, randomise: bool = True, **changes: Any
     transformer = tiny.PRXTransformer2DModel(
         **TRANSFORMER | {"in_channels": 3 if vae is None else 4, "context_in_dim": 16, "patch_size": 4} | changes
     )
-    if randomise:
-        tiny.randomise(transformer)
+    if randomize:
+        tiny.randomize(transformer)
     return Nets(transformer, text_encoder, tokenizer, vae, scheduler, transformer.config["patch_size"])
 
 

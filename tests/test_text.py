@@ -10,8 +10,8 @@ from diffusers_prx.text import encode_text, find_truncated, tokenize_prompts, tr
 
 # encoders with relative and absolute positions, causal and bidirectional
 ENCODERS = {
-    "t5gemma": (lambda: zoo.randomised(tiny.text_encoder()), tiny.tokenizer),
-    "qwen3_vl": (lambda: zoo.randomised(tiny.qwen_text_tower()), tiny.tokenizer),
+    "t5gemma": (lambda: zoo.randomized(tiny.text_encoder()), tiny.tokenizer),
+    "qwen3_vl": (lambda: zoo.randomized(tiny.qwen_text_tower()), tiny.tokenizer),
     "t5": (zoo.t5_encoder, tiny.tokenizer),
     "clip": (zoo.clip_text, zoo.clip_tokenizer),
     "bert": (zoo.bert, tiny.tokenizer),

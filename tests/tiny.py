@@ -169,13 +169,13 @@ def transformer(seed: int = 0, cls: type = PRXTransformer2DModel, **changes):
         "axes_dim": [8, 8],
     }
     model = cls(**settings | changes).eval()
-    randomise(model, seed)
+    randomize(model, seed)
     assert all(block.modulation.lin.weight.abs().max() > 0 for block in model.blocks)
     return model
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     """Draw every parameter at a size that keeps activations near 1 and makes text and time matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):

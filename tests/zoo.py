@@ -72,23 +72,23 @@ def vae_tiny(seed: int = 0, **changes: Any) -> AutoencoderTiny:
 
 def t5_encoder() -> T5EncoderModel:
     """Relative positions, bidirectional."""
-    return randomised(T5EncoderModel(_t5_config()))
+    return randomized(T5EncoderModel(_t5_config()))
 
 
 def t5_model() -> T5Model:
-    return randomised(T5Model(_t5_config()))
+    return randomized(T5Model(_t5_config()))
 
 
 def clip_text() -> CLIPTextModel:
     """Absolute positions, causal."""
-    return randomised(CLIPTextModel(CLIPTextConfig(**CLIP_TEXT)))
+    return randomized(CLIPTextModel(CLIPTextConfig(**CLIP_TEXT)))
 
 
 def clip_model() -> CLIPModel:
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 16, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=vision, projection_dim=8))
-    randomised(model.text_model)
+    randomized(model.text_model)
     return model.eval()
 
 
@@ -96,7 +96,7 @@ def save_clip(folder: Path) -> CLIPModel:
     """Save a CLIP model with its tokenizer and image normalization."""
     model = clip_model()
     for part in (model.vision_model, model.visual_projection, model.text_projection):
-        tiny.randomise(part)
+        tiny.randomize(part)
     model.save_pretrained(folder)
     clip_tokenizer(max_length=24).save_pretrained(folder)
     settings = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
@@ -106,18 +106,18 @@ def save_clip(folder: Path) -> CLIPModel:
 
 def bert() -> BertModel:
     """Absolute positions, bidirectional."""
-    return randomised(BertModel(BertConfig(**SMALL, max_position_embeddings=24)))
+    return randomized(BertModel(BertConfig(**SMALL, max_position_embeddings=24)))
 
 
 def qwen_model() -> Qwen3VLModel:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     vision |= {"out_hidden_size": tiny.TEXT_WIDTH, "deepstack_visual_indexes": []}
-    return randomised(Qwen3VLModel(Qwen3VLConfig(text_config=QWEN_TEXT, vision_config=vision)))
+    return randomized(Qwen3VLModel(Qwen3VLConfig(text_config=QWEN_TEXT, vision_config=vision)))
 
 
-def randomised(model: PreTrainedModel) -> Any:
+def randomized(model: PreTrainedModel) -> Any:
     """Draw weights large enough that positions and neighbors matter."""
-    tiny.randomise(model)
+    tiny.randomize(model)
     return model.eval()
 
 

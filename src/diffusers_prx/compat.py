@@ -1,9 +1,8 @@
 """Every private import from diffusers, transformers and torch, in one place.
 
-A module of these libraries is private if its path has a part with a leading underscore, or if it lies deeper than the
-modules that diffusers and transformers document (`diffusers.hooks` is public, `diffusers.hooks.group_offloading` is
-not). No other file of the package imports from such a module. When a new release of a library breaks an import, the
-fix belongs here.
+A name is private if its path has a part with a leading underscore, or if its module is deeper than the modules that
+diffusers and transformers document (`diffusers.hooks` is public, `diffusers.hooks.group_offloading` is private). No
+other file imports private names. When a new release of a library breaks an import, fix it here.
 """
 
 from typing import Any

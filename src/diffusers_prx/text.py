@@ -128,7 +128,7 @@ def tokenize_prompts(
 def find_truncated(
     tokenizer: Any, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]
 ) -> list[bool]:
-    """Return for each of B prompts whether `tokenize_prompts` has truncated it.
+    """Return one flag per prompt: True if `tokenize_prompts` has truncated it.
 
     Args:
         tokenizer, prompts, clean: as in `tokenize_prompts`.

@@ -69,7 +69,7 @@ def saved(folder, case):
     """Save a model with random parameters and its processor, and return both."""
     cls, config, processor_cls, _ = CASES[case]
     model = cls(config)
-    tiny.randomise(model)
+    tiny.randomize(model)
     model.eval().save_pretrained(folder)
     processor = processor_cls(**SQUARE)
     processor.save_pretrained(folder)
@@ -199,7 +199,7 @@ def test_features_of_a_convolutional_network_are_the_mean_over_its_last_stage(tm
     torch.manual_seed(0)
     model = ResNetModel(CONV).eval()
     model.config.image_size = 48  # the folder states it, the extractor uses it
-    tiny.randomise(model)
+    tiny.randomize(model)
     model.save_pretrained(tmp_path)
     BitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(tmp_path)
     extractor = load_extractor(tmp_path)

@@ -65,11 +65,11 @@ GRADIENT_TOLERANCE = 2e-5
 def make_model(variant: str = "base", seed: int = 0, **overrides) -> PRXTransformer2DModel:
     """Make a tiny model in which every parameter matters to the output."""
     model = PRXTransformer2DModel(**{**BASE, **VARIANTS[variant], **overrides})
-    randomise(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -362,7 +362,7 @@ def test_attention_against_slow_float64_mathematics(dtype, masked):
     """Norm weights of about 5 make logits near 100: in bf16 they would be off by 0.25, the output by a fifth."""
     rows, columns, axes_dim, theta = 2, 3, (6, 10), 10000
     attn = PRXAttention(64, 4)
-    randomise(attn)
+    randomize(attn)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for norm in (attn.norm_q, attn.norm_k, attn.norm_added_k):

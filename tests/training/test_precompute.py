@@ -112,7 +112,7 @@ def opened(values: dict) -> tuple[Nets, list]:
     """Return networks and stages of a run before its first step."""
     cfg = TrainingConfig(**values)
     nets, stages = build_nets(cfg), build_stages(cfg)
-    tiny.randomise(nets.transformer)  # a new one ignores its text
+    tiny.randomize(nets.transformer)  # a new one ignores its text
     for stage in stages:
         stage.assign_buckets(nets.pixels_per_token, 1)
     open_precomputed(stages, nets)

@@ -69,8 +69,8 @@ def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> None:
     hooked = type(guider).prepare_models is not BaseGuidance.prepare_models
     if hooked or guider._input_predictions != ["pred_cond", "pred_uncond"]:
         raise ValueError(
-            f"`guider` is a {type(guider).__name__}, which changes the network for a prediction of its own; accepted"
-            " are those that combine a prediction with the prompt and one with the negative prompt."
+            f"`guider` is a {type(guider).__name__}, which needs a prediction of a changed network; accepted are"
+            " those that combine a prediction with the prompt and one with the negative prompt."
         )
     if guidance_scale != DEFAULT_GUIDANCE_SCALE:
         raise ValueError(

@@ -40,7 +40,7 @@ _SCHEDULERS = {scheduler.prediction_type: scheduler for scheduler in (PRXFlowMat
 
 
 class PublishedT5GemmaConfig(T5GemmaConfig):
-    """Read the configuration of a published text encoder, whether it is the encoder's alone or the whole T5Gemma's."""
+    """Read the configuration of a published text encoder: the encoder's own, or that of the whole T5Gemma."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> T5GemmaConfig:  # type: ignore[override]

@@ -88,7 +88,7 @@ class _CallState(threading.local):
 
 @dataclasses.dataclass(frozen=True)
 class _Guidance:
-    """Guidance of one call, beside `guidance_scale`, which a callback may change between steps.
+    """Guidance settings of one call. `guidance_scale` is part of `_CallState`: a callback may change it.
 
     Args:
         self_guidance_scale: weight of TREAD's self-guidance; 1 is off.
