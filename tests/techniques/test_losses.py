@@ -11,7 +11,7 @@ import torch
 import torchmetrics
 from PIL import Image
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ResNetConfig, ResNetModel
 
 from diffusers_prx.techniques.losses import (
     LPIPSLoss,
@@ -21,7 +21,7 @@ from diffusers_prx.techniques.losses import (
     negative_indices,
     random_crop,
 )
-from diffusers_prx.techniques.teachers import load_teacher
+from diffusers_prx.techniques.teachers import build_teacher, load_teacher
 from diffusers_prx.training.rng import StepRandom
 
 PATCH = 4
@@ -348,6 +348,29 @@ def test_dino_crop_has_the_same_position_in_both_images(dino):
     ]
     assert abs(loss[0]) < 1e-6
     assert loss[1] > 1e-4
+
+
+def test_loss_of_a_convolutional_network_equals_a_loop():
+    """Each place of the feature map is compared by itself; the network sees images of 48 pixels at 96."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    model = ResNetModel(config).eval()  # one feature for 8 x 8 pixels
+    predicted, pixels = pair(2, 48, 48)
+    loss = dino_perceptual_loss(build_teacher(model, MEAN, STD, "x"), predicted, pixels, size=96)
+    expected = []
+    for images in zip(predicted.detach(), pixels.detach()):
+        features = []
+        for image in images:
+            image = resized(image[None].clamp(-1, 1), 96, 96, Image.Resampling.BICUBIC)
+            image = ((image + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+            with torch.no_grad():
+                features.append(model(image).last_hidden_state[0].double().numpy())
+        places = [(a[:, y, x], b[:, y, x]) for a, b in [features] for y in range(12) for x in range(12)]
+        expected.append(sum(1 - a @ b / math.sqrt((a @ a) * (b @ b)) for a, b in places) / 144)
+    assert min(expected) > 1e-4
+    torch.testing.assert_close(loss.double(), torch.tensor(expected), rtol=1e-4, atol=0)
+    loss.sum().backward()
+    assert predicted.grad.abs().max() > 0
 
 
 def test_random_crop_positions_are_uniform():
