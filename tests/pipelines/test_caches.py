@@ -116,7 +116,7 @@ def test_mag_cache():
             state["error"] += abs(1 - state["ratio"])
             if state["error"] <= 0.05 and state["skipped"] <= 2:
                 return tokens + state["residual"]
-            state.update(ratio=1.0, error=0.0, left_out=0)
+            state.update(ratio=1.0, error=0.0, skipped=0)
         state["runs"] = state.get("runs", 0) + 1
         tail = run(tokens, 0, DEPTH)
         state["residual"] = tail - tokens
