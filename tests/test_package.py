@@ -40,6 +40,7 @@ USED_WITHOUT_IMPORT = {
     "mypy": "`make quality`",
     "types-pyyaml": "stubs that mypy reads",
     "build": "run by these tests",
+    "torchao": "loaded by the quantization of diffusers",
     "hatchling": "the build backend",
     "pre-commit": "run by git",
     "pre-commit-hooks": "run by pre-commit",
