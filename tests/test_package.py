@@ -29,7 +29,6 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "markdown_it": "markdown-it-
 
 # declared but not imported by our code -> reason
 USED_WITHOUT_IMPORT = {
-    "torchao": "the backend of quantized weights, which tests import where it is installed",
     "peft": "diffusers' PeftAdapterMixin needs it for add_adapter and load_lora_adapter",
     "safetensors": "save_pretrained and from_pretrained write and read with it",
     "tensorboard": "accelerate's tracker for --report_to tensorboard",
