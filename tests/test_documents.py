@@ -221,8 +221,9 @@ def test_commands_have_their_flags_and_files(file, options, capsys, monkeypatch)
 
 def test_flags_in_the_text_are_those_of_a_script(options, capsys, monkeypatch):
     known: set[str] = set()
-    for script in (ROOT / "training").glob("*.py"):
-        known |= options(f"training.{script.stem}", capsys, monkeypatch)
+    for script in [*(ROOT / "training").glob("*.py"), *(ROOT / "training" / "tools").glob("*.py")]:
+        module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+        known |= options(module, capsys, monkeypatch)
     known |= options("diffusers_prx.convert", capsys, monkeypatch)
     for file in (ROOT / "README.md", ROOT / "training" / "README.md", *PAGES):
         for code in INLINE.findall(FENCED.sub("", file.read_text(encoding="utf-8"))):
