@@ -125,9 +125,9 @@ def test_invalid_evaluation_flags_are_rejected(trained, argv, message, capsys):
 
 
 def test_models_that_cannot_be_graded_are_rejected(trained, tmp_path):
-    with pytest.raises(SystemExit, match="level medium can be read from 64 pixels on; the model draws 32"):
+    with pytest.raises(SystemExit, match=r"^error: `level`.*64.*32"):
         evaluate_prx.main(["--model", str(trained), "--scenes", "--level", "medium"])
-    with pytest.raises(SystemExit, match=r"error: .* holds no pipeline"):
+    with pytest.raises(SystemExit, match=r"^error: `model`"):
         evaluate_prx.main(["--model", str(tmp_path), "--scenes"])
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "_diffusers_version": "0.42.0"}')
     with pytest.raises(SystemExit, match=r"FluxPipeline; accepted: \['PRXPipeline', 'PRXPixelPipeline'\]"):
