@@ -32,7 +32,7 @@ def graded_sheet(graded: Sequence[GradedScene | GradedEmoji], title: str, path: 
     """
     rows = -(-len(graded) // columns)
     figure = matplotlib.figure.Figure(figsize=(2.6 * columns, 3.0 * rows + 0.5), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(textwrap.fill(title, 24 * columns), parse_math=False)
     for index, scene in enumerate(graded):
         axes = figure.add_subplot(rows, columns, index + 1, xticks=[], yticks=[])
         axes.imshow(scene.image, interpolation="nearest")
