@@ -156,12 +156,12 @@ def test_study_with_a_finished_and_a_failed_run(tmp_path, capsys):
     assert (tmp_path / "out/report/runs/baseline/seed_1.png").is_file()
     assert not list((tmp_path / "out/baseline/seed_1").glob("checkpoint-*"))
     assert (tmp_path / "out/baseline/seed_1/model_index.json").is_file()
-    assert "The loss is not finite at step" in bad["failures"][0]["message"]
+    assert "is not finite at step 2" in bad["failures"][0]["message"]
     assert bad["failures"][0]["stage"] == "training"
 
     report = (tmp_path / "out/report/report.md").read_text()
     assert "**failed**; runs failed" in report
-    assert "diverging, seed 1: The loss is not finite" in report
+    assert "diverging, seed 1: The loss or its gradient is not finite" in report
     assert "| tuned | 1 | not run |" in report
     capsys.readouterr()
     ablate(tmp_path, "--only", "divergence")  # neither finished nor failed runs are repeated

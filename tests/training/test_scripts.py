@@ -86,7 +86,7 @@ def test_evaluation_with_a_reference_and_scenes(trained, tmp_path, capsys):
 def test_evaluation_without_a_metric_is_rejected(trained, capsys):
     with pytest.raises(SystemExit):
         evaluate_prx.main(["--model", str(trained)])
-    assert "Nothing is asked for" in capsys.readouterr().err
+    assert "`metrics`" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^error: .* has no preprocessor_config\.json"):
         evaluate_prx.main(["--model", str(trained), "--metrics", f"fid:{trained}"])
 
