@@ -57,6 +57,8 @@ DRAW_IF_LINKED = """(linked) => { if (linked) document.querySelector("#draw").cl
 
 # events that change the page only: not queued, and no endpoints
 UNQUEUED = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+# comes through the same stream as the steps, so after those that are on their way
+AFTER_STEPS = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
 # both endpoints share one queue; values are not preprocessed, since `parse_request` checks them
 QUEUED = {
     "concurrency_limit": CONCURRENCY,
@@ -297,7 +299,7 @@ def add_draw_tab(page: gr.Blocks, handlers: Handlers) -> None:
         api_name="draw", **QUEUED,
     )  # fmt: skip
     # `then`: a step that ends while it is canceled would overwrite the status
-    stop.click(None, cancels=drawing).then(stopped_status, None, status, **UNQUEUED)
+    stop.click(None, cancels=drawing).then(stopped_status, None, status, **AFTER_STEPS)
     controls.model.input(handlers.change_model, controls.model, [controls.size, examples], **UNQUEUED)
     examples.click(lambda sample: sample[0], examples, prompt, **UNQUEUED)
     gallery.select(settings_of_selected, drawn, details, **UNQUEUED)
@@ -325,7 +327,7 @@ def add_compare_tab(handlers: Handlers) -> None:
         [start.click, prompt.submit], handlers.compare, [prompt, negative, seed, *settings, *loras],
         [status, *panels], api_name="compare", **QUEUED,
     )  # fmt: skip
-    stop.click(None, cancels=comparing).then(stopped_status, None, status, **UNQUEUED)
+    stop.click(None, cancels=comparing).then(stopped_status, None, status, **AFTER_STEPS)
 
 
 def build(models: Mapping[str, ModelInfo], cache: ModelCache) -> gr.Blocks:
