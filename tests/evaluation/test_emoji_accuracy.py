@@ -25,7 +25,6 @@ from diffusers_prx.evaluation.emoji_reader import WHITE, EmojiReader
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.reports import markdown_table, write_reports
 from diffusers_prx.hub.cards import evaluation_results, without_folders
-from diffusers_prx.schedulers import PRXXPredictionScheduler
 from diffusers_prx.techniques.teachers import load_teacher
 
 SIDE = 32
@@ -192,14 +191,6 @@ def test_scenes_are_read_at_the_places_of_their_drawings(folder, reader):
     first = group.questions.index(own[0])
     assert readings[0][first] == readings[1][first]
     assert readings[0][first + 1] != readings[1][first + 1]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    nets = runs.nets(PRXXPredictionScheduler())
-    nets.pipeline(runs.config(noise_scale=1.0, max_sequence_length=24)).save_pretrained(folder)
-    return folder
 
 
 def settings(model, folder, network, **changes):

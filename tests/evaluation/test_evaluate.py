@@ -26,18 +26,9 @@ from diffusers_prx.evaluation.generation import PictureFolder, load_pipeline, pi
 from diffusers_prx.evaluation.metrics import FrechetDistance, MaximumMeanDiscrepancy
 from diffusers_prx.evaluation.references import ReferenceCache
 from diffusers_prx.evaluation.reports import markdown_table, write_reports
-from diffusers_prx.schedulers import PRXXPredictionScheduler
 
 COUNT = 22
 FID, MMD = "FID (scenes ViT)", "MMD (scenes ViT)"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    nets = runs.nets(PRXXPredictionScheduler())
-    nets.pipeline(runs.config(noise_scale=1.0, max_sequence_length=24)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ class keeps them, so that the standard deviation is 1: `scaling_factor` and `shi
 which knows no shift), batch-norm statistics of every patchified channel (flux2).
 
 `--align_to TEACHER` is a stand-in for the VAEs of REPA-E (arXiv 2504.10483), not REPA-E. There the alignment loss of a
-diffusion transformer tunes the VAE through the transformer, end to end. Here is no transformer: a linear projection of
-the latents is aligned with the teacher's patch features, and thrown away. That this has REPA-E's effect was not shown.
+diffusion transformer tunes the VAE through the transformer, end to end. This tool trains no transformer: it aligns
+a linear projection of the latents with the teacher's patch features, and discards the projection afterwards. That this
+has REPA-E's effect was not shown.
 
 The folder holds the autoencoder in diffusers' format, and training.json with the settings, the statistics and the PSNR
 on held-out and novel scenes, or on `--eval_splits` of your data, which are also printed. The same seed gives the same

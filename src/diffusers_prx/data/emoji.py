@@ -1,8 +1,10 @@
 """The emoji data set of `training/tools/fetch_emoji.py`: its drawings by name and style, with transparency."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,16 @@ class EmojiDrawings:
         if not drawings:
             raise ValueError(f"`emoji_dir` has no drawing of the split {split} at {self.size} pixels: {MAKE_IT}.")
         return tuple(drawings)
+
+    @cached_property
+    def by_name_and_style(self) -> dict[tuple[str, str], EmojiDrawing]:
+        """Drawings of all splits by (name, style)."""
+        return {(drawing.name, drawing.style): drawing for part in self.splits.values() for drawing in part}
+
+    @cached_property
+    def style_counts(self) -> Counter[str]:
+        """Number of styles by name."""
+        return Counter(name for name, _ in self.by_name_and_style)
 
     def stored(self, drawing: EmojiDrawing) -> bytes:
         """Return the picture of a drawing as it is stored, a PNG."""

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .emoji import STYLE_WORDS, EmojiDrawing, EmojiDrawings, enumerate_words, place_drawing, with_article
-from .scenes import CAPTIONS, one_of, pick, random_stream
+from .scenes import CAPTIONS, capitalize, one_of, pick, random_stream
 
 Place = tuple[int, int]
 
@@ -106,10 +106,6 @@ def drawing_box(place: Place, resolution: int) -> tuple[int, int, int]:
     return top, left, side
 
 
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
-
-
 def long_caption(scene: EmojiScene, *, seed: int = 0, index: int = 0) -> str:
     """Write a caption that states style, ground, and the name and place of every drawing; (seed, index) choose the
     wording."""
@@ -119,10 +115,10 @@ def long_caption(scene: EmojiScene, *, seed: int = 0, index: int = 0) -> str:
     style = STYLE_WORDS.get(scene.style, scene.style)
     pattern = pick(rng, _LONG_PATTERNS + _SENTENCES)
     if pattern in _SENTENCES:
-        parts = [_capital(pattern.format(thing=noun, place=place)) for noun, place in zip(nouns, places)]
+        parts = [capitalize(pattern.format(thing=noun, place=place)) for noun, place in zip(nouns, places)]
         return " ".join([*parts, *(last.format(color=scene.ground, style=style) for last in _LAST_SENTENCES)])
     things = enumerate_words([f"{noun} {place}" for noun, place in zip(nouns, places)])
-    return _capital(pattern.format(things=things, style=style, ground=with_article(scene.ground)))
+    return capitalize(pattern.format(things=things, style=style, ground=with_article(scene.ground)))
 
 
 def short_caption(scene: EmojiScene, *, seed: int = 0, index: int = 0) -> str:
@@ -130,7 +126,7 @@ def short_caption(scene: EmojiScene, *, seed: int = 0, index: int = 0) -> str:
     rng = random_stream("short", seed, index)
     things = enumerate_words([with_article(thing.label) for thing in scene.objects])
     style = STYLE_WORDS.get(scene.style, scene.style)
-    return _capital(pick(rng, _SHORT_PATTERNS).format(things=things, style=style))
+    return capitalize(pick(rng, _SHORT_PATTERNS).format(things=things, style=style))
 
 
 def _is_held_out(scene: EmojiScene) -> bool:
@@ -199,10 +195,6 @@ class EmojiScenesDataset(torch.utils.data.Dataset):
             found.setdefault(drawing.style, []).append(drawing)
         return found
 
-    @cached_property
-    def _by_name(self) -> Mapping[tuple[str, str], EmojiDrawing]:
-        return {(d.name, d.style): d for part in (self._first, self.drawings.splits["train"]) for d in part}
-
     def _draw(self, rng: random.Random) -> EmojiScene:
         first = pick(rng, self._first)
         others = self._trained.get(first.style, [])
@@ -236,7 +228,8 @@ class EmojiScenesDataset(torch.utils.data.Dataset):
         image = Image.new("RGB", (self.resolution, self.resolution), GROUNDS[scene.ground])
         for thing in scene.objects:
             top, left, side = drawing_box(thing.place, self.resolution)
-            place_drawing(image, self.drawings.picture(self._by_name[thing.name, scene.style]), (left, top), side)
+            drawing = self.drawings.by_name_and_style[thing.name, scene.style]
+            place_drawing(image, self.drawings.picture(drawing), (left, top), side)
         return image
 
     def describe(self, scene: EmojiScene, caption: str, index: int) -> str:

@@ -383,7 +383,8 @@ def place_name(place: tuple[int, int], level: str) -> str:
     return _place_phrases(place, get_level(level).grid)[0]
 
 
-def _capital(sentence: str) -> str:
+def capitalize(sentence: str) -> str:
+    """Return a sentence with a capital first letter."""
     return sentence[0].upper() + sentence[1:]
 
 
@@ -403,12 +404,12 @@ def long_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
     places = [pick(rng, _place_phrases(thing.place, grid)) for thing in scene.objects]
     pattern = pick(rng, _LONG_PATTERNS + _SENTENCES)
     if pattern in _SENTENCES:
-        parts = [_capital(pattern.format(thing=noun, place=place)) for noun, place in zip(nouns, places)]
+        parts = [capitalize(pattern.format(thing=noun, place=place)) for noun, place in zip(nouns, places)]
         text = " ".join([*parts, _LAST_SENTENCE.format(background=scene.background)])
     else:
         things = [f"{noun} {place}" for noun, place in zip(nouns, places)]
         joined = " and ".join(filter(None, (", ".join(things[:-1]), things[-1])))
-        text = _capital(pattern.format(things=joined, background=scene.background))
+        text = capitalize(pattern.format(things=joined, background=scene.background))
     if scene.relation is not None:
         # either "A is above B" or "B is below A"
         first, second = scene.objects[:2] if rng.random() < 0.5 else scene.objects[1::-1]
@@ -424,7 +425,7 @@ def short_caption(scene: Scene, *, seed: int = 0, index: int = 0) -> str:
     """
     rng, thing = random_stream("short", seed, index), scene.objects[0]
     place = pick(rng, _place_phrases(thing.place, get_level(scene.level).grid))
-    return _capital(pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
+    return capitalize(pick(rng, _SHORT_PATTERNS).format(things=f"{_noun(thing, rng)} {place}"))
 
 
 class ScenesDataset(torch.utils.data.Dataset):

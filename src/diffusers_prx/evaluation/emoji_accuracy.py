@@ -104,11 +104,8 @@ def drawing_group(
         count: largest number of prompts.
         seed: seed of the choice.
     """
-    styles: dict[str, set[str]] = {}
-    for part in drawings.splits.values():
-        for drawing in part:
-            styles.setdefault(drawing.name, set()).add(drawing.style)
-    own = [drawing for drawing in drawings.splits[GROUPS["drawings"][name]] if len(styles[drawing.name]) > 1]
+    split = drawings.splits[GROUPS["drawings"][name]]
+    own = [drawing for drawing in split if drawings.style_counts[drawing.name] > 1]
     own.sort(key=lambda drawing: random.Random(f"{seed}/{drawing.name}/{drawing.style}").random())
     chosen = own[:count]
     return EmojiGroup(
@@ -125,10 +122,6 @@ def scene_group(drawings: EmojiDrawings, name: str, resolution: int, count: int,
     """Choose prompts that request composed scenes. The arguments are those of `drawing_group`."""
     split = GROUPS["scenes"][name]
     scenes = EmojiScenesDataset(drawings, resolution, seed, split, size=count)
-    found = {(drawing.name, drawing.style): drawing for part in drawings.splits.values() for drawing in part}
-    styles: dict[str, int] = {}
-    for drawing_name, _ in found:
-        styles[drawing_name] = styles.get(drawing_name, 0) + 1
     prompts, questions, grounds, boxes = [], [], [], []
     for index in range(count):
         scene = scenes.scene(index)
@@ -137,8 +130,8 @@ def scene_group(drawings: EmojiDrawings, name: str, resolution: int, count: int,
         boxes.append([drawing_box(thing.place, resolution) for thing in scene.objects])
         asked = list(zip(scene.objects, boxes[-1]))
         for thing, box in asked if split == "heldout" else asked[:1]:
-            if styles[thing.name] > 1:
-                questions.append(Question(index, found[thing.name, scene.style], box))
+            if drawings.style_counts[thing.name] > 1:
+                questions.append(Question(index, drawings.by_name_and_style[thing.name, scene.style], box))
     return EmojiGroup(name, prompts, questions, grounds, boxes, lambda place: np.asarray(scenes[place]["image"]))
 
 
