@@ -133,6 +133,24 @@ def test_parquet_files_are_opened(tmp_path):
     assert len(load_source(f"{tmp_path}/struct/train-0.parquet")) == 2
 
 
+def test_folders_of_one_name_and_readme_keep_their_own_rows(tmp_path):
+    """`datasets` gives both one cache, which held the rows of whichever folder was opened first."""
+
+    def write(folder: str, rows: list[int]) -> str:
+        path = tmp_path / folder / "64"
+        path.mkdir(parents=True, exist_ok=True)
+        rows_of_four().select(rows).to_parquet(path / "train-0.parquet")
+        readme = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train-*.parquet"
+        (path / "README.md").write_text(f"---\n{readme}\n---\n")
+        return str(path)
+
+    first, second = write("first", [0, 1, 2, 3]), write("second", [2, 3])
+    assert_complete(load_source(first))
+    assert [load_source(second)[row]["caption"] for row in range(2)] == ["caption 2", "caption 3"]
+    write("first", [1])  # new files in the old folder
+    assert [sample["caption"] for sample in load_source(first)] == ["caption 1"]
+
+
 def test_tars_are_opened(tmp_path, paired):
     write_tars(tmp_path / "tars", paired)
     for name in ("tars", "tars/*.tar", "tars/{000..003}.tar", "tars/00{0..3}.tar"):

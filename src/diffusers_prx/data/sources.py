@@ -382,7 +382,21 @@ def _load_rows(files: _DataFiles, config_name: str | None, split: str) -> datase
         if split not in splits:
             raise ValueError(f"`dataset_split` is {split!r}, but {name} has {sorted(splits)}.")
         return splits[split]
-    return datasets.load_dataset(name, config_name, split=split)
+    cache_dir = _cache_folder(name, config_name) if files.kind == "tables" else None
+    return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
+
+
+def _cache_folder(folder: str, config_name: str | None) -> str:
+    """Return a cache folder for the present files of a local data set.
+
+    `datasets` names its cache after the folder's last name and the README alone: without a cache of its own, another
+    folder `64`, or the same one with new files, would silently give the rows of the old one.
+    """
+    data_files = datasets.load_dataset_builder(folder, config_name).config.data_files or {}
+    files = sorted(str(file) for split in data_files.values() for file in split)
+    states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if not is_remote(file)]
+    key = hashlib.blake2b(repr(states).encode(), digest_size=8).hexdigest()
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"local-{key}")
 
 
 def _escape_patterns(files: Sequence[str]) -> list[str]:
