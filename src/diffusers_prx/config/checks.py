@@ -23,6 +23,7 @@ def check_combinations(cfg: TrainingSettings) -> None:
         check_precomputed(cfg)
     check_optimization(cfg)
     check_techniques(cfg)
+    check_objective(cfg)
     check_upload(cfg)
 
 
@@ -249,6 +250,59 @@ def check_techniques(cfg: TrainingSettings) -> None:
     cfg.check_perceptual_size(cfg.resolution)
     if cfg.perceptual_decode_latents and not cfg.has_perceptual_loss:
         raise ValueError("`perceptual_decode_latents` is set, but `lpips_weight` and `dino_weight` are 0.")
+
+
+def check_objective(cfg: TrainingSettings) -> None:
+    """Validate the settings of post-training."""
+    used = {
+        "guidance_distillation": ("distill_guidance_scale",),
+        "mean_velocity": ("distill_guidance_scale", "distill_steps", "distill_teacher_steps"),
+        "ladd": ("distill_steps", "ladd_blocks", "ladd_noise_mean", "ladd_noise_std"),
+    }
+    for name in dict.fromkeys(name for names in used.values() for name in names):
+        takers = [objective for objective, names in used.items() if name in names]
+        if cfg.changes(name) and not cfg.stages and cfg.objective not in takers:
+            raise ValueError(
+                f"`{name}` is {getattr(cfg, name)}, but `objective` is {cfg.objective}: it belongs to "
+                f"{' and '.join(takers)}."
+            )
+    if cfg.objective == "flow":
+        return
+    for name in ("route_ratio", "contrastive_weight", "repa_weight", "lpips_weight", "dino_weight", "caption_dropout"):
+        if getattr(cfg, name) and (name != "caption_dropout" or cfg.changes(name)):
+            raise ValueError(
+                f"`{name}` is {getattr(cfg, name)}, which belongs to the flow-matching step, but `objective` is "
+                f"{cfg.objective}: set it to 0."
+            )
+    if cfg.train_text_encoder:
+        raise ValueError(
+            f"`train_text_encoder` is set, but the teacher of `objective` {cfg.objective} needs it "
+            "unchanged: remove it."
+        )
+    if cfg.objective in ("mean_velocity", "ladd") and cfg.num_validation_samples:
+        raise ValueError(
+            f"`num_validation_samples` is {cfg.num_validation_samples}, but the validation loss is that of flow "
+            f"matching, which `objective` {cfg.objective} does not train: set it to 0 and use `validation_prompts`."
+        )
+    if cfg.objective == "mean_velocity" and cfg.distill_teacher_steps % cfg.distill_steps:
+        raise ValueError(
+            f"`distill_teacher_steps` must be a multiple of `distill_steps` ({cfg.distill_steps}), got "
+            f"{cfg.distill_teacher_steps}."
+        )
+    if cfg.objective == "ladd" and cfg.lora_rank is not None and cfg.gradient_checkpointing:
+        raise ValueError(
+            "`gradient_checkpointing` computes blocks a second time, then with the adapter (`lora_rank`) that the "
+            "teacher of `ladd` is without: remove one of them."
+        )
+
+
+def check_teacher(cfg: TrainingSettings, first_stage: TrainingSettings) -> None:
+    """Validate that a run that begins with post-training begins with a trained model."""
+    if first_stage.needs_reference and (cfg.pretrained_model_name_or_path is None or cfg.transformer_config):
+        raise ValueError(
+            f"`objective` is {first_stage.objective}, which starts from a trained model: pass "
+            "`pretrained_model_name_or_path`, and no `transformer_config`."
+        )
 
 
 def check_upload(cfg: TrainingSettings) -> None:

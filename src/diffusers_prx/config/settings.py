@@ -3,7 +3,7 @@
 The comments that divide the fields are the headings of the settings page in the documentation.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -528,6 +528,52 @@ class TrainingSettings:
         PER_STAGE,
     ] = False
 
+    # post-training: distillation
+    objective: Annotated[
+        Literal["flow", "guidance_distillation", "mean_velocity", "ladd"],
+        "What a step trains. flow: flow matching, for pre-training and fine-tuning. guidance_distillation: one "
+        "evaluation predicts what the teacher predicts with guidance (arXiv 2210.03142). mean_velocity: each of "
+        "`distill_steps` evaluations covers several steps of the guided teacher. ladd: adversarial distillation "
+        "(arXiv 2403.12015). The teacher is the model that the run starts from; later stages take the weights that "
+        "the stage before has trained.",
+        PER_STAGE,
+    ] = "flow"
+    distill_guidance_scale: Annotated[
+        float,
+        "Guidance scale of the teacher in distillation; the student draws without guidance.",
+        AT_LEAST_ONE,
+        PER_STAGE,
+    ] = 4.0
+    distill_steps: Annotated[
+        int,
+        "Number of evaluations that the student of `mean_velocity` or `ladd` draws with. It learns the noise levels "
+        "of the scheduler's grid of that length.",
+        AT_LEAST_ONE,
+        PER_STAGE,
+    ] = 4
+    distill_teacher_steps: Annotated[
+        int,
+        "Number of steps from noise to image in which the teacher of `mean_velocity` draws: a multiple of "
+        "`distill_steps`.",
+        AT_LEAST_ONE,
+        PER_STAGE,
+    ] = 28
+    ladd_blocks: Annotated[
+        list,
+        "Indices, from 0, of the teacher's blocks whose features the discriminator of `ladd` sees; empty: four at "
+        "equal distances.",
+        PER_STAGE,
+    ] = field(default_factory=list)
+    ladd_noise_mean: Annotated[
+        float,
+        "Mean of the logit-normal noise levels at which the discriminator of `ladd` compares images (its paper: 1). "
+        "Higher values judge the composition, lower ones the details.",
+        PER_STAGE,
+    ] = 1.0
+    ladd_noise_std: Annotated[float, "Standard deviation of these levels before the sigmoid.", POSITIVE, PER_STAGE] = (
+        1.0
+    )
+
     # validation
     validation_steps: Annotated[
         int, "Number of steps between two validations. The last step is always validated.", AT_LEAST_ONE
@@ -593,6 +639,17 @@ class TrainingSettings:
     def warmup_steps(self) -> int:
         """Number of warm-up steps, with the default for this length resolved."""
         return resolve_warmup_steps(self.lr_warmup_steps, self.lr_decay_steps, self.max_train_steps)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the step compares with the frozen model that the run or the stage starts from."""
+        return self.objective != "flow"
+
+    def changes(self, name: str) -> bool:
+        """True if a setting differs from its default."""
+        field = type(self).__dataclass_fields__[name]
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        return bool(getattr(self, name) != default)
 
     @property
     def timestep_shift(self) -> float:

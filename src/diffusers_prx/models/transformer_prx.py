@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -490,7 +490,7 @@ class PRXTransformer2DModelOutput(Transformer2DModelOutput):
 
     Args:
         sample: (B, C, H, W), the prediction.
-        features: (B, K, D), output of block `feature_block`; None without one.
+        features: (B, K, D), output of block `feature_block`; a tuple of them for several blocks; None without one.
         feature_indices: (B, K), indices of the tokens in `features`; None if they are all N tokens in order.
 
     Example:
@@ -498,7 +498,7 @@ class PRXTransformer2DModelOutput(Transformer2DModelOutput):
         >>> velocity, features = output.sample, output.features
     """
 
-    features: torch.Tensor | None = None
+    features: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     feature_indices: torch.Tensor | None = None
 
 
@@ -912,7 +912,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         text: torch.Tensor | tuple[PRXTextContext, ...],
         attention_mask: torch.Tensor | None,
         route: TokenRoute | None,
-        feature_block: int | None,
+        feature_block: int | Sequence[int] | None,
     ) -> None:
         channels, patch_size, width = self.config.in_channels, self.config.patch_size, self.config.context_in_dim
         depth = self.config.depth
@@ -953,8 +953,13 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                     f"`encoder_hidden_states` must have the shape ({shape[0]}, L, {width}), got {tuple(text.shape)}."
                 )
             self._check_text(text, attention_mask)
-        if feature_block is not None and not 0 <= feature_block < depth:
-            raise ValueError(f"`feature_block` must be one of the {depth} blocks, from 0, got {feature_block}.")
+        blocks = _as_blocks(feature_block)
+        if any(not 0 <= block < depth for block in blocks) or list(blocks) != sorted(set(blocks)):
+            raise ValueError(
+                f"`feature_block` must be one of the {depth} blocks, from 0, or several in order, got {feature_block}."
+            )
+        if route is not None and len(blocks) > 1:
+            raise ValueError("Several blocks in `feature_block` cannot be combined with a `route`.")
         if self._parallel_config is not None and (route is not None or feature_block is not None):
             name = "feature_block" if route is None else "route"
             raise ValueError(f"`{name}` is given, but in parallel each process has only some of the tokens.")
@@ -989,7 +994,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         route: TokenRoute | None = None,
-        feature_block: int | None = None,
+        feature_block: int | Sequence[int] | None = None,
         text_context: PRXTextContext | tuple[PRXTextContext, ...] | None = None,
         time_context: PRXTimeContext | None = None,
     ) -> PRXTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
@@ -1003,7 +1008,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s for this call.
             return_dict: False to return a plain tuple.
             route: image tokens that skip a range of blocks.
-            feature_block: block, counted from 0, whose output is returned as well.
+            feature_block: block, counted from 0, whose output is returned as well; or several blocks, in order, whose
+                outputs are returned as a tuple.
             text_context: result of `encode_text_context`, in place of `encoder_hidden_states` and its mask. Or G of
                 them, each with its own L and mask (the branches of guidance): the first is for the first B / G rows,
                 and so on.
@@ -1056,7 +1062,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         start, stop = (self.config.fusion_range or (None, None)) if route is None else (route.start, route.stop)
         joint_mask = join_mask(text_mask, len(table))  # (B, 1, 1, L + N)
-        rotary, mask, features, feature_indices = table, joint_mask, None, None
+        feature_blocks = _as_blocks(feature_block)
+        rotary, mask, found, feature_indices = table, joint_mask, [], None
         for index, block in enumerate(self.blocks):
             if index == start:
                 dense = img  # (B, N, D)
@@ -1070,8 +1077,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 )  # (B, N or K, D)
             else:
                 img = block(img, texts[index], times[index], rotary, mask)  # (B, N or K, D)
-            if index == feature_block:
-                features = img  # (B, N or K, D)
+            if index in feature_blocks:
+                found.append(img)  # (B, N or K, D)
                 if route is not None and route.start <= index < route.stop:
                     feature_indices = route.kept  # (B, K)
             if index + 1 == stop:
@@ -1083,6 +1090,9 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         patches = self.final_layer(img, final_time)[:, : len(table)]  # (B, N, C * p * p)
         sample = unpatchify(patches, patch_size, height, width)  # (B, C, H, W)
+        features: Any = None
+        if feature_block is not None:
+            features = found[0] if isinstance(feature_block, int) else tuple(found)  # (B, N or K, D)
         if not return_dict:
             return (sample,) if feature_block is None else (sample, features, feature_indices)
         return PRXTransformer2DModelOutput(sample, features, feature_indices)
@@ -1118,6 +1128,13 @@ def check_saving(name: str, module: nn.Module) -> None:
             f"`{name}` has the adapters {sorted(set().union(*adapters))}. To save it without them, call "
             "`unload_lora_weights` of the pipeline before. To save them in the weights, call `fuse_lora` before that."
         )
+
+
+def _as_blocks(feature_block: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return the blocks of `feature_block`: none, one or several."""
+    if feature_block is None:
+        return ()
+    return (feature_block,) if isinstance(feature_block, int) else tuple(feature_block)
 
 
 def join_mask(text_mask: AttentionMask, tokens: int) -> Any:

@@ -11,9 +11,12 @@ from torch import nn
 from ..config.training_config import TrainingConfig
 from .optimizers import trainable_parameters
 
+# trainable modules that are not part of the pipeline
+TRAINING_ONLY = ("projector", "discriminator")
+
 
 class EMAWeights:
-    """Moving averages of all trainable modules that become part of the pipeline (the alignment's projector does not).
+    """Moving averages of all trainable modules that become part of the pipeline (those of `TRAINING_ONLY` do not).
 
     Args:
         trained: trainable modules, already distributed.
@@ -37,7 +40,7 @@ class EMAWeights:
         self.models = {
             name: EMAModel(trainable_parameters(module).values(), decay=cfg.ema_decay, foreach=True, **constant)
             for name, module in trained.named_children()
-            if cfg.use_ema and name != "projector"
+            if cfg.use_ema and name not in TRAINING_ONLY
         }
 
     def update(self) -> None:

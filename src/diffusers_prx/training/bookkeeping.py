@@ -12,7 +12,8 @@ import torch
 from ..evaluation.image_grids import image_grid
 from ..hub.cards import validation_sheet
 from ..hub.publishing import EVALUATION_FILES, EXIT_NOT_UPLOADED, UploadError, kind_of, upload
-from .checkpoints import named_tensors
+from ..techniques.ema import TRAINING_ONLY
+from .checkpoints import named_tensors, reference_tensors
 from .distributed import gather_full_module
 from .export import export_run, write_record
 from .non_finite import MAX_SKIPPED_IN_A_ROW, describe_samples, write_non_finite_step
@@ -107,6 +108,8 @@ def save(run: Run, stage: Stage) -> None:
     if stage.stream is not None:
         state.stream = stage.stream.record(run.communicator.gather(stage.stream_positions))
     tensors = named_tensors(run.trained, run.optimizer.optimizer, run.averages.tensors())
+    if run.has_derived_reference(stage):
+        tensors |= reference_tensors(run.nets.reference)
     plain = {
         "state": state.state_dict(),
         "burn_in": run.burn_in.state_dict(),
@@ -179,7 +182,7 @@ def finish(run: Run) -> None:
             f"({cache.corrupt} because of unreadable files)"
         )
     run.averages.copy_to_trained()
-    parts = {name: gather_full_module(module) for name, module in run.modules.items() if name != "projector"}
+    parts = {name: gather_full_module(module) for name, module in run.modules.items() if name not in TRAINING_ONLY}
     run.nets = replace(run.nets, **parts)
     if accelerator.is_main_process:
         for module in (run.nets.transformer, run.nets.text_encoder):

@@ -344,6 +344,11 @@ def named_tensors(trained: nn.Module, optimizer: Optimizer, averages: Mapping[st
     return tensors | {f"average.{name}": tensor for name, tensor in averages.items()}
 
 
+def reference_tensors(reference: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of the frozen model that a later stage of post-training compares with, by name."""
+    return {f"reference.{name}": tensor for name, tensor in reference.state_dict().items()}
+
+
 def load_tensors(
     checkpoint: Path, trained: nn.Module, optimizer: Optimizer, averages: Mapping[str, torch.Tensor]
 ) -> None:

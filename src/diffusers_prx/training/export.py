@@ -87,11 +87,21 @@ def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict
     return record
 
 
+# main loss of each objective
+MAIN_LOSSES = ("flow", "guidance_distillation", "mean_velocity", "generator")
+
+
 def plot_loss(state: RunState, path: Path) -> None:
-    """Plot training and validation loss over the steps."""
+    """Plot the main loss of each objective, and the validation loss, over the steps."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="flow-matching loss", yscale="log")
-    axes.plot([e["step"] for e in state.history], [e["loss/flow"] for e in state.history], lw=1, label="training")
+    curves = {name: [entry for entry in state.history if f"loss/{name}" in entry] for name in MAIN_LOSSES}
+    shown = {name: entries for name, entries in curves.items() if entries}
+    axes = figure.add_subplot(
+        xlabel="optimizer step", ylabel="loss", yscale="symlog" if "generator" in shown else "log"
+    )
+    for name, entries in shown.items():
+        losses = [entry[f"loss/{name}"] for entry in entries]
+        axes.plot([entry["step"] for entry in entries], losses, lw=1, label=f"training, {name.replace('_', ' ')}")
     if state.validation_history:
         steps = [entry["step"] for entry in state.validation_history]
         axes.plot(steps, [entry["validation/loss"] for entry in state.validation_history], "o-", label="validation")

@@ -1,8 +1,10 @@
 """Networks of a run: loaded from a pipeline or their own folders, or newly initialized."""
 
+import copy
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,7 @@ from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
 from ..prompt_cleaning import CLEANERS, CaptionCleaning
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..techniques.alignment import FeatureCache, build_projector
+from ..techniques.discriminator import Discriminator, default_blocks
 from ..techniques.lora import adapter_settings, add_adapter, base_fingerprint
 from ..techniques.losses import LPIPSLoss
 from ..techniques.optimizers import trainable_parameters
@@ -58,6 +61,9 @@ class Nets:
         teacher_cache: teacher features on disk, or None.
         lpips: LPIPS loss, or None.
         dino: vision teacher of the DINO loss, or None.
+        reference: frozen copy of the transformer that post-training starts from; None if the transformer without its
+            adapter is this model, or none is needed.
+        discriminator: discriminator of LADD, or None.
     """
 
     transformer: Any
@@ -72,6 +78,8 @@ class Nets:
     teacher_cache: FeatureCache | None = None
     lpips: LPIPSLoss | None = None
     dino: Any = None
+    reference: Any = None
+    discriminator: Any = None
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)  # see `fingerprint_of`
 
     def fingerprint_of(self, name: Literal["vae", "text_encoder"]) -> str:
@@ -83,7 +91,7 @@ class Nets:
     def to(self, device: torch.device) -> None:
         """Move all networks to a device."""
         networks = (self.transformer, self.text_encoder, self.vae, self.projector, self.teacher, self.lpips, self.dino)
-        for module in networks:
+        for module in (*networks, self.reference, self.discriminator):
             if module is not None:
                 module.to(device)
 
@@ -108,7 +116,24 @@ class Nets:
             modules["text_encoder"] = self.text_encoder
         if self.projector is not None:
             modules["projector"] = self.projector
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
         return modules
+
+    @contextmanager
+    def reference_model(self) -> Iterator[Any]:
+        """Yield the frozen transformer that post-training starts from.
+
+        With an adapter it is the transformer itself, whose adapter is off inside the block.
+        """
+        if self.reference is not None:
+            yield self.reference
+            return
+        self.transformer.disable_adapters()
+        try:
+            yield self.transformer
+        finally:
+            self.transformer.enable_adapters()
 
     def for_losses(self, cfg: TrainingConfig, aligning: bool) -> "Nets":
         """Return these networks without those for losses that a stage does not use.
@@ -359,6 +384,7 @@ def build_nets(
         cfg.caption_cleaning,
     )
     if techniques:
+        add_reference(nets, cfg)
         add_techniques(nets, cfg.stage_configs(), teacher_width)
     _prepare_for_training(nets, cfg)
     return nets
@@ -430,6 +456,29 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int 
         nets.dino = nets.teacher if same else load_teacher(str(cfg.dino_teacher))
         for cfg in with_dino:
             check_dino_size(cfg, nets.dino.patch_size)
+    adversarial = [cfg for cfg in stages if cfg.objective == "ladd"]
+    if adversarial:
+        cfg = _require_equal(adversarial, "ladd_blocks")
+        nets.discriminator = new_discriminator(cfg, nets.transformer)
+
+
+def new_discriminator(cfg: TrainingConfig, transformer: PRXTransformer2DModel) -> Discriminator:
+    """Make the discriminator of LADD for the features of a transformer.
+
+    Raises:
+        ValueError: `ladd_blocks` has a block that the transformer does not have.
+    """
+    config = transformer.config
+    blocks = cfg.ladd_blocks or default_blocks(config["depth"])
+    if not all(isinstance(block, int) and 0 <= block < config["depth"] for block in blocks):
+        raise ValueError(f"`ladd_blocks` is {blocks}, but the transformer has the blocks 0 to {config['depth'] - 1}.")
+    return Discriminator(sorted(set(blocks)), config["hidden_size"], config["context_in_dim"])
+
+
+def add_reference(nets: Nets, cfg: TrainingConfig) -> None:
+    """Add the frozen copy of the transformer that post-training compares with, if a stage needs it."""
+    if cfg.lora_rank is None and any(stage.needs_reference for stage in cfg.stage_configs()):
+        nets.reference = copy.deepcopy(nets.transformer).requires_grad_(False).eval()
 
 
 def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
@@ -447,8 +496,10 @@ def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
 def has_unused_parameters(nets: Nets, stages: list[TrainingConfig]) -> bool:
     """True if any step leaves trainable parameters unused, which DDP needs to know.
 
-    SPRINT's mask token is unused without a route, and the projector without alignment.
+    SPRINT's mask token is unused without a route, the projector without alignment, and the discriminator without LADD.
     """
+    if nets.discriminator is not None and not all(cfg.objective == "ladd" for cfg in stages):
+        return True
     fuses, aligns = nets.transformer.config["fusion_range"] is not None, nets.projector is not None
     ends = any(cfg.repa_until_step is not None or cfg.repa_check_steps is not None for cfg in stages)
     never_off = all(cfg.repa_weight for cfg in stages) and not ends

@@ -20,6 +20,7 @@ from ..latents import latent_channels, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..prompt_cleaning import CLEANERS
+from ..techniques.ema import TRAINING_ONLY
 from ..techniques.lora import add_adapter
 from ..techniques.optimizers import muon_weights, trainable_parameters
 from ..techniques.teachers import build_teacher
@@ -145,7 +146,7 @@ def memory(cfg: TrainingConfig, trained: Mapping[str, Any]) -> dict[str, int]:
         # Muon has no second moment
         second = size * sum(weight.numel() for weight in trainable if weight not in with_momentum)
         sizes.update(weights=frozen + values, gradients=values, optimizer=values + second)
-        if cfg.use_ema and name != "projector":
+        if cfg.use_ema and name not in TRAINING_ONLY:
             sizes["average"] += values
     return dict(sizes)
 

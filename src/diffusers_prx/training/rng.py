@@ -57,9 +57,11 @@ class StepRandom:
             torch.manual_seed(derive_seed(self.seed, self.step, self.sample_index[0], purpose))
             yield
 
-    def normal(self, purpose: str, shape: Sequence[int]) -> torch.Tensor:
+    def normal(self, purpose: str, shape: Sequence[int] = ()) -> torch.Tensor:
         """Return standard normal numbers (B, *shape), float32."""
-        return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self.generators(purpose)])
+        return torch.stack(
+            [torch.randn(tuple(shape), generator=g, device=self.device) for g in self.generators(purpose)]
+        )
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> torch.Tensor:
         """Return uniform numbers in [0, 1) (B, *shape), float32."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..config.training_config import TrainingConfig
@@ -100,6 +101,18 @@ class Run:
         step = self.state.step
         due = step % stage.cfg.validation_steps == 0 or step == stage.stop_step
         return due and self.state.validated < step
+
+    def has_derived_reference(self, stage: Stage) -> bool:
+        """True if the stage compares with weights that the run itself has trained, which its checkpoints must hold."""
+        return self.nets.reference is not None and stage.cfg.needs_reference and stage.first_step > 0
+
+    def renew_reference(self) -> None:
+        """Make the present weights, averaged if there is an average, the frozen model that the stage compares with."""
+        with self.averages.swapped_in(), torch.no_grad():
+            weights = dict(self.modules["transformer"].named_parameters())
+            for name, frozen in self.nets.reference.named_parameters():
+                weight: Any = weights[name]
+                frozen.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
     def release_teacher(self) -> None:
         """Release the teacher once the alignment is over. The DINO loss has its own reference."""

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
+from ..config.checks import check_teacher
 from ..config.training_config import TrainingConfig
 from ..files import UNFINISHED
 from ..hub.cards import REPORT_FILE
@@ -24,6 +25,8 @@ from .checkpoints import (
     find_checkpoint,
     load_tensors,
     read_run_file,
+    read_tensors,
+    reference_tensors,
     restore_generators,
 )
 from .distributed import ObjectCommunicator, TrainableModules, distribute, shard_count, start_accelerator
@@ -167,6 +170,7 @@ def plan_run(
         ValueError: data, networks or files of techniques are missing or do not fit.
         SystemExit: `dry_run` is set.
     """
+    check_teacher(cfg, cfg.stage_configs()[0])
     networks = meta_networks(cfg)
     stages = open_data(cfg, accelerator, networks.pixels_per_token, resumed)
     burn_in, teacher_width = alignment_of(stages, resumed)
@@ -297,6 +301,9 @@ def restore(run: Run, resumed: Resumed) -> None:
             "libraries may use, are newly seeded"
         )
     for stage in run.stages:
+        begun = stage.first_step < run.state.step <= stage.stop_step
+        if begun and run.has_derived_reference(stage):
+            read_tensors(resumed.folder, reference_tensors(run.nets.reference))
         if stage.stream is not None and stage.first_step < run.state.step < stage.stop_step:
             stage.stream_positions = stage.stream.restore(run.state.stream or {})
     run.accelerator.print(f"resumed from {resumed.folder} at step {run.state.step}")

@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..techniques.alignment import gradient_cosine
 from ..techniques.optimizers import build_lr_scheduler
 from .bookkeeping import finish, log, record_non_finite_step, save, stop_for_signal, validate
+from .distill_step import distill_step
 from .distributed import clip_gradients
 from .export import write_record
 from .lost_workers import batches_despite_lost_workers
@@ -116,6 +117,8 @@ def enter_stage(run: Run, stage: Stage) -> Any:
     run.accelerator.step = 0  # counts micro-batches
     run.nets.apply_stage(cfg)
     run.release_teacher()
+    if run.has_derived_reference(stage) and run.state.step == stage.first_step:
+        run.renew_reference()
     tokens = (cfg.resolution // run.nets.pixels_per_token) ** 2
     if len(run.stages) > 1:
         number = [other is stage for other in run.stages].index(True)
@@ -148,7 +151,8 @@ def micro_step(run: Run, stage: Stage, batch: dict[str, Any]) -> StepOutput:
     nets = run.nets.for_losses(cfg, cfg.repa_weight > 0 and run.burn_in.active(step))
     with accelerator.accumulate(run.model):
         with accelerator.autocast():
-            output: StepOutput = run.model(train_step, batch, nets, cfg, rng)
+            step_function = train_step if cfg.objective == "flow" else distill_step
+            output: StepOutput = run.model(step_function, batch, nets, cfg, rng)
         run.counts.update(
             samples_read=len(batch["captions"]) + len(batch["unreadable"]) + batch["unfit"],
             unfit=batch["unfit"],
@@ -186,14 +190,14 @@ def optimizer_step(
     """Clip gradients, update weights and averages, and advance the learning rate.
 
     Returns:
-        Norm of the gradients, None if the step is skipped because it or a loss is not finite; and the flow-matching
-        loss of this process.
+        Norm of the gradients, None if the step is skipped because it or a loss is not finite; and the first loss of
+        this process: that of flow matching, or of the objective.
     """
     cfg = stage.cfg
     grad_norm = clip_gradients(run.accelerator, run.parameters, cfg.max_grad_norm)
     loss = torch.stack([output.loss for _, output in outputs]).sum()
-    flow = torch.stack([output.losses["flow"] for _, output in outputs]).mean()
-    total, flow_loss = torch.stack([loss + grad_norm, flow]).tolist()  # the only synchronization in a step
+    first = torch.stack([next(iter(output.losses.values())) for _, output in outputs]).mean()
+    total, first_loss = torch.stack([loss + grad_norm, first]).tolist()  # the only synchronization in a step
     # one message per step: any process with a non-finite loss, any with a stop signal
     broken, run.stop_signal = run.communicator.maximum([not math.isfinite(total), run.watchdog.received])
     if broken:
@@ -204,7 +208,7 @@ def optimizer_step(
     run.optimizer.zero_grad()
     lr_scheduler.step()  # skipped steps count too
     if broken:
-        return None, flow_loss
+        return None, first_loss
     if not run.precision_checked:  # the optimizer has state only after a step
         run.precision_checked = True
         if cfg.trains_bf16_weights:
@@ -212,4 +216,4 @@ def optimizer_step(
         run.print(f"stored values by data type: {dict(run.check_precision())}")
     if (run.state.step + 1) % cfg.ema_update_every == 0:
         run.averages.update()
-    return grad_norm, flow_loss
+    return grad_norm, first_loss
