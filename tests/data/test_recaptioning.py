@@ -76,6 +76,7 @@ def chat_model(tmp_path_factory) -> str:
     )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.suppress_tokens = NEVER_ANSWERED
+    model.generation_config.min_new_tokens = 1  # an untrained model may answer nothing
     model.save_pretrained(folder)
     images = pillow_processor("CLIPImageProcessor")(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     patches = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
@@ -142,7 +143,7 @@ def slow_answer(folder: str, prompt: str, image: PIL.Image.Image, new_tokens: in
     for _ in range(new_tokens):
         with torch.no_grad():
             logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
-        logits[NEVER_ANSWERED] = -torch.inf
+        logits[NEVER_ANSWERED if found else [*NEVER_ANSWERED, 3]] = -torch.inf  # the answer is not empty
         found.append(int(logits.argmax()))
         if found[-1] == 3:
             break

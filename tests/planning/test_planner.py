@@ -51,6 +51,7 @@ from diffusers_prx.planning.table import format_plan
 from diffusers_prx.techniques.optimizers import build_optimizer
 from diffusers_prx.text import tokenize_prompts
 from diffusers_prx.training import network_configs as known_networks
+from diffusers_prx.training.distill_step import distill_step
 from diffusers_prx.training.distributed import TrainableModules, shard_in_place
 from diffusers_prx.training.networks import Nets, build_nets
 from diffusers_prx.training.recipes import load_recipe
@@ -125,6 +126,9 @@ STEPS: dict[str, dict[str, Any]] = {
     },
     "text encoder trained along": {"train_text_encoder": True},
     "weights in bf16": {"weights_dtype": "bf16", "mixed_precision": "bf16"},
+    "guidance distillation": {"objective": "guidance_distillation", "caption_dropout": 0.1},
+    "mean velocity": {"objective": "mean_velocity", "distill_teacher_steps": 8, "caption_dropout": 0.1},
+    "LADD": {"objective": "ladd", "caption_dropout": 0.1},
 }
 
 
@@ -148,7 +152,8 @@ def text_tokens(nets: Nets, cfg: TrainingConfig, captions: list[str]) -> int:
 
 def real_loss(nets: Nets, cfg: TrainingConfig, batch: dict[str, Any]) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=cfg.mixed_precision == "bf16"):
-        return train_step(batch, nets, cfg, StepRandom(0, 0, batch["sample_index"])).loss
+        step = train_step if cfg.objective == "flow" else distill_step
+        return step(batch, nets, cfg, StepRandom(0, 0, batch["sample_index"])).loss
 
 
 # Combinations of the fast cases, or large networks (VGG-16).

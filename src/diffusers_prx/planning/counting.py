@@ -25,8 +25,9 @@ from ..techniques.losses import LPIPSLoss, dino_perceptual_loss
 from ..techniques.optimizers import build_optimizer
 from ..techniques.teachers import VisionTeacher, build_teacher
 from ..text import encode_text, encoder_only
+from ..training.distill_step import DistillationInputs, distillation_losses
 from ..training.network_configs import meta_teacher, meta_text_encoder, text_config
-from ..training.networks import Nets, count_uncheckpointed_blocks, new_projector
+from ..training.networks import Nets, count_uncheckpointed_blocks, new_discriminator, new_projector
 from ..training.preflight import meta_networks
 from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
 
@@ -143,7 +144,9 @@ def build_meta_networks(cfg: TrainingConfig) -> Nets:
     )
     for stage in cfg.stage_configs():
         _add_techniques(nets, stage)
-    frozen = (nets.text_encoder, nets.vae, nets.lpips)
+    if any(stage.needs_reference for stage in cfg.stage_configs()):
+        nets.reference = meta_networks(cfg, "cpu", tables=True).transformer
+    frozen = (nets.text_encoder, nets.vae, nets.lpips, nets.reference)
     for module in frozen:
         if module is not None:
             module.requires_grad_(False).eval()
@@ -172,6 +175,8 @@ def _add_techniques(nets: Nets, cfg: TrainingConfig) -> None:
     if cfg.dino_weight and nets.dino is None:
         is_shared = nets.teacher is not None and nets.teacher.name == cfg.dino_teacher
         nets.dino = nets.teacher if is_shared else _teacher("dino_teacher", str(cfg.dino_teacher))
+    if cfg.objective == "ladd" and nets.discriminator is None:
+        nets.discriminator = new_discriminator(cfg, nets.transformer)
 
 
 def _teacher(setting: str, name: str) -> VisionTeacher:
@@ -255,8 +260,26 @@ class MicroBatch:
             dino_crop=torch.rand(batch, 2) if nets.dino is not None and cfg.dino_crop else None,
         )
 
+    def distillation_inputs(self) -> DistillationInputs:
+        """Return the inputs of the losses of distillation; the empty caption has one token."""
+        inputs = self.inputs()
+        return DistillationInputs(
+            clean=inputs.clean,
+            noise=inputs.noise,
+            timestep=inputs.timestep,
+            level=torch.zeros(len(inputs.clean), dtype=torch.long),
+            text=inputs.text,
+            text_mask=inputs.text_mask,
+            negative_text=inputs.text[:, :1],
+            judged_timestep=inputs.timestep,
+            judged_noise=inputs.noise,
+        )
+
     def loss(self) -> torch.Tensor:
         """Return the loss of a whole step, including the encoding of its inputs."""
+        if self.cfg.objective != "flow":
+            losses, _ = distillation_losses(self.distillation_inputs(), self.nets, self.cfg)
+            return torch.stack(list(losses.values())).sum()
         losses, _ = compute_losses(self.inputs(), self.nets, self.cfg)
         return weighted_sum(losses, self.cfg)
 

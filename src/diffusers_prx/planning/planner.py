@@ -232,6 +232,7 @@ def unsharded_bytes(nets: Nets, cfg: TrainingConfig) -> int:
 
 def _frozen_modules(nets: Nets, cfg: TrainingConfig) -> dict[str, nn.Module]:
     modules = {"autoencoder": nets.vae, "teacher": nets.teacher, "LPIPS": nets.lpips, "DINO": nets.dino}
+    modules["teacher of distillation"] = nets.reference
     if not cfg.train_text_encoder:
         modules["text encoder"] = nets.text_encoder
     return {name: module for name, module in modules.items() if module is not None}
