@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .models.transformer_prx import PRXTransformer2DModel
     from .pipelines.pipeline_output import PRXPipelineOutput
     from .pipelines.pipeline_prx import PRXPipeline
+    from .pipelines.pipeline_prx_img2img import PRXImg2ImgPipeline, PRXPixelImg2ImgPipeline
+    from .pipelines.pipeline_prx_inpaint import PRXInpaintPipeline, PRXPixelInpaintPipeline
     from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
     from .schedulers.fast import fast_scheduler, fast_sigmas
     from .schedulers.scheduling_prx import PRXFlowMatchScheduler, PRXSchedulerOutput, PRXXPredictionScheduler
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
 # public name -> the module of this package that defines it
 _MODULES = {
     "PRXFlowMatchScheduler": "schedulers.scheduling_prx",
+    "PRXImg2ImgPipeline": "pipelines.pipeline_prx_img2img",
+    "PRXInpaintPipeline": "pipelines.pipeline_prx_inpaint",
     "PRXPipeline": "pipelines.pipeline_prx",
     "PRXPipelineOutput": "pipelines.pipeline_output",
+    "PRXPixelImg2ImgPipeline": "pipelines.pipeline_prx_img2img",
+    "PRXPixelInpaintPipeline": "pipelines.pipeline_prx_inpaint",
     "PRXPixelPipeline": "pipelines.pipeline_prx_pixel",
     "PRXSchedulerOutput": "schedulers.scheduling_prx",
     "PRXTransformer2DModel": "models.transformer_prx",
@@ -38,8 +44,12 @@ _MODULES = {
 
 __all__ = [
     "PRXFlowMatchScheduler",
+    "PRXImg2ImgPipeline",
+    "PRXInpaintPipeline",
     "PRXPipeline",
     "PRXPipelineOutput",
+    "PRXPixelImg2ImgPipeline",
+    "PRXPixelInpaintPipeline",
     "PRXPixelPipeline",
     "PRXSchedulerOutput",
     "PRXTransformer2DModel",

@@ -22,7 +22,7 @@ from ..models.token_routing import TokenRoute, sample_route
 from ..models.transformer_prx import check_saving
 from ..prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
 from ..resolution_bins import RESOLUTION_BINS
-from ..schedulers.diffusers_compat import PREDICTION_TYPES, check_scheduler, is_stock, set_schedule
+from ..schedulers.diffusers_compat import PREDICTION_TYPES, check_scheduler, cut_schedule, is_stock, set_schedule
 from ..schedulers.scheduling_prx import check_count, check_number
 from ..text import encode_text, find_truncated, tokenize_prompts, trim_text, trim_tokens
 from .check_finite import FiniteCheck, check_finite_input, check_finite_output
@@ -51,6 +51,7 @@ from .conditioning import (
     stack_texts,
     with_full_mask,
 )
+from .editing import Edit, KnownLatents, make_edit
 from .loading import check_same_kind, resolve_components, storable_copy
 from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise
@@ -186,6 +187,10 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     def _check_output_type(self, output_type: str) -> None:
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; accepted are {list(OUTPUT_TYPES)}.")
+
+    def _encode(self, pixels_pm1: torch.Tensor) -> torch.Tensor:
+        """Encode images (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), float32: the mean of the VAE's codes."""
+        raise NotImplementedError
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about in [-1, 1]."""
@@ -474,14 +479,13 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         multiple = self.vae_scale_factor * self.transformer.config["patch_size"]
         if height % multiple or width % multiple:
             raise ValueError(
-                f"`height` and `width` are {height} and {width}; both have to be multiples of {multiple}"
-                " (`vae_scale_factor` x the transformer's patch size)."
+                f"`height` and `width` (without them: the size of `image`, if there is one) are {height} and {width};"
+                f" both have to be multiples of {multiple} (`vae_scale_factor` x the transformer's patch size)."
             )
         return (height, width), (height, width)
 
     # --- the call
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -575,10 +579,71 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
             >>> images = pipe(["a cat", "a dog"], num_images_per_prompt=2, height=512, width=704).images
         """
+        return self._draw(
+            None,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            output_type=output_type,
+            return_dict=return_dict,
+            use_resolution_binning=use_resolution_binning,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            tokenizer_max_length=tokenizer_max_length,
+            skip_text_cleaning=skip_text_cleaning,
+            sigmas=sigmas,
+            self_guidance_scale=self_guidance_scale,
+            guider=guider,
+            guidance_group=guidance_group,
+            attention_kwargs=attention_kwargs,
+        )
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        edit: Edit | None,
+        *,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        use_resolution_binning: bool | None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+        tokenizer_max_length: int | None,
+        skip_text_cleaning: bool | None,
+        sigmas: Sequence[float] | None,
+        self_guidance_scale: float,
+        guider: BaseGuidance | None,
+        guidance_group: ProcessGroup | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> PRXPipelineOutput | tuple[Any]:
+        """Run one call: of text to image, or of an editing pipeline with its `edit`. Arguments as in `__call__`."""
         # 1. Check the arguments.
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(f"The pipeline has no `{name}`, which a call needs: load or make it with one.")
+        self._check_components()
         do_guidance = self._check_guidance(guidance_scale, guider, guidance_group, self_guidance_scale)
         callback_inputs = self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_output_type(output_type)
@@ -595,9 +660,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         batch_size = num_prompts * num_images_per_prompt
         check_generator(generator, batch_size, self._execution_device)
         image_size, render_size = self._image_sizes(height, width, use_resolution_binning)
+        if edit is not None:
+            edit.check_count(num_prompts)
 
         # 2. Prepare the state of this call. Copies, so that calls in several threads do not touch each other.
-        scheduler = self._copy_scheduler(num_inference_steps, timesteps, sigmas)
+        strength = 1.0 if edit is None else edit.strength
+        scheduler = self._copy_scheduler(num_inference_steps, timesteps, sigmas, strength)
         num_steps = len(scheduler.timesteps)
         guidance = _Guidance(float(self_guidance_scale), copy.deepcopy(guider), guidance_group, generator)
         if guider is not None:  # one that has several scales keeps them to itself
@@ -627,12 +695,14 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 f" {text_width} (`context_in_dim`)."
             )
 
-        # 4. Draw the initial latents.
+        # 4. Draw the noise. An edit mixes it with its images.
         channels = self.transformer.config["in_channels"]
-        latents = self.prepare_latents(
+        noise = self.prepare_latents(
             batch_size, channels, *render_size, encoded[0].dtype, device, generator, latents
         )  # (B, C, h, w), float32
-        latents = share_noise(latents, self.transformer, guidance_group)
+        noise = share_noise(noise, self.transformer, guidance_group)
+        known = None if edit is None else self._encode_edit(edit, noise)
+        latents = noise if known is None else known.at(strength)  # (B, C, h, w)
 
         # 5. Denoise.
         if has_cache(self.transformer):
@@ -645,6 +715,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 self._call.begin_step(i, t)
                 prediction = self._predict_guided(i, latents, scheduler, times[i], conditioning, guidance)
                 latents = scheduler.step(prediction, t, latents, return_dict=False)[0]  # (B, C, h, w)
+                if known is not None:
+                    latents = known.restore(latents, scheduler.sigmas[i + 1])  # (B, C, h, w)
                 finite_check.record("latents", latents)
                 if callback_on_step_end is not None:
                     latents, changed = self._run_callback(
@@ -664,11 +736,35 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             images = self._decode(latents)  # (B, 3, H, W)
             if render_size != image_size:
                 images = self.image_processor.resize_and_crop_tensor(images, image_size[1], image_size[0])
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            images = self.image_processor.denormalize(images)  # (B, 3, H, W) in [0, 1]
+            if edit is not None:
+                images = edit.paste(images)
+            images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * batch_size)
         self.maybe_free_model_hooks()
         return PRXPipelineOutput(images=images) if return_dict else (images,)
 
     # --- parts of the call
+
+    def _check_components(self) -> None:
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"The pipeline has no `{name}`, which a call needs: load or make it with one.")
+
+    def _make_edit(
+        self,
+        image: Any,
+        strength: float,
+        height: int | None,
+        width: int | None,
+        mask_image: Any = None,
+        padding_mask_crop: int | None = None,
+    ) -> Edit:
+        """Read the arguments of an editing call."""
+        self._check_components()
+        channels = self.transformer.config["in_channels"]
+        return make_edit(
+            image, strength, height, width, mask_image, padding_mask_crop, channels, self.vae_scale_factor
+        )
 
     def _check_guidance(
         self,
@@ -695,14 +791,27 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         return names
 
     def _copy_scheduler(
-        self, num_inference_steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+        self,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        strength: float,
     ) -> Any:
-        """Return a copy of the scheduler with the noise levels of this call."""
+        """Return a copy of the scheduler with the noise levels of this call, from `strength` down."""
         check_scheduler(self.scheduler, self.config["prediction_type"])
         scheduler = copy.deepcopy(self.scheduler)
         set_schedule(scheduler, num_inference_steps, timesteps, sigmas)
+        if strength < 1:
+            cut_schedule(scheduler, strength)
         check_cached_steps(self.transformer, len(scheduler.timesteps))
         return scheduler
+
+    def _encode_edit(self, edit: Edit, noise: torch.Tensor) -> KnownLatents:
+        """Encode the images of an edit, each once, and return them with the noise (B, C, h, w) of the call."""
+        latents = edit.images.to(noise)  # (N, C, h, w), or (N, 3, H, W) in [0, 1]
+        if not edit.is_latent:
+            latents = self._encode(latents * 2 - 1)  # (N, C, h, w)
+        return KnownLatents.expand(latents, noise, edit.latent_mask(self.vae_scale_factor))
 
     def _encode_conditioning(self, embeddings: PromptEmbeddings, latents: torch.Tensor) -> Conditioning:
         branches = embeddings.branches(self.transformer.dtype)

@@ -110,6 +110,13 @@ class PRXPipeline(PRXPipelineBase):
         if self.vae is None and output_type != "latent":
             raise ValueError(f"`output_type` is {output_type!r}, but the pipeline has no `vae`; accepted is 'latent'.")
 
+    def _encode(self, pixels_pm1: torch.Tensor) -> torch.Tensor:
+        if self.vae is None:
+            raise ValueError("`image` holds pixels, but the pipeline has no `vae`: pass latents (B, C, h, w).")
+        latents = vae_latents.encode(self.vae, pixels_pm1).mean
+        check_finite_output("vae", self.vae, latents, pixels_pm1)
+        return latents
+
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = vae_latents.decode(self.vae, latents)
         check_finite_output("vae", self.vae, images, latents)

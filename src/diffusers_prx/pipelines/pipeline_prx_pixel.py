@@ -86,5 +86,8 @@ class PRXPixelPipeline(PRXPipelineBase):
         """Number of text tokens: `prompt_max_tokens`."""
         return self.config["prompt_max_tokens"]
 
+    def _encode(self, pixels_pm1: torch.Tensor) -> torch.Tensor:
+        return pixels_pm1
+
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents

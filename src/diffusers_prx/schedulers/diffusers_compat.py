@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from .scheduling_prx import PRXFlowMatchScheduler, PRXXPredictionScheduler, check_levels
@@ -11,6 +12,8 @@ from .scheduling_prx import PRXFlowMatchScheduler, PRXXPredictionScheduler, chec
 PREDICTION_TYPES = ("velocity", "x_prediction")
 _OURS = (PRXFlowMatchScheduler, PRXXPredictionScheduler)
 _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+# noise levels that are nearer to each other count as one: a step between them would change nothing
+SAME_LEVEL = 1e-4
 # options that replace the flow-matching noise levels by others
 _OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
@@ -122,6 +125,29 @@ def set_schedule(
     _check_schedule(scheduler)
     # Otherwise the first step looks up its timestep, and timesteps cast to integers may repeat.
     scheduler.set_begin_index(0)
+
+
+def cut_schedule(scheduler: Any, level: float) -> None:
+    """Start the schedule that `set_schedule` made at a noise level: that level, then the levels below it.
+
+    Args:
+        scheduler: scheduler with a schedule.
+        level: first noise level, in [0, 1); 0 (up to 1e-4) leaves no step.
+
+    Example:
+        >>> scheduler = PRXFlowMatchScheduler()
+        >>> set_schedule(scheduler, 4)
+        >>> cut_schedule(scheduler, 0.6)
+        >>> scheduler.sigmas
+        tensor([0.6000, 0.5000, 0.2500, 0.0000])
+    """
+    sigmas, timesteps = scheduler.sigmas, scheduler.timesteps
+    below = sigmas[:-1] < level - SAME_LEVEL
+    first = [level] if level > SAME_LEVEL else []
+    unit = scheduler.config["num_train_timesteps"]
+    scheduler.sigmas = torch.cat([sigmas.new_tensor(first), sigmas[:-1][below], sigmas[-1:]])
+    scheduler.timesteps = torch.cat([timesteps.new_tensor([sigma * unit for sigma in first]), timesteps[below]])
+    scheduler.num_inference_steps = len(scheduler.timesteps)
 
 
 def _check_schedule(scheduler: Any) -> None:
