@@ -202,7 +202,7 @@ def predict_costs(names: Sequence[str]) -> None:
 
 
 def measured_seconds() -> dict[str, tuple[float, int]]:
-    """Recipe of a CPU twin -> (seconds, steps) of its run in the study of all techniques."""
+    """Map a CPU recipe to (seconds, steps) of its run in the study of all techniques."""
     study = ROOT / "training" / "studies" / "techniques.yaml"
     found = {}
     arms = yaml.safe_load(study.read_text(encoding="utf-8"))["arms"]
@@ -265,10 +265,10 @@ def recipes_page() -> str:
         "accelerate launch training/train_prx.py --config training/recipes/baseline.yaml --dataset_name DATA",
         "```\n",
         "A recipe holds the settings that differ from the [defaults](settings.md); `base` names the recipe that a file"
-        " changes. Most recipes have a *CPU twin* in `training/recipes/cpu`: the same technique on the built-in"
+        " changes. Most recipes have a *CPU version* in `training/recipes/cpu`: the same technique on the built-in"
         " scenes, small enough for one CPU core.\n",
         "Predicted costs come from [the planner](../../plan.md) at 40% utilization and $4 per GPU hour; no recipe was"
-        " run at this size. Costs of the CPU twins were measured by"
+        " run at this size. Costs of the CPU versions were measured by"
         " `python training/ablate_prx.py --study training/studies/techniques.yaml`.\n",
         "## To start from\n",
     ]
@@ -278,9 +278,10 @@ def recipes_page() -> str:
         parts += section(recipe)
     parts.append("## The study\n")
     for recipe in full:
-        twin = recipe.parent / "cpu" / recipe.name
+        small = recipe.parent / "cpu" / recipe.name
         parts += section(recipe, cost_of(recipe, costs, seconds))
-        parts += [f"*CPU twin*, `{twin.relative_to(ROOT)}`: {comment_of(twin)} {cost_of(twin, costs, seconds)}\n"]
+        cost = cost_of(small, costs, seconds)
+        parts += [f"*CPU version*, `{small.relative_to(ROOT)}`: {comment_of(small)} {cost}\n"]
     return "\n".join(parts)
 
 
@@ -313,12 +314,12 @@ def public_members(module: ModuleType) -> list[str]:
 
 
 def api_pages() -> dict[str, str]:
-    """One page per room of the package, and a page that lists the public names.
+    """Make one page per part of the package, and a page that lists the public names.
 
     Raises:
         ValueError: a public class or function has no docstring.
     """
-    rooms: dict[str, list[ModuleType]] = {}
+    packages: dict[str, list[ModuleType]] = {}
     undocumented = []
     where = {}
     for module in modules():
@@ -326,7 +327,7 @@ def api_pages() -> dict[str, str]:
         if not members:
             continue
         path = module.__name__.split(".")
-        rooms.setdefault(path[1] if len(path) > 2 else "package", []).append(module)
+        packages.setdefault(path[1] if len(path) > 2 else "package", []).append(module)
         for name in members:
             member = getattr(module, name)
             where[name] = f"{module.__name__}.{name}"
@@ -335,8 +336,8 @@ def api_pages() -> dict[str, str]:
     if undocumented:
         raise ValueError(f"Public names without a docstring: {', '.join(undocumented)}.")
     pages = {}
-    for room, contents in rooms.items():
-        parts = [f"# {'Other modules' if room == 'package' else room}\n"]
+    for package, contents in packages.items():
+        parts = [f"# {'Other modules' if package == 'package' else package}\n"]
         public = set(diffusers_prx.__all__)  # modules with such names come first
         for module in sorted(contents, key=lambda module: not public & set(public_members(module))):
             parts += [
@@ -353,17 +354,17 @@ def api_pages() -> dict[str, str]:
                         parts.append("   :special-members: __call__")
                 parts.append("")
             parts.append("```\n")
-        pages[f"api/{room}.md"] = "\n".join(parts)
+        pages[f"api/{package}.md"] = "\n".join(parts)
     names = [name for name in diffusers_prx.__all__ if not name.startswith("_")]
     first = ["models", "pipelines", "schedulers"]
-    order = [*first, *sorted(set(rooms) - {*first, "package"}), "package"]
+    order = [*first, *sorted(set(packages) - {*first, "package"}), "package"]
     pages["api/index.md"] = "\n".join(
         [
             "# API reference\n",
             "You import these names from `diffusers_prx`; they follow the rules of semantic versioning:\n",
             *(f"- {{py:obj}}`~{where[name]}`" for name in names),
             "",
-            "The pages below hold every public class and function, by the room of the package that defines it. Names"
+            "The pages below hold every public class and function, by the part of the package that defines it. Names"
             " outside of the list above may change with any version.\n",
             "```{toctree}\n:maxdepth: 1\n",
             *order,

@@ -1,4 +1,4 @@
-"""The rules of the house that a parser can check: which way dependencies point; nothing is patched or hooked."""
+"""Rules of the package that a parser can check: dependencies point one way; nothing is patched or hooked."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "diffusers_prx"
 
-# the floors of the house, from the ground up: a part may import those below its own floor, anywhere in its files
-FLOORS: tuple[set[str], ...] = (
+# layers of the package, lowest first: a part may import parts of lower layers, anywhere in its files
+LAYERS: tuple[set[str], ...] = (
     {"compat", "files", "resolution_bins", "prompt_cleaning", "checkpoint_files"},
     {"models", "schedulers", "latents", "text"},
     {"cli", "config", "fingerprints"},
@@ -20,7 +20,7 @@ FLOORS: tuple[set[str], ...] = (
     {"training"},
     {"planning", "study"},
 )
-MAY_IMPORT = {part: set().union(*FLOORS[:floor]) for floor, parts in enumerate(FLOORS) for part in parts}
+MAY_IMPORT = {part: set().union(*LAYERS[:layer]) for layer, parts in enumerate(LAYERS) for part in parts}
 
 HOOKS = {
     "register_forward_hook",

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--shard_samples", type=int, default=1000, help="Samples per shard; an interruption loses at most one."
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Images per forward pass.")
-    parser.add_argument("--device", help="Device. Default: the one that accelerate assigns.")
+    parser.add_argument("--device", help="Device. Default: chosen by accelerate.")
     return parse_flags(parser, argv)
 
 

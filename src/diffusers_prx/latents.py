@@ -195,13 +195,13 @@ def check_floating(name: str, tensor: Any) -> None:
     """Raise a ValueError unless an argument is a tensor of floating-point numbers."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         received = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-        raise ValueError(f"`{name}` is {received}; it has to be a floating-point tensor.")
+        raise ValueError(f"`{name}` is {received}; it must be a floating-point tensor.")
 
 
 def _check_tensor(name: str, tensor: Any, channels: int) -> None:
     check_floating(name, tensor)
     if tensor.ndim != 4 or tensor.shape[1] != channels:
-        raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be (B, {channels}, height, width).")
+        raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it must be (B, {channels}, height, width).")
 
 
 def _shift_and_scale(vae: VAE, device: torch.device) -> tuple[Any, Any]:
@@ -239,7 +239,7 @@ def _checked_vae(vae: VAE) -> Any:
         is_finite = isinstance(value, (int, float)) and math.isfinite(value)
         if value is not None and (not is_finite or (key == "scaling_factor" and value == 0)):
             raise ValueError(
-                f"The configuration of `vae` ({name}) has the `{key}` {value!r}; it has to be a finite number, and the"
+                f"The configuration of `vae` ({name}) has the `{key}` {value!r}; it must be a finite number, and the"
                 " scale not 0."
             )
     if scale is None or "scaling_factor" in defaults:

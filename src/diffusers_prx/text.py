@@ -85,7 +85,7 @@ def tokenize_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clean and tokenize prompts, padded or truncated to `max_length` tokens.
 
-    Padding is on the right, whatever the tokenizer's own side: the first token then has position 0 in every text
+    Padding is on the right, regardless of the tokenizer's own side: the first token then has position 0 in every text
     encoder, and the encoding does not depend on the amount of padding.
 
     Args:
@@ -106,7 +106,7 @@ def tokenize_prompts(
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= LONGEST_TEXT:
         raise ValueError(
-            f"`max_length` is {max_length}; it has to be a number of tokens between 1 and {LONGEST_TEXT}. Set the"
+            f"`max_length` is {max_length}; it must be a number of tokens between 1 and {LONGEST_TEXT}. Set the"
             " tokenizer's `model_max_length`, or pass `tokenizer_max_length` to the pipeline."
         )
     cleaned = [clean(prompt) for prompt in prompts]

@@ -243,7 +243,7 @@ def test_an_empty_lane_is_refused(tmp_path):
     shards = open_tars(write_tars(tmp_path / "a", [2, 0]))
     lanes = [StreamedImages([shards], [1], 0, rank, 2) for rank in (0, 1)]
     full = next(rank for rank in (0, 1) if permutation(2, 0, 0, 0)[rank] == 0)
-    with pytest.raises(ValueError, match="There is no sample to train on in 1 shards"):
+    with pytest.raises(ValueError, match=r"1 shards .*no sample"):
         read(lanes[1 - full], 0, 1)
 
 

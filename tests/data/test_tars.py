@@ -197,7 +197,7 @@ def test_broken_members_are_unreadable_samples(tmp_path):
         3: "`text` .*UTF-8",
         4: "`text` is empty",
         5: "`text` is missing",
-        6: "there is no image",
+        6: "the image is missing",
     }
     rows = list(shards.rows(0, 0))
     assert len(source) == len(rows) == 8

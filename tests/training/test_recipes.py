@@ -21,8 +21,8 @@ FOLDER = runs.ROOT / "training" / "recipes"
 EXAMPLES = [FOLDER / f"{name}.yaml" for name in ("quickstart", "scenes_small", "emoji_small", "emoji_base")]
 FULL_SCALE = sorted(path for path in FOLDER.glob("*.yaml") if path not in EXAMPLES)
 FROM_SCRATCH = [path for path in FULL_SCALE if "pretrained_model_name_or_path" not in load_recipe(path)]
-TWINS = sorted((FOLDER / "cpu").glob("*.yaml"))
-EVERY = [*FULL_SCALE, *EXAMPLES, *TWINS]
+CPU_RECIPES = sorted((FOLDER / "cpu").glob("*.yaml"))
+EVERY = [*FULL_SCALE, *EXAMPLES, *CPU_RECIPES]
 
 # what the networks on the Hub are like: channels of the latents, width of the text (from their configurations)
 LATENT_CHANNELS = {
@@ -79,11 +79,11 @@ def test_recipes_load_and_name_their_source(path):
     head = comment(path)
     if path in FULL_SCALE:
         assert re.search(r"https://(huggingface\.co|github\.com)/(blog/)?Photoroom", head)
-    elif path in TWINS:
-        twin_of = re.match(r"Twin of (\w+)", head)
-        assert twin_of is not None
-        assert (FOLDER / f"{twin_of[1]}.yaml") in FULL_SCALE
-        assert path.stem in (twin_of[1], "adamw")
+    elif path in CPU_RECIPES:
+        version_of = re.match(r"CPU version of (\w+)", head)
+        assert version_of is not None
+        assert (FOLDER / f"{version_of[1]}.yaml") in FULL_SCALE
+        assert path.stem in (version_of[1], "adamw")
 
 
 def test_recipes_have_different_output_dirs():
@@ -93,7 +93,7 @@ def test_recipes_have_different_output_dirs():
 
 
 def test_study_recipes_have_small_versions():
-    assert {path.stem for path in FULL_SCALE} <= {path.stem for path in TWINS}
+    assert {path.stem for path in FULL_SCALE} <= {path.stem for path in CPU_RECIPES}
     assert len(FULL_SCALE) >= 27
 
 
@@ -135,7 +135,7 @@ def test_transformer_has_the_parameter_count_of_its_name(path):
         assert stage.resolution % pixels == 0
 
 
-# The twins, for three steps
+# The CPU recipes, for three steps
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_small_recipes_without_downloads_run(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in TWINS if path.stem not in QUICK], ids=identity)
+@pytest.mark.parametrize("path", [path for path in CPU_RECIPES if path.stem not in QUICK], ids=identity)
 def test_other_small_recipes_run(path, tools, tmp_path):
     run_for_three_steps(path, tools, tmp_path)
 
@@ -234,7 +234,7 @@ def test_recipes_clean_captions_as_in_the_study(file):
     assert settings["ema_warmup"] is False
 
 
-@pytest.mark.parametrize("file", [*EXAMPLES, *TWINS], ids=identity)
+@pytest.mark.parametrize("file", [*EXAMPLES, *CPU_RECIPES], ids=identity)
 def test_measured_recipes_keep_their_settings(file):
     settings = load_recipe(file)
     assert settings["caption_cleaning"] == ("full_v1" if settings.get("vae_name_or_path") else "light")

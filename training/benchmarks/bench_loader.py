@@ -3,11 +3,10 @@
     python training/benchmarks/bench_loader.py                      # everything
     python training/benchmarks/bench_loader.py --what sources --dataloader_num_workers 0
 
-- `sources`: the same 64 px images with long captions from a folder of PNGs, from parquet, from a WebDataset tar and
-from
-  the cache of `precompute_prx.py` (latents with 16 channels at an eighth of the side, text of width 384), through the
-  loader of a training run. The clock starts after the first batch, so the start of the workers does not count. A
-  number is the median over the repeats, in random order.
+- `sources`: the same 64 px images with long captions through the loader of a training run: from a folder of PNGs, from
+  parquet, from a WebDataset tar, and from the cache of `precompute_prx.py`. The cache has latents of 16 channels at an
+  eighth of the side, and text of width 384. The clock starts after the first batch, so the start of the workers does
+  not count. A number is the median over the repeats, in random order.
 - `quickstart`: the first steps of `recipes/quickstart.yaml`, and the share of their time spent waiting for data.
 """
 

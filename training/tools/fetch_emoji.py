@@ -258,9 +258,9 @@ def fetch_packages(packages: Sequence[Package], folder: Path) -> None:
         call = [npm, "pack", "--silent", "--pack-destination", str(folder), f"{package.name}@{package.version}"]
         result = subprocess.run(call, capture_output=True, text=True)
         if result.returncode:
-            said = (result.stderr or result.stdout).strip().splitlines()
+            lines = (result.stderr or result.stdout).strip().splitlines()
             raise ValueError(
-                f"npm could not fetch {package.name} {package.version}: {said[-1] if said else 'it gave no reason'}. "
+                f"npm could not fetch {package.name} {package.version}: {lines[-1] if lines else 'no reason given'}. "
                 "Check the network (`npm ping`), or fetch the package elsewhere and pass `--packages_dir`."
             )
 
@@ -370,7 +370,7 @@ def svg_drawings(style: str, files: Mapping[str, bytes], entries: Mapping[str, E
             continue
         left, top, width, height = (icon.get(key, icons.get(key, default)) for key, default in
                                     (("left", 0), ("top", 0), ("width", 16), ("height", 16)))  # fmt: skip
-        side = max(width, height)  # a few are no squares
+        side = max(width, height)  # a few are not square
         left, top = left - (side - width) / 2, top - (side - height) / 2
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -457,8 +457,8 @@ def long_caption(entry: Entry, style: str, colors: Sequence[str]) -> str:
         "long",
         *key,
     ).format(thing=thing, words=words)
-    said = set(re.split(r"\W+", entry.label.lower()))
-    new = [tag for tag in entry.tags if tag.lower() not in said]
+    words = set(re.split(r"\W+", entry.label.lower()))
+    new = [tag for tag in entry.tags if tag.lower() not in words]
     new = sorted(new, key=lambda tag: share_of("tag", tag, *key))[: int(1 + 4 * share_of("tags", *key))]
     rest = []
     if new:

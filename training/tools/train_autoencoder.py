@@ -2,21 +2,21 @@
 
 `python training/tools/train_autoencoder.py --kind kl --output_dir outputs/tools/autoencoder_kl`
 
-For runs without the Hub, in place of the study's: `kl` is an AutoencoderKL, `dc` an AutoencoderDC, `flux2` an
-AutoencoderKLFlux2. `--dataset_name` takes what training takes. It learns to reconstruct (L1 plus MSE), with a small KL
-divergence where the codes have a distribution, and with `--perceptual_network` also the features of a frozen vision
-network (1 minus their cosine). Afterwards the latents' mean and standard deviation are measured and stored where each
-class keeps them, so that the standard deviation is 1: `scaling_factor` and `shift_factor` (kl), `scaling_factor` (dc,
-which knows no shift), batch-norm statistics of every patchified channel (flux2).
+It replaces the study's autoencoders in runs without the Hub. `kl` is an AutoencoderKL, `dc` an AutoencoderDC, `flux2`
+an AutoencoderKLFlux2. `--dataset_name` accepts the same values as in training. The loss is L1 plus MSE, and a small KL
+divergence if the codes have a distribution. `--perceptual_network` adds the features of a frozen vision network
+(1 minus their cosine). Afterwards, the mean and standard deviation of the latents are measured and stored where each
+class keeps them, so that latents have a standard deviation of 1: `scaling_factor` and `shift_factor` (kl),
+`scaling_factor` (dc, which has no shift), batch-norm statistics of every patchified channel (flux2).
 
 `--align_to TEACHER` is a stand-in for the VAEs of REPA-E (arXiv 2504.10483), not REPA-E. There the alignment loss of a
 diffusion transformer tunes the VAE through the transformer, end to end. This tool trains no transformer: it aligns
-a linear projection of the latents with the teacher's patch features, and discards the projection afterwards. That this
-has REPA-E's effect was not shown.
+a linear projection of the latents with the teacher's patch features, and discards the projection afterwards. Whether
+this has REPA-E's effect was not measured.
 
-The folder holds the autoencoder in diffusers' format, and training.json with the settings, the statistics and the PSNR
-on held-out and novel scenes, or on `--eval_splits` of your data, which are also printed. The same seed gives the same
-weights on the same machine with the same number of threads.
+The folder holds the autoencoder in diffusers' format, and training.json with the settings and the statistics. It also
+holds the PSNR on held-out and novel scenes, or on `--eval_splits` of your data, which is printed as well. The same
+seed gives the same weights on the same machine with the same number of threads.
 """
 
 import argparse
@@ -56,92 +56,11 @@ SCENES_SPLITS = ("heldout", "novel")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=path, required=True, help="Folder of the autoencoder.")
-    parser.add_argument("--kind", choices=KINDS, required=True, help="Class of the autoencoder.")
-    parser.add_argument("--downsample", type=int, default=4, help="Pixels per latent, along a side: a power of 2.")
-    parser.add_argument(
-        "--latent_channels", type=int, default=4, help="Of the codes; flux2 makes four times as many of them."
-    )
-    parser.add_argument("--base_channels", type=int, default=16, help="Width at full resolution; doubled twice below.")
-    parser.add_argument(
-        "--layers_per_block",
-        type=int,
-        nargs="+",
-        default=[1],
-        help="Of every level, or for dc of each; 0 at the first level of dc saves the full resolution.",
-    )
-    parser.add_argument("--kl_weight", type=float, help=f"Of the mean KL of a code (kl, flux2); default: {KL_WEIGHT}.")
-    parser.add_argument(
-        "--align_to", type=expand_path, help="Vision teacher (folder or Hub id) to align the latents with."
-    )
-    parser.add_argument("--align_weight", type=float, help=f"Of 1 - cosine, with --align_to; default: {ALIGN_WEIGHT}.")
-    parser.add_argument(
-        "--perceptual_network", type=expand_path, help="Vision network (folder or Hub id) whose features are compared."
-    )
-    parser.add_argument(
-        "--perceptual_weight",
-        type=float,
-        help=f"Of 1 - cosine, with --perceptual_network; default: {PERCEPTUAL_WEIGHT}.",
-    )
-    parser.add_argument(
-        "--perceptual_size", type=int, help=f"Side in pixels that this network sees; default: {PERCEPTUAL_SIZE}."
-    )
-    parser.add_argument(
-        "--dataset_name", type=expand_path, default="scenes", help="Data, as training takes them; default: scenes."
-    )
-    parser.add_argument("--dataset_split", default="train", help="Split of the data to train on.")
-    parser.add_argument("--image_column", default="image", help="Column of the data that holds the images.")
-    parser.add_argument(
-        "--eval_splits", nargs="+", help="Splits of the data for the PSNR; default: the trained one. Not for scenes."
-    )
-    parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Of the scenes.")
-    parser.add_argument(
-        "--resolution", type=int, default=32, help="Side of the pictures in pixels; scenes have 32 to 256."
-    )
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="The highest one of the cosine.")
-    parser.add_argument(
-        "--num_eval", type=int, default=512, help="Pictures of each split for the PSNR, and for the statistics."
-    )
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="Type of the computation.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights, the order of the data and the noise.")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's.")
+    """Parse and check the flags. Weights of losses that are switched off become 0."""
+    parser = build_parser()
     args = parse_flags(parser, argv)
-    for name in ("latent_channels", "steps", "batch_size", "num_eval", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not args.learning_rate > 0:
-        parser.error(f"--learning_rate must be positive, got {args.learning_rate}")
-    if args.dataset_name == "scenes":
-        if args.eval_splits:
-            parser.error(f"--eval_splits is for --dataset_name; scenes have {' and '.join(SCENES_SPLITS)}")
-        try:
-            ScenesDataset(args.level, args.resolution)
-        except ValueError as error:
-            parser.error(str(error))
-    if args.downsample < 2 or args.downsample.bit_count() != 1 or args.resolution % args.downsample:
-        parser.error(
-            f"--downsample must be a power of 2 that divides --resolution {args.resolution}, got {args.downsample}"
-        )
-    if args.base_channels < 1 or args.base_channels % NORM_GROUPS:
-        parser.error(f"--base_channels must be a multiple of {NORM_GROUPS}, got {args.base_channels}")
-    levels, layers = len(block_channels(args)), args.layers_per_block
-    if (
-        len(layers) not in ((1, levels) if args.kind == "dc" else (1,))
-        or min(layers[1:] or layers) < 1
-        or layers[0] < 0
-    ):
-        parser.error(
-            f"--layers_per_block must be at least 1 for every level (dc: one number or {levels}, of which the first "
-            f"may be 0), got {' '.join(map(str, layers))}"
-        )
-    if args.kind == "dc" and block_channels(args)[-1] % args.latent_channels:
-        parser.error(
-            f"--latent_channels must divide the deepest width {block_channels(args)[-1]} of dc, got "
-            f"{args.latent_channels}"
-        )
+    if problem := find_problem(args):
+        parser.error(problem)
     for name, default, works, needs in (
         ("kl_weight", KL_WEIGHT, args.kind != "dc", "--kind kl or flux2: the codes of dc have no distribution"),
         ("align_weight", ALIGN_WEIGHT, args.align_to is not None, "--align_to"),
@@ -158,14 +77,86 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", type=path, required=True, help="Folder of the autoencoder.")
+    add("--kind", choices=KINDS, required=True, help="Class of the autoencoder.")
+    add("--downsample", type=int, default=4, help="Pixels per latent along a side, a power of 2.")
+    add(
+        "--latent_channels",
+        type=int,
+        default=4,
+        help="Channels of the codes; the latents of flux2 have four times as many.",
+    )
+    add("--base_channels", type=int, default=16, help="Width at full resolution; doubled twice below.")
+    layers = "Layers of every level, or for dc of each; 0 at the first level of dc saves the full resolution."
+    add("--layers_per_block", type=int, nargs="+", default=[1], help=layers)
+    add("--kl_weight", type=float, help=f"Weight of the mean KL of a code (kl, flux2); default: {KL_WEIGHT}.")
+    add("--align_to", type=expand_path, help="Vision teacher (folder or Hub id) to align the latents with.")
+    add("--align_weight", type=float, help=f"Weight of 1 - cosine, with --align_to; default: {ALIGN_WEIGHT}.")
+    add(
+        "--perceptual_network", type=expand_path, help="Vision network (folder or Hub id) whose features are compared."
+    )
+    weight = f"Weight of 1 - cosine, with --perceptual_network; default: {PERCEPTUAL_WEIGHT}."
+    add("--perceptual_weight", type=float, help=weight)
+    add("--perceptual_size", type=int, help=f"Side in pixels that this network sees; default: {PERCEPTUAL_SIZE}.")
+    add("--dataset_name", type=expand_path, default="scenes", help="Data, as in training; default: scenes.")
+    add("--dataset_split", default="train", help="Split of the data to train on.")
+    add("--image_column", default="image", help="Column of the data that holds the images.")
+    splits = "Splits of the data for the PSNR; default: the trained one. Not for scenes."
+    add("--eval_splits", nargs="+", help=splits)
+    add("--level", choices=list(LEVELS), default="easy", help="Level of the scenes.")
+    add("--resolution", type=int, default=32, help="Side of the pictures in pixels; scenes have 32 to 256.")
+    add("--steps", type=int, default=2000)
+    add("--batch_size", type=int, default=8)
+    add("--learning_rate", type=float, default=2e-3, help="Highest learning rate of the cosine.")
+    add("--num_eval", type=int, default=512, help="Pictures of each split for the PSNR, and for the statistics.")
+    add("--mixed_precision", choices=["no", "bf16"], default="no", help="Type of the computation.")
+    add("--seed", type=int, default=0, help="Seed of the weights, the order of the data and the noise.")
+    add("--threads", type=int, help="CPU threads; default: PyTorch's.")
+    return parser
+
+
+def find_problem(args: argparse.Namespace) -> str | None:
+    """Return what is wrong with the flags, or None."""
+    for name in ("latent_channels", "steps", "batch_size", "num_eval", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            return f"--{name} must be at least 1, got {getattr(args, name)}"
+    if not args.learning_rate > 0:
+        return f"--learning_rate must be positive, got {args.learning_rate}"
+    if args.dataset_name == "scenes":
+        if args.eval_splits:
+            return f"--eval_splits is for --dataset_name; scenes have {' and '.join(SCENES_SPLITS)}"
+        try:
+            ScenesDataset(args.level, args.resolution)
+        except ValueError as error:
+            return str(error)
+    if args.downsample < 2 or args.downsample.bit_count() != 1 or args.resolution % args.downsample:
+        return f"--downsample must be a power of 2 that divides --resolution {args.resolution}, got {args.downsample}"
+    if args.base_channels < 1 or args.base_channels % NORM_GROUPS:
+        return f"--base_channels must be a multiple of {NORM_GROUPS}, got {args.base_channels}"
+    levels, layers = len(block_channels(args)), args.layers_per_block
+    lengths = (1, levels) if args.kind == "dc" else (1,)
+    if len(layers) not in lengths or min(layers[1:] or layers) < 1 or layers[0] < 0:
+        return (
+            f"--layers_per_block must be at least 1 for every level (dc: one number or {levels}, of which the first "
+            f"may be 0), got {' '.join(map(str, layers))}"
+        )
+    width = block_channels(args)[-1]
+    if args.kind == "dc" and width % args.latent_channels:
+        return f"--latent_channels must divide the deepest width {width} of dc, got {args.latent_channels}"
+    return None
+
+
 def block_channels(args: argparse.Namespace) -> tuple[int, ...]:
-    """Width at full resolution, at half of it, and so on; flux2 takes the last halving by patchifying."""
+    """Return the widths at full resolution, half of it, and so on; flux2 does the last halving by patchifying."""
     halvings = int(math.log2(args.downsample // (FLUX2_PATCH if args.kind == "flux2" else 1)))
     return tuple(args.base_channels * 2 ** min(i, 2) for i in range(halvings + 1))
 
 
 def build_vae(args: argparse.Namespace) -> VAE:
-    """A new autoencoder, whose latents are its codes as they are: scale 1, shift 0."""
+    """Build a new autoencoder with scale 1 and shift 0."""
     channels = block_channels(args)
     levels = len(channels)
     if args.kind == "dc":
@@ -252,7 +243,7 @@ def to_pm1(pixels_uint8: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(codes: EncodedImages) -> torch.Tensor:
-    """Of the codes' distribution from the standard normal, the mean over all values; 0 for codes without one."""
+    """Return the mean KL divergence of the codes from the standard normal; 0 for codes without a distribution."""
     if codes.std is None:
         return codes.mean.new_zeros(())
     return 0.5 * (codes.mean**2 + codes.std**2 - 1 - 2 * codes.std.log()).mean()
@@ -261,7 +252,7 @@ def kl_divergence(codes: EncodedImages) -> torch.Tensor:
 def latent_alignment(
     projector: nn.Module, teacher: VisionTeacher, latents: torch.Tensor, pixels_uint8: torch.Tensor
 ) -> torch.Tensor:
-    """1 - cosine between the projected latents (B, C, h, w) and the teacher's features on their grid; a scalar."""
+    """Return 1 - cosine of the projected latents (B, C, h, w) and the teacher's features on their grid, a scalar."""
     rows, columns = latents.shape[-2:]
     projected = projector(latents.flatten(2).transpose(1, 2))  # (B, h * w, E)
     return alignment_loss(projected, teacher_features(teacher, pixels_uint8, (rows, columns)), None).mean()
@@ -306,8 +297,8 @@ def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
     """Measure the latents on scenes after the trained ones, or on the trained data, and store the scale and the shift
     that make them standard.
 
-    What counts is the distribution of drawn latents, which a transformer is trained on: the variance of the means
-    plus the mean of the variances.
+    A transformer is trained on drawn latents, so their variance counts: the variance of the means plus the mean of
+    the variances.
     """
     count = 0
     total = squares = torch.zeros((), dtype=torch.float64, device=vae.device)
@@ -336,7 +327,7 @@ def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
 
 @torch.no_grad()
 def mean_psnr(vae: VAE, args: argparse.Namespace, split: str) -> float:
-    """Peak signal-to-noise ratio in dB of the images decoded from the mean latents, averaged over the images."""
+    """Return the peak signal-to-noise ratio in dB of images decoded from the mean latents, averaged over images."""
     values = []
     for pixels_uint8 in first_batches(args, split):
         pixels_pm1 = to_pm1(pixels_uint8.to(vae.device))
@@ -377,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = SCENES_SPLITS if args.dataset_name == "scenes" else args.eval_splits or [args.dataset_split]
     start = time.perf_counter()
     try:
-        for split in splits:  # one that is not there shall not be missed after the training
+        for split in splits:  # fail before the training if a split is missing
             open_split(args, split, args.num_eval)
         train(vae, teacher, projector, perceptual, args)
     except ValueError as error:  # data that cannot be read, a size that the network does not take

@@ -132,7 +132,7 @@ def choose_caption(captions: Mapping[str, str], weights: Mapping[str, float], un
     """
     present = [column for column in weights if weights[column] > 0 and captions.get(column, "").strip()]
     if not present:
-        raise UnreadableSample(f"there is no caption in the columns {sorted(weights)}")
+        raise UnreadableSample(f"the columns {sorted(weights)} have no caption")
     remaining = uniform * sum(weights[column] for column in present)
     for column in present[:-1]:
         remaining -= weights[column]

@@ -1,8 +1,8 @@
 """Captioned scenes of real drawings, composed on the fly: the drawings of the emoji data set on colored grounds.
 
-A scene is a plain ground with one to three drawings of one style, each at a place of its own. Scenes, wordings and
-pixels are pure functions of (data set, seed, index, split). Which drawings a split may show follows from the splits of
-the data set, so that no held-out pair of name and style, and no unseen name, is ever in a training scene.
+A scene is a plain ground with one to three drawings of one style, each at its own place. Scenes, wordings and
+pixels are pure functions of (data set, seed, index, split). A split shows only drawings of the same split of the data
+set: a training scene never contains a held-out pair of name and style, or an unseen name.
 """
 
 import hashlib
@@ -137,7 +137,7 @@ def _is_held_out(scene: EmojiScene) -> bool:
 
 class EmojiScenesDataset(torch.utils.data.Dataset):
     """Map-style data set of `size` scenes. Item i is {"image": RGB picture of `resolution` pixels, "caption": str,
-    "scene": `EmojiScene`}, composed when asked for, and the same for the same arguments whatever `size` is.
+    "scene": `EmojiScene`}, composed on access; it depends on the arguments, but not on `size`.
 
     | split | drawings | combination of names and ground |
     |---|---|---|

@@ -150,7 +150,7 @@ def _decode(source: bytes | str, use: Callable[[PIL.Image.Image], T]) -> T:
 
 
 def _without_text(data: bytes) -> bytes | None:
-    """Remove the text chunks of a PNG, except those that may hold its orientation; None if there is none to remove."""
+    """Remove the text chunks of a PNG, except those that may hold its orientation; None if it has none to remove."""
     if not data.startswith(PNG_SIGNATURE):
         return None
     kept, offset, removed = [PNG_SIGNATURE], len(PNG_SIGNATURE), False
@@ -202,7 +202,7 @@ def _size_as_shown(image: PIL.Image.Image) -> tuple[int, int]:
 
 def _read(source: bytes | str | None, use: Callable[[PIL.Image.Image], T]) -> T:
     if source is None:
-        raise UnreadableSample("there is no image")
+        raise UnreadableSample("the image is missing")
     try:
         return _decode(source, use)
     except PIL.UnidentifiedImageError as error:  # its own message names an object in memory
@@ -215,10 +215,10 @@ def image_hash(source: bytes | str | None) -> bytes:
     """Hash (16 bytes) of an image as it is stored; nothing is decoded.
 
     Raises:
-        UnreadableSample: if there is no image.
+        UnreadableSample: the image is missing.
     """
     if source is None:
-        raise UnreadableSample("there is no image")
+        raise UnreadableSample("the image is missing")
     with open_stored(source) as file:
         return hashlib.blake2b(file.read(), digest_size=16).digest()
 

@@ -1,6 +1,6 @@
 """Streaming: read sources from beginning to end, shard by shard, and resume at the exact sample.
 
-The shards of an epoch are shuffled; the samples inside a shard are not. There is no shuffle buffer, because the
+The shards of an epoch are shuffled; the samples inside a shard are not. It has no shuffle buffer, because the
 samples waiting in it would be lost on resume. So write many shards, and shuffle the samples when you write them.
 
 A lane is one worker of one process; R processes with W workers have R * W lanes. In epoch e lane l reads every
@@ -267,7 +267,7 @@ class StreamedImages:
                     yield stored, [epoch, index, row + 1], source.name(shard)
                 first_row = 0
             if not found and first_shard == 0:
-                raise ValueError(f"There is no sample to train on in {len(order)} shards ({source.name(0)}, ...).")
+                raise ValueError(f"All {len(order)} shards ({source.name(0)}, ...) have no sample to train on.")
             epoch, first_shard = epoch + 1, 0
 
     def record(self, progress: Sequence[Sequence[LaneProgress]]) -> dict[str, Any]:

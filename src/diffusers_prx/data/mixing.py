@@ -25,7 +25,7 @@ class Mix:
     """Endless sequence of source numbers in given shares.
 
     Weights are read as exact decimals and reduced to integers: 0.7, 0.2, 0.1 make a cycle of ten samples, seven of
-    them from source 0. Each cycle has a seeded order of its own, so that the shares are exact after every cycle.
+    them from source 0. Each cycle has its own seeded order, so that the shares are exact after every cycle.
 
     Args:
         weights: one positive number per source; only their ratios count.
@@ -68,7 +68,7 @@ class Mix:
 class MixedSource(IndexedView):
     """Endless mixture of several sources in given shares. It is shuffled already: read it in order.
 
-    Every source has epochs of its own, each in a seeded order: no sample of a source repeats before all of them were
+    Every source has its own epochs, each in a seeded order: no sample of a source repeats before all of them were
     read. A sample is a function of the seed and its index alone.
 
     Args:

@@ -12,7 +12,7 @@ A folder holds one data set at one resolution:
 A shard has three tensors per column: `name`, the flattened values of all samples, one after the other;
 `name.shape` (n, dimensions), their shapes; and `name.hash` (n, 16), their hashes. Nothing is padded, and one sample
 can be read and verified without the others. The metadata of a shard contain a hash of its tables (shapes, hashes,
-skipped samples), and index.json contains those of all shards, so that any damage is found when the data are read.
+skipped samples), and index.json contains the hashes of all shards. Reading therefore finds any damage.
 
 Columns of a sample with k captions of T tokens in total:
 

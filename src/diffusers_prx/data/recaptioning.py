@@ -202,7 +202,7 @@ def stored_bytes(source: StoredImages, index: int) -> bytes:
     except OSError as error:
         raise UnreadableSample(f"the image cannot be read ({error})") from error
     if stored is None:
-        raise UnreadableSample("there is no image")
+        raise UnreadableSample("the image is missing")
     return stored
 
 

@@ -32,7 +32,7 @@ class StreamSampler(Sampler[list[Position]]):
     """Batch sampler that starts at any step and divides each step's samples among processes and micro-batches.
 
     Step s uses the samples [s * G, (s + 1) * G) of the run, G = batch_size * accumulation * world_size, whatever the
-    three factors are. Epochs follow each other without a gap, each in an order of its own: no sample is lost or
+    three factors are. Epochs follow each other without a gap, each in its own order: no sample is lost or
     repeated. The sampler has no state; to resume, start it at a later step.
 
     Args:
@@ -109,7 +109,7 @@ class StreamSampler(Sampler[list[Position]]):
 class BucketStreamSampler(StreamSampler):
     """`StreamSampler` that takes all samples of a step, of all processes and micro-batches, from one bucket.
 
-    Every bucket has an endless sequence of its own: its n images in one order, then in another, without a gap. Its
+    Every bucket has its own endless sequence: its n images in one order, then in another, without a gap. Its
     k-th step takes the samples [k * G, (k + 1) * G) of that sequence, G = samples per step. The first e epochs have
     floor(e * n / G) steps of the bucket, as many as e * n images fill. Epoch e consists of the
     floor((e + 1) * n / G) - floor(e * n / G) new steps of each bucket, in a seeded order. Therefore

@@ -173,7 +173,7 @@ def expand_pattern(pattern: str) -> list[str]:
         else:
             found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
-            raise ValueError(f"There is no file {path}.")
+            raise ValueError(f"The file {path} does not exist.")
         files += found
     return files
 
@@ -305,7 +305,7 @@ def _find_files(name: str, caption_columns: Sequence[str]) -> _DataFiles:
     if folder.is_file():
         raise ValueError(f"{name} is a file. Give a folder, tars (.tar), parquet files, or the name of a data set.")
     if name.startswith(("/", "./", "../", "~")):
-        raise ValueError(f"There is no folder {name}.")
+        raise ValueError(f"The folder {name} does not exist.")
     return _DataFiles("hub", name)
 
 
@@ -405,7 +405,7 @@ def _escape_patterns(files: Sequence[str]) -> list[str]:
 
 
 def _allowed_files(files: _DataFiles) -> AllowedFiles:
-    """Files that the cells of a data set may name: its own, and those that `datasets` has downloaded for it."""
+    """Files that the cells of a data set may name: its own, and files that `datasets` has downloaded for it."""
     caches = tuple(str(path) for path in (datasets.config.HF_DATASETS_CACHE, datasets.config.EXTRACTED_DATASETS_PATH))
     if files.kind == "hub":
         repository = files.name if "/" in files.name else ""

@@ -59,7 +59,7 @@ class EmojiReader:
     Features of a grid of P places are standardized per channel over the data set and compared by their cosine.
 
     Args:
-        drawings: the data set; all its drawings are looked at once, on white.
+        drawings: the data set; the features of all its drawings on white are computed once.
         teacher: network, see `techniques.teachers.load_teacher`.
         cache_dir: folder that keeps the features of the drawings, by network and content.
         batch_size: pictures that the network sees at once.
@@ -134,7 +134,7 @@ class EmojiReader:
         return [readings[place] for place in range(len(pictures))]
 
     def _read(self, fit: torch.Tensor, asked: EmojiDrawing) -> Reading:
-        """Read one picture of which it is known how well each drawing fits, (N,)."""
+        """Read one picture from the fit of each drawing to it, (N,)."""
         name, style = self.names.index(asked.name), self.styles.index(asked.style)
         by_name = self._best(fit.masked_fill(self._style_of == style, -torch.inf), self._name_of, len(self.names))
         if by_name[name] == -torch.inf:

@@ -6,7 +6,7 @@ The report records every setting that affects a score.
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -230,44 +230,42 @@ def evaluate(
         raise ValueError(
             f"`level` is {settings.level!r}, which needs at least {least} pixels, but the resolution is {resolution}."
         )
+
+    # everything that is graded or measured, opened before the first picture is drawn
     metrics = build_metrics(settings)
+    scenes = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
     emoji = open_emoji(settings, resolution)
     reference = open_reference(settings, resolution) if metrics else None
+    prompts, without_caption = ([], []) if reference is None else reference.prompts(settings.num_images)
+    if reference is not None and len(prompts) < settings.num_images:
+        logger.warning(f"The reference has {len(prompts)} captions, fewer than `num_images` {settings.num_images}.")
 
+    # the missing pictures; another machine or version draws new ones
     drawn = sampling_settings(settings, pipeline, resolution)
-    # another machine or version generates new images
     drawn |= {"device": state.device.type, "commit": commit, "versions": installed_versions()}
     pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
     if state.is_main_process:
         write_json(pictures.folder / DRAWN_FILE, drawn)
-    sampling = (settings.num_inference_steps, settings.guidance_scale, settings.seed, settings.batch_size)
-    draw = pipeline_draw(pipeline, resolution, *sampling, drawn["fixed_noise"])
-    splits = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
-    for split, prompts in splits.items():
-        draw_missing(draw, pictures, prompts, settings.batch_size, f"Drawing {split} scenes")
-    for group in emoji.groups:
-        draw_missing(draw, pictures, group.prompts, settings.batch_size, f"Drawing {group.name}")
-    prompts, report = [], {}
+    groups = {f"{split} scenes": group for split, group in scenes.items()}
+    groups |= {group.name: group.prompts for group in emoji.groups}
+    groups |= {"captions of the reference": prompts} if prompts else {}
+    draw_pictures(settings, pipeline, resolution, pictures, groups)
+    del pipeline  # frees memory for the encoders
+
+    report: dict[str, Any] = {}
     if reference is not None:
-        prompts, without = reference.prompts(settings.num_images)
-        if len(prompts) < settings.num_images:
-            logger.warning(
-                f"The reference has {len(prompts)} captions, fewer than `num_images` {settings.num_images}."
-            )
-        draw_missing(draw, pictures, prompts, settings.batch_size, "Drawing")
-        del draw, pipeline  # frees memory for the encoders
         reference.size = min(settings.num_reference or prompts[-1][0] + 1, reference.size)
         loading = {"batch_size": metric_batch_size, "num_workers": num_workers}
         report = measure(settings, metrics, reference, pictures, prompts, ReferenceCache(cache_dir), loading)
-        report["reference"]["samples_without_caption"] = len(without)
+        report["reference"]["samples_without_caption"] = len(without_caption)
     if not state.is_main_process:
         return None
 
     graded: tuple[list[GradedScene], list[GradedScene]] = ([], [])
-    if settings.scenes:
+    if scenes:
         graded = (
-            grade_stored_images(settings, "heldout", pictures, splits["heldout"]),
-            grade_stored_images(settings, "novel", pictures, splits["novel"]),
+            grade_stored_images(settings, "heldout", pictures, scenes["heldout"]),
+            grade_stored_images(settings, "novel", pictures, scenes["novel"]),
         )
         report = {**scenes_report(settings, graded), **report}
     graded_emoji: dict[str, list[GradedEmoji]] = {}
@@ -275,23 +273,49 @@ def evaluate(
         report["emoji_accuracy"], graded_emoji = emoji_report(
             emoji, pictures, cache_dir, metric_batch_size, state.device
         )
-    report |= {
+    report |= describe_run(settings, drawn, str(pictures.folder.relative_to(output_dir)), metric_batch_size)
+    report["seconds_evaluation"] = round(time.perf_counter() - start, 1)
+    return Evaluation(report, graded, graded_emoji, shown_pairs(reference, pictures, prompts))
+
+
+def draw_pictures(
+    settings: EvaluationSettings,
+    pipeline: Any,
+    resolution: int,
+    pictures: PictureFolder,
+    groups: Mapping[str, Sequence[Prompt]],
+) -> None:
+    """Draw the pictures of all prompts, by name of their group, that the folder does not have yet."""
+    sampling = (settings.num_inference_steps, settings.guidance_scale, settings.seed, settings.batch_size)
+    draw = pipeline_draw(pipeline, resolution, *sampling, settings.compat == PHOTOROOM)
+    for name, prompts in groups.items():
+        draw_missing(draw, pictures, prompts, settings.batch_size, f"Drawing {name}")
+
+
+def describe_run(
+    settings: EvaluationSettings, drawn: dict[str, Any], folder: str, metric_batch_size: int
+) -> dict[str, Any]:
+    """Return the report's entries about the evaluation itself.
+
+    Args:
+        settings: settings of the evaluation.
+        drawn: everything that an image depends on.
+        folder: folder of the images, relative to the report.
+        metric_batch_size: images per batch of an encoder.
+    """
+    return {
         "seed": settings.seed,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
-        "seconds_evaluation": round(time.perf_counter() - start, 1),
         "evaluation": {
             **asdict(settings),
             "drawn": drawn,
-            "pictures": str(pictures.folder.relative_to(output_dir)),
+            "pictures": folder,
             "metric_batch_size": metric_batch_size,
-            "processes": state.num_processes,
-            "device": state.device.type,
-            "commit": commit,
-            "versions": installed_versions(),
+            "processes": PartialState().num_processes,
+            **{name: drawn[name] for name in ("device", "commit", "versions")},
         },
     }
-    return Evaluation(report, graded, graded_emoji, shown_pairs(reference, pictures, prompts))
 
 
 def sampling_settings(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class FeatureExtractor(nn.Module, ABC):
         """Return features, float32 (B, E), of images, uint8 (B, 3, H, W). Raises `ValueError` like `check_images`."""
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Keep evaluation mode, whatever `mode` is."""
+        """Keep evaluation mode, regardless of `mode`."""
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:

@@ -152,9 +152,9 @@ def read_scene(image: Image.Image | np.ndarray, level: str) -> Scene:
 
     Returns:
         Scene with its objects in row order. Attributes that are not recognized are `UNKNOWN` and match no prompt: a
-        blurred blob has no shape, size and texture, a wrong hue has no color. The background is `UNKNOWN`, and there
-        are no objects, if no background of the level covers enough of the image, or if more cells are occupied than
-        the level allows and none is recognized (noise).
+        blurred blob has no shape, size and texture, a wrong hue has no color. The scene is
+        empty and its background `UNKNOWN` in two cases: no background of the level covers enough of the image, or
+        more cells are occupied than the level allows and none is recognized (noise).
 
     Raises:
         ValueError: if the level is unknown, or mode, type, shape or size of the image are not as described.

@@ -20,7 +20,7 @@ DEFAULT_GUIDANCE_SCALE = 4.0
 def check_flag(name: str, value: Any) -> None:
     """Check that an argument is True, False or None."""
     if value is not None and not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"`{name}` is {value!r}; it has to be True, False or None.")
+        raise ValueError(f"`{name}` is {value!r}; it must be True, False or None.")
 
 
 def check_guidance(guidance_scale: Any) -> float:
@@ -31,7 +31,7 @@ def check_guidance(guidance_scale: Any) -> float:
     """
     if not is_number(guidance_scale) or not (guidance_scale == 0 or guidance_scale >= 1):
         raise ValueError(
-            f"`guidance_scale` is {guidance_scale!r}; it has to be a finite number above 1, or 1 or 0 (both: off)."
+            f"`guidance_scale` is {guidance_scale!r}; it must be a finite number above 1, or 1 or 0 (both: off)."
         )
     return float(guidance_scale)
 
@@ -65,7 +65,7 @@ def check_guidance_change(new: float, old: float, guided: bool, guider: Any, cac
 def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> None:
     """Check that a guider combines exactly two predictions, and that no `guidance_scale` was passed as well."""
     if not isinstance(guider, BaseGuidance):
-        raise ValueError(f"`guider` is a {type(guider).__name__}; it has to be one of diffusers' guiders, or None.")
+        raise ValueError(f"`guider` is a {type(guider).__name__}; it must be one of diffusers' guiders, or None.")
     hooked = type(guider).prepare_models is not BaseGuidance.prepare_models
     if hooked or guider._input_predictions != ["pred_cond", "pred_uncond"]:
         raise ValueError(
@@ -91,7 +91,7 @@ def check_guidance_group(group: Any, guided: bool, transformer: Any) -> None:
     if not isinstance(group, ProcessGroup) or group.size() != 2:
         received = f"a group of {group.size()}" if isinstance(group, ProcessGroup) else f"a {type(group).__name__}"
         raise ValueError(
-            f"`guidance_group` is {received}; it has to be a torch.distributed.ProcessGroup of two with this one."
+            f"`guidance_group` is {received}; it must be a torch.distributed.ProcessGroup of two with this one."
         )
     if not guided:
         raise ValueError(
@@ -119,11 +119,11 @@ def check_token_route(token_route: Any, transformer: Any) -> tuple[int, int, flo
     """Check a route against the transformer, if there is one, and return it as a tuple."""
     accepted = "(start, stop, ratio): a half-open range of blocks, and the fraction in (0, 1) of tokens that skip it"
     if not isinstance(token_route, (tuple, list)) or len(token_route) != 3:
-        raise ValueError(f"`token_route` is {token_route!r}; it has to be {accepted}.")
+        raise ValueError(f"`token_route` is {token_route!r}; it must be {accepted}.")
     start, stop, ratio = token_route
     integers = all(isinstance(block, numbers.Integral) and not isinstance(block, bool) for block in (start, stop))
     if not integers or not 0 <= start < stop or not is_number(ratio) or not 0 < ratio < 1:
-        raise ValueError(f"`token_route` is {token_route!r}; it has to be {accepted}.")
+        raise ValueError(f"`token_route` is {token_route!r}; it must be {accepted}.")
     if transformer is not None:
         depth, fusion_range = transformer.config["depth"], transformer.config.get("fusion_range")
         if stop > depth:
@@ -140,7 +140,7 @@ def check_self_guidance(self_guidance_scale: Any, token_route: Any, guided: bool
     """Check that self-guidance is off, or that the pipeline and the other arguments allow it."""
     if not is_number(self_guidance_scale) or self_guidance_scale < 1:
         raise ValueError(
-            f"`self_guidance_scale` is {self_guidance_scale!r}; it has to be a finite number of at least 1 (off)."
+            f"`self_guidance_scale` is {self_guidance_scale!r}; it must be a finite number of at least 1 (off)."
         )
     if self_guidance_scale == 1:
         return
@@ -171,12 +171,12 @@ def check_generator(generator: Any, batch_size: int, device: torch.device) -> No
     if isinstance(generator, list):
         if len(generator) != batch_size or not all(isinstance(entry, torch.Generator) for entry in generator):
             raise ValueError(
-                f"`generator` is a list of {len(generator)}; it has to be one torch.Generator, or a list of"
+                f"`generator` is a list of {len(generator)}; it must be one torch.Generator, or a list of"
                 f" {batch_size} (prompts x images)."
             )
     elif generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(
-            f"`generator` is a {type(generator).__name__}; it has to be a torch.Generator or a list of them."
+            f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or a list of them."
         )
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     kinds = {entry.device.type for entry in generators}
@@ -206,9 +206,7 @@ def check_callback_result(changed: Any, given: dict[str, torch.Tensor | None]) -
                 f"`callback_on_step_end` returned {name!r}; accepted in this call are the tensors {accepted}."
             )
         if not value.is_floating_point():
-            raise ValueError(
-                f"`callback_on_step_end` returned `{name}` of {value.dtype}; it has to be floating-point."
-            )
+            raise ValueError(f"`callback_on_step_end` returned `{name}` of {value.dtype}; it must be floating-point.")
         if value.shape != current.shape:
             raise ValueError(
                 f"`callback_on_step_end` returned `{name}` of shape {tuple(value.shape)}; it has to stay"
@@ -224,9 +222,9 @@ def _is_list_of_str(value: Any) -> bool:
 def check_callback(callback: Any, names: Any, accepted: list[str]) -> None:
     """Check a step callback and the names of the tensors that it receives."""
     if callback is not None and not callable(callback):
-        raise ValueError(f"`callback_on_step_end` is a {type(callback).__name__}; it has to be a function, or None.")
+        raise ValueError(f"`callback_on_step_end` is a {type(callback).__name__}; it must be a function, or None.")
     if not isinstance(names, list) or not all(name in accepted for name in names):
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}; it has to be a list out of {accepted}.")
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}; it must be a list out of {accepted}.")
 
 
 def check_prompts(
@@ -240,14 +238,14 @@ def check_prompts(
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("Pass either `prompt` or `prompt_embeds`.")
     if prompt is not None and not isinstance(prompt, str) and not _is_list_of_str(prompt):
-        raise ValueError(f"`prompt` is {prompt!r}; it has to be a string or a list of at least one string.")
+        raise ValueError(f"`prompt` is {prompt!r}; it must be a string or a list of at least one string.")
     if not (negative_prompt is None or isinstance(negative_prompt, str) or _is_list_of_str(negative_prompt)):
-        raise ValueError(f"`negative_prompt` is {negative_prompt!r}; it has to be a string or a list of strings.")
+        raise ValueError(f"`negative_prompt` is {negative_prompt!r}; it must be a string or a list of strings.")
     if negative_prompt and negative_prompt_embeds is not None:
         raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
     count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
     if isinstance(negative_prompt, list) and len(negative_prompt) != count:
-        raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries; it has to be one string, or {count}.")
+        raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries; it must be one string, or {count}.")
     if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
         raise ValueError(
             f"`negative_prompt_embeds` has {len(negative_prompt_embeds)} rows; it has to have {count}, one per prompt."
@@ -275,19 +273,19 @@ def check_embeds(name: str, embeds: Any, mask: Any, width: int | None) -> None:
     check_floating(f"{name}_embeds", embeds)
     width = embeds.shape[-1] if width is None and embeds.ndim else width
     if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
-        raise ValueError(f"`{name}_embeds` is {tuple(embeds.shape)}; it has to be (prompts, tokens, {width}).")
+        raise ValueError(f"`{name}_embeds` is {tuple(embeds.shape)}; it must be (prompts, tokens, {width}).")
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"`{name}_attention_mask` is a {type(mask).__name__}; it has to be a tensor.")
+        raise ValueError(f"`{name}_attention_mask` is a {type(mask).__name__}; it must be a tensor.")
     if mask.shape != embeds.shape[:2]:
         raise ValueError(
-            f"`{name}_attention_mask` is {tuple(mask.shape)}; it has to be {tuple(embeds.shape[:2])}, as"
+            f"`{name}_attention_mask` is {tuple(mask.shape)}; it must be {tuple(embeds.shape[:2])}, as"
             f" `{name}_embeds`."
         )
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
-            f"`{name}_attention_mask` has entries other than 0 and 1; it has to be true (1) where a token counts. (A"
+            f"`{name}_attention_mask` has entries other than 0 and 1; it must be true (1) where a token counts. (A"
             " mask that is added to attention scores, with 0 where a token counts, does not fit.)"
         )
 
@@ -296,5 +294,5 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     """Check that `latents` are finite floating-point values of a shape."""
     check_floating("latents", latents)
     if tuple(latents.shape) != shape:
-        raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it has to be {shape}.")
+        raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; for this call it must be {shape}.")
     check_finite_input("latents", latents)

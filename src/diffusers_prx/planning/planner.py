@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 # models with smaller matrices may reach less.
 UTILIZATION = 0.40
 UTILIZATION_SOURCE = "Llama 3 405B: 38% to 43% on H100 (arXiv 2407.21783)"
-# Share of a GPU's memory beside CUDA's context, NCCL's buffers and fragmentation: an assumption.
+# Share of a GPU's memory without CUDA's context, NCCL's buffers and fragmentation: an assumption.
 USABLE_MEMORY = 0.92
 # Tokens of the mean caption in the data on which the cache was measured.
 CAPTION_TOKENS = 113

@@ -25,7 +25,7 @@ def fast_sigmas(num_inference_steps: int) -> list[float]:
 
     Near noise, the layout of the picture is decided, and the prediction of a briefly trained transformer changes fast.
     Near the image, the last step takes the predicted image as the result. Evenly spaced levels have large steps at one
-    of these ends, whatever the shift: `training/benchmarks/sampling_error.py` measures it.
+    of these ends, for any shift: `training/benchmarks/sampling_error.py` measures it.
 
     Args:
         num_inference_steps: number n of steps, at least 1.

@@ -149,18 +149,18 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         """Return the index of a timestep in the schedule.
 
         Raises:
-            ValueError: if there is no schedule yet, or the timestep is not in it.
+            ValueError: if `set_timesteps` was not called, or the timestep is not in its result.
 
         Example:
             >>> scheduler.index_for_timestep(scheduler.timesteps[3])
             3
         """
         if self.num_inference_steps is None:
-            raise ValueError("There is no schedule yet: call `set_timesteps` first.")
+            raise ValueError("The scheduler has no timesteps yet: call `set_timesteps` first.")
         if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
             timestep = timestep.item()
         if not is_number(timestep):
-            raise ValueError(f"`timestep` is {timestep!r}; it has to be one of `scheduler.timesteps`.")
+            raise ValueError(f"`timestep` is {timestep!r}; it must be one of `scheduler.timesteps`.")
         value = float(timestep)
         distance = (self.timesteps.cpu().double() - value).abs()
         index = int(distance.argmin())
@@ -194,7 +194,7 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         highest = self.config["num_train_timesteps"]
         timestep = _as_levels("timestep", timestep, highest)
         if not bool(((timestep >= 0) & (timestep <= highest)).all()):
-            raise ValueError(f"`timestep` is {timestep.tolist()}; it has to be in [0, {highest}].")
+            raise ValueError(f"`timestep` is {timestep.tolist()}; it must be in [0, {highest}].")
         sigma = _like_sample(timestep.to(sample.device) / highest, sample)
         return ((1 - sigma) * sample.float() + sigma * noise.float()).to(sample.dtype)
 
@@ -221,7 +221,7 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         """
         n = check_count("n", n)
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"`generator` is a {type(generator).__name__}; it has to be a torch.Generator or None.")
+            raise ValueError(f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or None.")
         config, low = self.config, self.config["min_timestep"]
         source = generator.device if generator is not None else "cpu"
         u, coin, u_plain = torch.rand(n, 3, generator=generator, device=source).unbind(1)  # each (n,)
@@ -421,7 +421,7 @@ def check_number(name: str, value: Any, low: float, high: float, closed: bool = 
     """
     if not is_number(value) or not (low <= value <= high if closed else low < value < high):
         edges = "[]" if closed else "()"
-        raise ValueError(f"`{name}` is {value!r}; it has to be a finite number in {edges[0]}{low}, {high}{edges[1]}.")
+        raise ValueError(f"`{name}` is {value!r}; it must be a finite number in {edges[0]}{low}, {high}{edges[1]}.")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
@@ -432,7 +432,7 @@ def check_count(name: str, value: Any) -> int:
         ValueError: for anything else, including 32.0 and True; NumPy integers are accepted.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}; it has to be a whole number of at least 1.")
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
     return int(value)
 
 
@@ -453,15 +453,15 @@ def check_levels(name: str, values: Any, highest: float = 1.0) -> np.ndarray:
     elif isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise ValueError(f"`{name}` is {values!r}; it has to be {accepted}.")
+        raise ValueError(f"`{name}` is {values!r}; it must be {accepted}.")
     items = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in values]
     if not all(is_number(value) for value in items):
-        raise ValueError(f"`{name}` is {values!r}; it has to be {accepted}.")
+        raise ValueError(f"`{name}` is {values!r}; it must be {accepted}.")
     levels = np.array([float(value) for value in items], dtype=np.float64)
     rounded = (levels / highest).astype(np.float32)
     in_range = bool(np.all((rounded > 0) & (levels <= highest)))
     if not levels.size or not in_range or bool(np.any(np.diff(rounded) >= 0)):
-        raise ValueError(f"`{name}` is {values!r}; it has to be {accepted}.")
+        raise ValueError(f"`{name}` is {values!r}; it must be {accepted}.")
     return levels
 
 
@@ -470,16 +470,16 @@ def _check_tensors(sample: torch.Tensor, **others: torch.Tensor) -> None:
     for name, tensor in {"sample": sample, **others}.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             received = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-            raise ValueError(f"`{name}` is {received}; it has to be a floating-point tensor.")
+            raise ValueError(f"`{name}` is {received}; it must be a floating-point tensor.")
         if tensor.shape != sample.shape:
-            raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it has to be as `sample`, {tuple(sample.shape)}.")
+            raise ValueError(f"`{name}` is {tuple(tensor.shape)}; it must be as `sample`, {tuple(sample.shape)}.")
 
 
 def _as_levels(name: str, values: Any, highest: float = 1.0) -> torch.Tensor:
     """Return one value or (B,) values as float32. A tensor's values are not checked: that would wait for a GPU."""
     is_real_tensor = isinstance(values, torch.Tensor) and not values.is_complex() and values.dtype != torch.bool
     if not is_real_tensor and not (is_number(values) and 0 <= values <= highest):
-        raise ValueError(f"`{name}` is {values!r}; it has to be in [0, {highest:g}], or a tensor with one per row.")
+        raise ValueError(f"`{name}` is {values!r}; it must be in [0, {highest:g}], or a tensor with one per row.")
     return torch.as_tensor(values, dtype=torch.float32)
 
 

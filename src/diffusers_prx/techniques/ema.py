@@ -20,7 +20,7 @@ class EMAWeights:
 
     Args:
         trained: trainable modules, already distributed.
-        cfg: run configuration. Without `use_ema` there are no averages and all methods do nothing.
+        cfg: run configuration. Without `use_ema`, all methods do nothing.
 
     Attributes:
         models: an EMAModel for each module name.

@@ -35,7 +35,7 @@ def adapter_settings(cfg: TrainingConfig) -> dict[str, Any]:
 
 
 def add_adapter(cfg: TrainingConfig, transformer: PRXTransformer2DModel) -> None:
-    """Freeze a transformer and add a new adapter in float32, whatever the transformer's type.
+    """Freeze a transformer and add a new adapter in float32, regardless of the transformer's type.
 
     The adapter does not change the output yet: lora_B is zero. lora_A is drawn from `cfg.seed`.
 

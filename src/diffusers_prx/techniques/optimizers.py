@@ -259,8 +259,8 @@ class MuonAdamW(Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon) and AdamW in one optimizer with two kinds of parameter groups.
 
     Groups of kind `muon` hold 2-D weights. Their update is that of `torch.optim.Muon` with Nesterov momentum and
-    without weight decay, applied to each of the `stacked` matrices that a weight holds one below the other (3 for a
-    fused QKV projection). Groups of kind `adamw` are updated by PyTorch's own AdamW function.
+    without weight decay. A weight can stack several matrices (`stacked`, 3 for a fused QKV projection); each is
+    updated by itself. Groups of kind `adamw` are updated by PyTorch's own AdamW function.
 
     The update is the same on one process, under DDP and under FSDP2 (DTensor parameters with rows sharded over a 1-D
     mesh, or replicated and sharded over a 2-D one): Newton-Schulz always sees whole matrices. The matrices are

@@ -13,7 +13,7 @@ def check_precision(tensors: Iterable[tuple[str, torch.Tensor]], stored: torch.d
 
     Args:
         tensors: names and tensors; integers, like step counters, are ignored.
-        stored: accepted data type beside float32: bf16 in the recipe that reproduces the effect, else float32.
+        stored: data type accepted in addition to float32: bf16 in the recipe that reproduces the effect, else float32.
 
     Returns:
         Number of values by data type.

@@ -1,9 +1,9 @@
 """Precomputation of latents, text embeddings and teacher features with the frozen networks of a run.
 
-`data/precomputed.py` defines the files of a cache. Before its first step, a run that uses a cache checks that it is
-complete and undamaged, that settings and network weights (by hash) are the same, and that number, sizes, and a sample
-of the images and captions match the data set. While it trains, it checks the hashes of every sample that it reads.
-`precompute` checks all samples, and computes those again that differ.
+`data/precomputed.py` defines the files of a cache. Before its first step, a run that uses a cache checks three
+things: the cache is complete and undamaged; settings and network weights (by hash) are the same; number, sizes, and a
+sample of the images and captions match the data set. While it trains, it checks the hashes of every sample that it
+reads. `precompute` checks all samples, and computes those again that differ.
 """
 
 from collections.abc import Sequence
@@ -201,7 +201,7 @@ def _check_shared(folder: Path, stages: list[Stage]) -> None:
     """Raise a ValueError if stages that share a cache differ in a setting of its samples."""
     for name in field_names(TrainingConfig, SHARED_CACHE):
         values = [getattr(stage.cfg, name) for stage in stages]
-        if name == "caption_weights":  # all captions are stored, whatever their weights
+        if name == "caption_weights":  # all captions are stored, regardless of their weights
             values = [sorted(weights) for weights in values]
         if any(value != values[0] for value in values):
             raise ValueError(

@@ -342,6 +342,6 @@ def load_recipe(path: Path, derived_recipes: tuple[Path, ...] = ()) -> dict[str,
     if base is None:
         return settings
     if "output_dir" not in settings:
-        raise ValueError(f"The recipe {path} has the base {base}: give it an `output_dir` of its own.")
+        raise ValueError(f"The recipe {path} has the base {base}: give it its own `output_dir`.")
     base_settings = load_recipe(path.parent / expand_path(str(base)), (*derived_recipes, path.resolve()))
     return {**base_settings, **settings}

@@ -291,7 +291,7 @@ def prepare_tokenizer(
 
 
 def restore(run: Run, resumed: Resumed) -> None:
-    """Load weights, optimizer state, averages and generators, whatever the number of processes and the sharding."""
+    """Load weights, optimizer state, averages and generators, for any number of processes and any sharding."""
     load_tensors(resumed.folder, run.trained, run.optimizer.optimizer, run.averages.tensors())
     run.averages.load_state_dict(resumed.saved["average_updates"])
     rank = run.accelerator.process_index

@@ -22,8 +22,8 @@ class Watchdog:
     """Context manager that records stop signals and ends the process if a step exceeds its time limit.
 
     If a step takes longer than the limit, the process prints the stack traces of all threads to standard error and
-    ends with `EXIT_HUNG`, whether it hangs itself or waits for another process. A thread of this class measures the
-    time, because the timer of faulthandler does not survive a fork. Time during which the process was suspended
+    ends with `EXIT_HUNG`. It does so too if it waits for another process that hangs. A thread of this class measures
+    the time, because the timer of faulthandler does not survive a fork. Time during which the process was suspended
     (SIGSTOP) does not count.
 
     Args:
