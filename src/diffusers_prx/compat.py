@@ -61,12 +61,12 @@ __all__ = [
 ]
 
 
-def unwrap_compiled(module: Any) -> Any:
+def unwrap_compiled(module: nn.Module) -> Any:
     """Return the module inside the wrapper of `torch.compile`, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
-def has_cache(transformer: Any) -> bool:
+def has_cache(transformer: nn.Module) -> bool:
     """True if `enable_cache` of a diffusers model is in effect."""
     return getattr(transformer, "is_cache_enabled", False)
 

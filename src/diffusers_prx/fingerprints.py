@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from .files import hash_tensors
@@ -20,7 +22,7 @@ NORMALIZATION_FILE = "preprocessor_config.json"
 IGNORED_CONFIG_KEYS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
-def fingerprint(module: Any) -> str:
+def fingerprint(module: ModelMixin | PreTrainedModel) -> str:
     """Return the class name of a network and a hash of its weights and configuration.
 
     The folder does not count; another revision, or any changed weight, does.
@@ -49,7 +51,7 @@ def _relevant_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a hash of a fast tokenizer, without padding and truncation, which every call sets anew.
 
     Example:
@@ -61,7 +63,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def pipeline_fingerprint(pipeline: Any) -> str:
+def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     """Return a hash of everything that a pipeline's images depend on: class, configuration and components.
 
     Example:

@@ -81,7 +81,7 @@ def load_text_encoder(
 
 
 def tokenize_prompts(
-    tokenizer: Any, prompts: Sequence[str], max_length: int, clean: Callable[[str], str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int, clean: Callable[[str], str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clean and tokenize prompts, padded or truncated to `max_length` tokens.
 
@@ -126,7 +126,7 @@ def tokenize_prompts(
 
 
 def find_truncated(
-    tokenizer: Any, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], mask: torch.Tensor, clean: Callable[[str], str]
 ) -> list[bool]:
     """Return one flag per prompt: True if `tokenize_prompts` has truncated it.
 

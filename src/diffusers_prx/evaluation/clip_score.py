@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torchmetrics import Metric
-from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from ..fingerprints import fingerprint
 from .distances import centered_interval, resampled_counts
@@ -40,7 +40,9 @@ class CLIPScore(Metric):
     scores: list[torch.Tensor]
     truncated: torch.Tensor
 
-    def __init__(self, extractor: FeatureExtractor, text_model: Any, tokenizer: Any):
+    def __init__(
+        self, extractor: FeatureExtractor, text_model: CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerBase
+    ):
         super().__init__()
         self.extractor = extractor
         self.text_model = text_model.requires_grad_(False).eval()

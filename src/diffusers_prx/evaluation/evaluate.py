@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from ..data.emoji import EmojiDrawings
@@ -280,7 +281,7 @@ def evaluate(
 
 def draw_pictures(
     settings: EvaluationSettings,
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     resolution: int,
     pictures: PictureFolder,
     groups: Mapping[str, Sequence[Prompt]],
@@ -318,7 +319,7 @@ def describe_run(
     }
 
 
-def sampling_settings(settings: EvaluationSettings, pipeline: Any, resolution: int) -> dict[str, Any]:
+def sampling_settings(settings: EvaluationSettings, pipeline: DiffusionPipeline, resolution: int) -> dict[str, Any]:
     """Return everything that an image depends on, except prompt, index and code."""
     return {
         "pipeline": f"{type(pipeline).__module__.partition('.')[0]}.{type(pipeline).__name__}",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
 
 from ..files import hash_tensors
 from ..fingerprints import fingerprint, read_normalization
@@ -201,7 +201,13 @@ class VisionExtractor(FeatureExtractor):
     std: torch.Tensor
 
     def __init__(
-        self, model: Any, mean: Sequence[float], std: Sequence[float], size: int, name: str, source: str = "memory"
+        self,
+        model: PreTrainedModel,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        name: str,
+        source: str = "memory",
     ):
         super().__init__()
         self.name, self.source, self.size = name, source, size
@@ -242,7 +248,13 @@ class TransformerExtractor(VisionExtractor):
     """
 
     def __init__(
-        self, model: Any, mean: Sequence[float], std: Sequence[float], size: int, name: str, source: str = "memory"
+        self,
+        model: PreTrainedModel,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        name: str,
+        source: str = "memory",
     ):
         patch: Any = getattr(model.config, "patch_size", None)
         if not isinstance(patch, int) or size < patch or size % patch:
@@ -287,7 +299,13 @@ class ConvExtractor(VisionExtractor):
     """
 
     def __init__(
-        self, model: Any, mean: Sequence[float], std: Sequence[float], size: int, name: str, source: str = "memory"
+        self,
+        model: PreTrainedModel,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        name: str,
+        source: str = "memory",
     ):
         super().__init__(model, mean, std, size, name, source)
         with torch.no_grad():
@@ -344,7 +362,7 @@ def load_extractor(name_or_path: str | Path, revision: str | None = None) -> Fea
     return (TransformerExtractor if has_patches else ConvExtractor)(model, mean, std, size, label, source)
 
 
-def projection_width(config: Any) -> dict[str, int]:
+def projection_width(config: PreTrainedConfig) -> dict[str, int]:
     """Return the projection width of a whole CLIP, which its parts do not have in their configurations."""
     return {"projection_dim": config.projection_dim} if config.model_type == "clip" else {}
 

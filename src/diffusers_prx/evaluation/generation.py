@@ -9,7 +9,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -25,6 +25,8 @@ from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
 
 logger = logging.get_logger(__name__)
 
+T = TypeVar("T")
+
 # (prompts, indices) -> uint8 images (B, H, W, 3)
 DrawFunction = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 # (index, text)
@@ -37,7 +39,7 @@ REQUIRED_ARGUMENTS = ("prompt", "height", "width", "num_inference_steps", "guida
 
 def load_pipeline(
     name_or_path: str, revision: str | None = None, stock: bool = False, dtype: str | None = None
-) -> Any:
+) -> DiffusionPipeline:
     """Load a saved pipeline on the CPU.
 
     Args:
@@ -65,7 +67,7 @@ def load_pipeline(
         raise ValueError(
             f"`model` is {name_or_path!r}, a {name}; accepted: {sorted(classes)}. Pass `--stock` for other pipelines."
         )
-    pipeline: Any = (DiffusionPipeline if stock else classes[name]).from_pretrained(name_or_path, **options)
+    pipeline = (DiffusionPipeline if stock else classes[name]).from_pretrained(name_or_path, **options)
     missing = sorted(set(REQUIRED_ARGUMENTS) - set(inspect.signature(pipeline.__call__).parameters))
     if missing:
         raise ValueError(f"`model` is {name_or_path!r}, a {name}, whose call does not accept {missing}.")
@@ -73,7 +75,7 @@ def load_pipeline(
     return pipeline
 
 
-def default_resolution(pipeline: Any) -> int:
+def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Return the default side length of a pipeline in pixels. Raises `ValueError` if it has none."""
     side = pipeline.config.get("default_sample_size") or getattr(pipeline, "default_resolution", None)
     if side is None:
@@ -82,7 +84,7 @@ def default_resolution(pipeline: Any) -> int:
 
 
 def pipeline_draw(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     resolution: int,
     num_inference_steps: int,
     guidance_scale: float,
@@ -169,7 +171,7 @@ class PictureFolder:
             return np.array(image)
 
 
-def batches_of_process(items: Sequence[Any], batch_size: int, state: PartialState) -> list[Sequence[Any]]:
+def batches_of_process(items: Sequence[T], batch_size: int, state: PartialState) -> list[Sequence[T]]:
     """Return the batches of this process; their boundaries do not depend on the number of processes."""
     batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
     return batches[state.process_index :: state.num_processes]

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..config.data_sources import data_sources_of
+from ..config.data_sources import DataSource, data_sources_of
 from ..config.fields import RUNTIME, field_names
 from ..config.training_config import TrainingConfig, complete_settings
 from ..evaluation.emoji_accuracy import EMOJI_SHARES
@@ -399,7 +399,7 @@ def _stage_facts(stages: list[TrainingConfig], steps: int, processes: int) -> li
     return rows
 
 
-def _data_facts(source: Any, cfg: TrainingConfig) -> str:
+def _data_facts(source: DataSource, cfg: TrainingConfig) -> str:
     """Return a short description of a data source."""
     share = "" if source.weight is None else f", weight {source.weight:g}"
     if source.is_drawn:

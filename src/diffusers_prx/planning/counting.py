@@ -7,14 +7,14 @@ where they occur.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import T5GemmaModuleConfig
+from transformers import PreTrainedConfig, T5GemmaModuleConfig
 
 from ..compat import FakeTensorMode, TorchDispatchMode, clear_dinov3_positions, tree_leaves
 from ..config.training_config import TrainingConfig
@@ -32,11 +32,13 @@ from ..training.preflight import meta_networks
 from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
@@ -132,6 +134,7 @@ def build_meta_networks(cfg: TrainingConfig) -> Nets:
         raise ValueError(f"`lora_rank` is {cfg.lora_rank}; the planner supports full training only. Omit `lora_rank`.")
     networks = meta_networks(cfg, "cpu", tables=True)
     transformer = networks.transformer
+    config: PreTrainedConfig
     if cfg.text_encoder_config:
         config = encoder_only(T5GemmaModuleConfig(**cfg.text_encoder_config, vocab_size=cfg.tokenizer_vocab_size))
     elif cfg.text_encoder_name_or_path is not None:
@@ -206,7 +209,7 @@ class MicroBatch:
     def cached(self) -> bool:
         return self.cfg.precomputed_dir is not None
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager:
         return torch.autocast("cpu", torch.bfloat16) if self.cfg.mixed_precision == "bf16" else nullcontext()
 
     def pixels(self) -> torch.Tensor:
@@ -383,7 +386,7 @@ def optimizer_bytes(nets: Nets, cfg: TrainingConfig) -> tuple[int, int]:
     return live.peak, sum(weight.nbytes for group in groups for weight in group["params"])
 
 
-def stored_bytes(modules: list[Any]) -> int:
+def stored_bytes(modules: list[nn.Module]) -> int:
     """Return the bytes of weights and buffers; a module that is listed twice counts once."""
     tensors = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     return sum(tensors.values())

@@ -5,7 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from .scheduling_prx import PRXFlowMatchScheduler, PRXXPredictionScheduler, check_levels
 
@@ -18,12 +23,12 @@ SAME_LEVEL = 1e-4
 _OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
-def is_stock(scheduler: Any) -> bool:
+def is_stock(scheduler: SchedulerMixin) -> bool:
     """True if a scheduler is diffusers' own; all of these step along a velocity."""
     return not isinstance(scheduler, _OURS)
 
 
-def check_scheduler(scheduler: Any, prediction_type: str) -> None:
+def check_scheduler(scheduler: SchedulerMixin, prediction_type: str) -> None:
     """Check that a scheduler can sample from a PRX transformer.
 
     Args:
@@ -72,7 +77,7 @@ def check_scheduler(scheduler: Any, prediction_type: str) -> None:
 
 
 def set_schedule(
-    scheduler: Any,
+    scheduler: SchedulerMixin,
     num_inference_steps: int,
     timesteps: Sequence[float] | np.ndarray | None = None,
     sigmas: Sequence[float] | np.ndarray | None = None,
@@ -127,7 +132,7 @@ def set_schedule(
     scheduler.set_begin_index(0)
 
 
-def cut_schedule(scheduler: Any, level: float) -> None:
+def cut_schedule(scheduler: SchedulerMixin, level: float) -> None:
     """Start the schedule that `set_schedule` made at a noise level: that level, then the levels below it.
 
     Args:
@@ -150,7 +155,7 @@ def cut_schedule(scheduler: Any, level: float) -> None:
     scheduler.num_inference_steps = len(scheduler.timesteps)
 
 
-def _check_schedule(scheduler: Any) -> None:
+def _check_schedule(scheduler: SchedulerMixin) -> None:
     """Raise a ValueError unless the noise levels of a stock scheduler decrease from at most 1 to 0.
 
     diffusers does not check the options that change them (`shift`, `flow_shift`, `shift_terminal`, ...).

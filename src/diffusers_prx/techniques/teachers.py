@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from ..files import hash_tensors
 from ..fingerprints import IGNORED_CONFIG_KEYS, read_normalization
@@ -27,7 +27,7 @@ AFTER_FEATURES = ("pooler.", "head.")
 PROBE_SIZE = 224
 
 
-def feature_map(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+def feature_map(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
     """Return the feature map (B, E, h, w) of a convolutional network of transformers.
 
     Args:
@@ -75,7 +75,7 @@ class VisionTeacher(nn.Module, ABC):
     patch_size: int
     hidden_size: int
 
-    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], name: str):
+    def __init__(self, model: PreTrainedModel, mean: Sequence[float], std: Sequence[float], name: str):
         super().__init__()
         self.name = name
         self.model = model.requires_grad_(False)
@@ -137,7 +137,7 @@ class TransformerTeacher(VisionTeacher):
         ValueError: if the model has no square patches.
     """
 
-    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], name: str):
+    def __init__(self, model: PreTrainedModel, mean: Sequence[float], std: Sequence[float], name: str):
         patch_size: Any = getattr(model.config, "patch_size", None)
         sides = set(patch_size) if isinstance(patch_size, (list, tuple)) else {patch_size}
         if len(sides) != 1 or None in sides:
@@ -174,7 +174,7 @@ class ConvTeacher(VisionTeacher):
         ValueError: if the model returns no feature map.
     """
 
-    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], name: str):
+    def __init__(self, model: PreTrainedModel, mean: Sequence[float], std: Sequence[float], name: str):
         super().__init__(model, mean, std, name)
         with torch.no_grad():
             probe = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=next(model.parameters()).device)
@@ -191,7 +191,7 @@ class ConvTeacher(VisionTeacher):
         return features.flatten(2).transpose(1, 2)  # (B, rows * columns, E)
 
 
-def build_teacher(model: Any, mean: Sequence[float], std: Sequence[float], name: str) -> VisionTeacher:
+def build_teacher(model: PreTrainedModel, mean: Sequence[float], std: Sequence[float], name: str) -> VisionTeacher:
     """Build the teacher of a network: a TransformerTeacher if its configuration has `patch_size`, else a ConvTeacher.
 
     Args:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config.training_config import TrainingConfig
 from ..techniques.optimizers import WITH_REPEATED_LAYERS
+
+T = TypeVar("T")
 
 
 class TrainableModules(nn.Module):
@@ -221,11 +223,11 @@ def gather_full_module(module: Any) -> Any:
 
 def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip gradients by their total norm over all shards, and return the norm before clipping."""
-    norm: Any = accelerator.clip_grad_norm_(parameters, max_norm)
+    norm: torch.Tensor = accelerator.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def split_evenly(items: Sequence[Any], rank: int, processes: int) -> list[tuple[int, Any]]:
+def split_evenly(items: Sequence[T], rank: int, processes: int) -> list[tuple[int, T]]:
     """Return (index, item) pairs for one process; every process gets the same number.
 
     If the items do not divide evenly, several processes get the last one.

@@ -1,13 +1,12 @@
 """Checks before training: number of images and captions that cannot be used, and the flags that change it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..config.training_config import TrainingConfig
 from ..data.buckets import Size, assign_bucket, resize_scale_and_crop
-from ..data.captioned import IndexedView
+from ..data.captioned import IndexedView, ListedImages
 from ..data.images import UnreadableSample
 from ..files import NAMES_SHOWN, printable, shown
 from ..resolution_bins import RESOLUTION_BINS
@@ -20,7 +19,7 @@ MAX_CAPTIONS_CHECKED = 10_000
 class EvenSubset(IndexedView):
     """At most `count` samples of a source at even distances."""
 
-    def __init__(self, source: Any, count: int):
+    def __init__(self, source: ListedImages, count: int):
         super().__init__([source])
         self.indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
 
@@ -32,7 +31,7 @@ class EvenSubset(IndexedView):
 
 
 def check_images(
-    cfg: TrainingConfig, source: Any, image_sizes: np.ndarray, sizes: Sequence[Size], multiple: int
+    cfg: TrainingConfig, source: ListedImages, image_sizes: np.ndarray, sizes: Sequence[Size], multiple: int
 ) -> list[str]:
     """Count images that cannot be used and captions that cannot be read.
 
@@ -106,7 +105,7 @@ def _suggest_resolution(cfg: TrainingConfig, scale: np.ndarray, small: np.ndarra
     return f"`--resolution {resolution}`{share}, or "
 
 
-def _check_captions(source: Any) -> list[str]:
+def _check_captions(source: ListedImages) -> list[str]:
     subset = EvenSubset(source, MAX_CAPTIONS_CHECKED)
     reasons = [reason for index in range(len(subset)) if (reason := _reason(subset.captions, index))]
     if not reasons:
@@ -114,7 +113,7 @@ def _check_captions(source: Any) -> list[str]:
     return [f"{len(reasons)} of {len(subset)} captions cannot be read: {shown(reasons, len(reasons))}."]
 
 
-def _reason(read: Callable[[int], Any], index: int) -> str:
+def _reason(read: Callable[[int], object], index: int) -> str:
     """Return the reason why a sample cannot be read, or an empty string."""
     try:
         read(index)

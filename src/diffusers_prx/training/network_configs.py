@@ -14,12 +14,14 @@ from transformers import (
     AutoModelForTextEncoding,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     Qwen3VLTextConfig,
     T5GemmaModuleConfig,
 )
 from transformers.initialization import no_init_weights
 
-from ..latents import find_vae
+from ..latents import VAE, find_vae
 from ..text import encoder_only
 
 _KL = {
@@ -112,7 +114,7 @@ TEACHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: bool = False) -> Any:
+def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: bool = False) -> VAE:
     """Make an autoencoder from its configuration.
 
     Args:
@@ -133,7 +135,7 @@ def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: boo
     return vae_class.from_config(config)
 
 
-def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) -> Any:
+def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) -> PreTrainedConfig:
     """Return the complete configuration of a model with a text encoder.
 
     Args:
@@ -154,7 +156,7 @@ def text_config(name_or_path: str, subfolder: str = "", tables: bool = False) ->
         raise _unreadable("text_encoder_name_or_path", name_or_path, TEXT_ENCODERS) from error
 
 
-def meta_text_encoder(config: Any) -> Any:
+def meta_text_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """Make the text encoder that `text.load_text_encoder` would load, without initializing weights."""
     with no_init_weights():
         if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
@@ -164,7 +166,7 @@ def meta_text_encoder(config: Any) -> Any:
         return AutoModel.from_config(getattr(config, "text_config", config))
 
 
-def meta_teacher(setting: str, name_or_path: str, tables: bool = False) -> Any:
+def meta_teacher(setting: str, name_or_path: str, tables: bool = False) -> PreTrainedModel:
     """Make a vision model of transformers without initializing weights; for CLIP-like models, the vision half.
 
     Args:

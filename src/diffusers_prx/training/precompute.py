@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..config.fields import SHARED_CACHE, field_names
 from ..config.training_config import TrainingConfig
 from ..data.buckets import Buckets
+from ..data.captioned import ListedImages
 from ..data.precomputed import (
     INDEX_FILE,
     SETTINGS_FILE,
@@ -270,7 +271,7 @@ def _precompute_folder(
 
 
 def _drop_damaged_and_changed(
-    folder: Path, source: Any, buckets: Buckets, accelerator: Accelerator, num_workers: int
+    folder: Path, source: ListedImages, buckets: Buckets, accelerator: Accelerator, num_workers: int
 ) -> None:
     """Remove damaged samples, and samples whose image, caption or bucket has changed, from the shards.
 

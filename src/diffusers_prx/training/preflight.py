@@ -16,7 +16,7 @@ from ..data.captions import CaptionStatistics, caption_statistics
 from ..data.mixing import ENDLESS
 from ..data.precomputed import require_complete
 from ..hub.publishing import UNPUBLISHED_BASE, hub_id, require_token
-from ..latents import latent_channels, vae_scale_factor
+from ..latents import VAE, latent_channels, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..prompt_cleaning import CLEANERS
@@ -42,8 +42,8 @@ class MetaNetworks:
         pixels_per_token: see `Nets.pixels_per_token`.
     """
 
-    transformer: Any
-    vae: Any
+    transformer: PRXTransformer2DModel
+    vae: VAE
     pixels_per_token: int
 
 
@@ -71,7 +71,6 @@ def meta_networks(cfg: TrainingConfig, device: str = "meta", tables: bool = Fals
             vae = meta_autoencoder(cfg.vae_name_or_path, tables=tables)
         elif saved is not None and pipeline_class_of(cfg) is PRXPipeline:
             vae = meta_autoencoder(saved, cfg.revision)
-        transformer: Any
         if cfg.transformer_config:
             # the text encoder of a saved pipeline fits its transformer
             width = stored["context_in_dim"] if _keeps_text_encoder(cfg) else _text_width(cfg, tables)
@@ -175,7 +174,7 @@ def caption_statistics_of(cfg: TrainingConfig, stage: Stage) -> CaptionStatistic
 def describe_plan(
     cfg: TrainingConfig,
     stages: Sequence[Stage],
-    transformer: Any,
+    transformer: PRXTransformer2DModel,
     captions: Sequence[CaptionStatistics | None],
     processes: int,
 ) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +121,7 @@ def _build(
         nets.transformer.compile_repeated_blocks(fullgraph=True)
     trained = TrainableModules(modules)
     model = distribute(trained, cfg, accelerator, has_unused_parameters(nets, [stage.cfg for stage in stages]))
-    optimizer: Any = accelerator.prepare(build_optimizer(cfg, modules))
+    optimizer: AcceleratedOptimizer = accelerator.prepare(build_optimizer(cfg, modules))
     writer = CheckpointWriter(
         Path(cfg.output_dir),
         cfg.checkpoints_total_limit,

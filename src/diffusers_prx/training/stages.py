@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..config.data_sources import DataSource, data_sources_of
 from ..config.training_config import TrainingConfig
-from ..data.buckets import Buckets, compute_buckets, image_sizes, sort_into_buckets, study_buckets
+from ..data.buckets import Buckets, Size, compute_buckets, image_sizes, sort_into_buckets, study_buckets
 from ..data.captioned import JoinedSource
 from ..data.captions import choose_caption
 from ..data.iterable import LaneProgress, StreamedBatches, StreamedImages, build_stream_loader
@@ -100,12 +100,12 @@ class Stage:
                 self.check_squares(multiple)
             if self.held_out is not None:
                 self.held_out_buckets = Buckets.square(cfg.resolution, len(self.held_out), **limits)
-                stored = isinstance(self.held_out, JoinedSource) and not all(
-                    isinstance(part, SceneImages) for part in self.held_out.sources
-                )
-                if stored:
-                    found = self._read_image_sizes(self.held_out, "held_out")
-                    self._check_held_out_sizes(found, self.held_out_buckets.sizes, multiple)
+                held_out = self.held_out
+                if isinstance(held_out, JoinedSource) and not all(
+                    isinstance(part, SceneImages) for part in held_out.sources
+                ):
+                    found = self._read_image_sizes(held_out, "held_out")
+                    self._check_held_out_sizes(held_out, found, self.held_out_buckets.sizes, multiple)
         else:
             if cfg.aspect_ratio_buckets == "study":
                 sizes = study_buckets(cfg.resolution, multiple)
@@ -114,18 +114,20 @@ class Stage:
             found = self._restore_image_sizes(self.source, "train", checkpoint)
             self.left_out += check_images(cfg, self.source, found, sizes, multiple)
             self.buckets = sort_into_buckets(found, sizes, self.step_size(processes), **limits)
-            if self.held_out is not None:
+            if isinstance(self.held_out, JoinedSource):  # always, if there is one: streams have no buckets
                 found = self._restore_image_sizes(self.held_out, "held_out", checkpoint)
-                self._check_held_out_sizes(found, self.buckets.sizes, multiple)
+                self._check_held_out_sizes(self.held_out, found, self.buckets.sizes, multiple)
                 self.held_out_buckets = sort_into_buckets(found, self.buckets.sizes, 1, **limits)
         for size in self.buckets.sizes:
             cfg.check_perceptual_size(min(size))
         if self.held_out_buckets is not None:
             self._check_held_out_samples(self.held_out_buckets)
 
-    def _check_held_out_sizes(self, image_sizes: np.ndarray, sizes: Sequence[Any], multiple: int) -> None:
+    def _check_held_out_sizes(
+        self, held_out: ListedImages, image_sizes: np.ndarray, sizes: Sequence[Size], multiple: int
+    ) -> None:
         try:
-            found = check_images(self.cfg, self.held_out, image_sizes, sizes, multiple)
+            found = check_images(self.cfg, held_out, image_sizes, sizes, multiple)
         except ValueError as error:
             raise ValueError(f"Held-out images (`num_validation_samples`): {error}") from error
         self.left_out += [f"held out: {message}" for message in found]
@@ -161,12 +163,12 @@ class Stage:
                 messages.append(f"Checked: {len(subset)} of {len(part)} images, evenly spaced.")
             self.left_out += messages
 
-    def _read_image_sizes(self, source: Any, name: str) -> np.ndarray:
+    def _read_image_sizes(self, source: ListedImages, name: str) -> np.ndarray:
         cache = self._sizes_file(name)
         cache.parent.mkdir(parents=True, exist_ok=True)
         return image_sizes(source, self.cfg.dataloader_num_workers, cache)
 
-    def _restore_image_sizes(self, source: Any, name: str, checkpoint: Path | None) -> np.ndarray:
+    def _restore_image_sizes(self, source: ListedImages, name: str, checkpoint: Path | None) -> np.ndarray:
         """Return image sizes from the checkpoint, or read them; the next checkpoints contain them."""
         file, sizes = f"image_sizes-{name}-{self.first_step}.npy", None
         if checkpoint is not None and (checkpoint / file).is_file():

@@ -8,6 +8,7 @@ from concurrent.futures import wait
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -91,7 +92,7 @@ def train_stage(run: Run, stage: Stage, progress: tqdm) -> None:
         state.step += 1
         run.release_teacher()
         state.seconds += time.perf_counter() - started
-        lr = lr_scheduler.get_last_lr()[0]
+        lr = float(lr_scheduler.get_last_lr()[0])
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)  # drawn by update, ten times a second
         progress.update()
         last = state.step == stage.stop_step
@@ -110,7 +111,7 @@ def train_stage(run: Run, stage: Stage, progress: tqdm) -> None:
         run.watchdog.begin_step()
 
 
-def enter_stage(run: Run, stage: Stage) -> Any:
+def enter_stage(run: Run, stage: Stage) -> LRScheduler:
     """Apply the settings of a stage, and return its learning-rate schedule."""
     cfg = stage.cfg
     run.accelerator.gradient_accumulation_steps = cfg.gradient_accumulation_steps
@@ -185,7 +186,7 @@ def check_alignment(run: Run, stage: Stage, output: StepOutput) -> None:
 
 
 def optimizer_step(
-    run: Run, stage: Stage, lr_scheduler: Any, outputs: list[tuple[dict[str, Any], StepOutput]]
+    run: Run, stage: Stage, lr_scheduler: LRScheduler, outputs: list[tuple[dict[str, Any], StepOutput]]
 ) -> tuple[torch.Tensor | None, float]:
     """Clip gradients, update weights and averages, and advance the learning rate.
 
