@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from training.tools import train_autoencoder, train_scenes_teacher
 
 import runs
 import tiny
@@ -134,7 +135,7 @@ def test_models_that_cannot_be_graded_are_rejected(trained, tmp_path):
         evaluate_prx.main(["--model", str(tmp_path), "--scenes"])
 
 
-@pytest.mark.parametrize("script", [train_prx, evaluate_prx])
+@pytest.mark.parametrize("script", [train_prx, evaluate_prx, train_scenes_teacher, train_autoencoder])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])

@@ -470,14 +470,6 @@ def test_a_teacher_that_is_none(tmp_path):
         train_vae(tmp_path / "vae", "kl", "--align_to", str(tmp_path))
 
 
-@pytest.mark.parametrize("script", [train_scenes_teacher, train_autoencoder])
-def test_help(script, capsys):
-    with pytest.raises(SystemExit) as end:
-        script.main(["--help"])
-    assert end.value.code == 0
-    assert "usage: " in capsys.readouterr().out
-
-
 @pytest.fixture(scope="module")
 def emoji_dir(tmp_path_factory) -> Path:
     """An emoji data set of twemoji, and the mushroom of noto: each drawing a bar of 30 x 10 pixels on nothing."""
