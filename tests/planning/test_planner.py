@@ -51,12 +51,11 @@ from diffusers_prx.planning.table import format_plan
 from diffusers_prx.techniques.optimizers import build_optimizer
 from diffusers_prx.text import tokenize_prompts
 from diffusers_prx.training import network_configs as known_networks
-from diffusers_prx.training.distill_step import distill_step
 from diffusers_prx.training.distributed import TrainableModules, shard_in_place
 from diffusers_prx.training.networks import Nets, build_nets
 from diffusers_prx.training.recipes import load_recipe
 from diffusers_prx.training.rng import StepRandom
-from diffusers_prx.training.step import train_step
+from diffusers_prx.training.trainer import step_function
 from training import plan_prx
 
 RECIPES = runs.ROOT / "training" / "recipes"
@@ -129,6 +128,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "guidance distillation": {"objective": "guidance_distillation", "caption_dropout": 0.1},
     "mean velocity": {"objective": "mean_velocity", "distill_teacher_steps": 8, "caption_dropout": 0.1},
     "LADD": {"objective": "ladd", "caption_dropout": 0.1},
+    "DPO": {"objective": "dpo", "rejected_image_column": "rejected", "caption_dropout": 0.1, "dataset_name": "pairs"},
 }
 
 
@@ -151,9 +151,9 @@ def text_tokens(nets: Nets, cfg: TrainingConfig, captions: list[str]) -> int:
 
 
 def real_loss(nets: Nets, cfg: TrainingConfig, batch: dict[str, Any]) -> torch.Tensor:
+    batch = batch | {"rejected_uint8": batch["pixels_uint8"]}
     with torch.autocast("cpu", torch.bfloat16, enabled=cfg.mixed_precision == "bf16"):
-        step = train_step if cfg.objective == "flow" else distill_step
-        return step(batch, nets, cfg, StepRandom(0, 0, batch["sample_index"])).loss
+        return step_function(cfg)(batch, nets, cfg, StepRandom(0, 0, batch["sample_index"])).loss
 
 
 # Combinations of the fast cases, or large networks (VGG-16).

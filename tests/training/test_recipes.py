@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ import zoo
 from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
 from diffusers_prx.training.recipes import load_recipe, parse_config
+from image_files import encode, noise
 
 FOLDER = runs.ROOT / "training" / "recipes"
 # not of the study
@@ -150,6 +153,9 @@ def tools(tmp_path_factory) -> dict[str, str]:
     flags = [part for setting, value in shorter.items() for part in (f"--{setting}", str(value))]
     quickstart = ["--config", str(FOLDER / "quickstart.yaml"), *flags]
     runs.train(parse_config(quickstart).to_dict())
+    pairs = {name: [encode(noise(32, 32, row)) for row in range(8)] for name in ("image_win", "image_lose")}
+    pq.write_table(pa.table(pairs | {"caption": runs.CAPTIONS * 4}), folder / "pairs.parquet")
+    found["outputs/pairs/pairs.parquet"] = str(folder / "pairs.parquet")
     return found | {"outputs/quickstart": str(folder / "quickstart"), "vgg16": str(runs.save_vgg16(folder))}
 
 
@@ -196,9 +202,9 @@ def run_for_three_steps(path: Path, tools: dict[str, str], output_dir: Path) -> 
     settings = {name for stage in run.cfg.stage_configs() for name, value in stage.to_dict().items() if value}
     weights = {"contrastive": "contrastive_weight", "alignment": "repa_weight", "lpips": "lpips_weight"}
     weights |= {"dino": "dino_weight"}
-    main = {"mean_velocity": {"mean_velocity"}, "ladd": {"generator", "discriminator"}}.get(
-        run.cfg.objective, {"flow"}
-    )
+    of_objective = {"mean_velocity": {"mean_velocity"}, "ladd": {"generator", "discriminator"}}
+    of_objective |= {"dpo": {"dpo", "preferred"}}
+    main = of_objective.get(run.cfg.objective, {"flow"})
     assert losses == main | {loss for loss, weight in weights.items() if weight in settings}
     pipeline = type(run.nets.pipeline(run.cfg)).from_pretrained(output_dir)
     pipeline.set_progress_bar_config(disable=True)

@@ -258,6 +258,7 @@ def check_objective(cfg: TrainingSettings) -> None:
         "guidance_distillation": ("distill_guidance_scale",),
         "mean_velocity": ("distill_guidance_scale", "distill_steps", "distill_teacher_steps"),
         "ladd": ("distill_steps", "ladd_blocks", "ladd_noise_mean", "ladd_noise_std"),
+        "dpo": ("dpo_beta", "rejected_image_column"),
     }
     for name in dict.fromkeys(name for names in used.values() for name in names):
         takers = [objective for objective, names in used.items() if name in names]
@@ -284,6 +285,16 @@ def check_objective(cfg: TrainingSettings) -> None:
             f"`num_validation_samples` is {cfg.num_validation_samples}, but the validation loss is that of flow "
             f"matching, which `objective` {cfg.objective} does not train: set it to 0 and use `validation_prompts`."
         )
+    if cfg.objective == "dpo":
+        if cfg.rejected_image_column is None:
+            raise ValueError("`objective` is dpo, which needs pairs of images: pass `rejected_image_column`.")
+        for name in ("streaming", "precomputed_dir"):
+            if getattr(cfg, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(cfg, name)}, which has no pairs of images for `objective` dpo."
+                )
+        if drawn := [source.name for source in data_sources_of(cfg) if source.is_drawn]:
+            raise ValueError(f"`dataset_name` is {drawn[0]}, which has no pairs of images for `objective` dpo.")
     if cfg.objective == "mean_velocity" and cfg.distill_teacher_steps % cfg.distill_steps:
         raise ValueError(
             f"`distill_teacher_steps` must be a multiple of `distill_steps` ({cfg.distill_steps}), got "

@@ -152,6 +152,11 @@ class TrainingSettings:
         SHARED_CACHE,
     ] = field(default_factory=list)
     image_column: Annotated[str, "Column of the images.", PER_STAGE, SHARED_CACHE] = "image"
+    rejected_image_column: Annotated[
+        str | None,
+        "With `objective` dpo, column of the rejected images; `image_column` has the preferred ones.",
+        PER_STAGE,
+    ] = None
     caption_column: Annotated[str, "Column of the captions.", PER_STAGE, SHARED_CACHE] = "text"
     instance_prompt: Annotated[
         str | None,
@@ -528,14 +533,14 @@ class TrainingSettings:
         PER_STAGE,
     ] = False
 
-    # post-training: distillation
+    # post-training: distillation and preferences
     objective: Annotated[
-        Literal["flow", "guidance_distillation", "mean_velocity", "ladd"],
+        Literal["flow", "guidance_distillation", "mean_velocity", "ladd", "dpo"],
         "What a step trains. flow: flow matching, for pre-training and fine-tuning. guidance_distillation: one "
         "evaluation predicts what the teacher predicts with guidance (arXiv 2210.03142). mean_velocity: each of "
         "`distill_steps` evaluations covers several steps of the guided teacher. ladd: adversarial distillation "
-        "(arXiv 2403.12015). The teacher is the model that the run starts from; later stages take the weights that "
-        "the stage before has trained.",
+        "(arXiv 2403.12015). dpo: prefer one image of a pair (Flow-DPO, arXiv 2501.13918). The teacher or reference "
+        "is the model that the run starts from; later stages take the weights that the stage before has trained.",
         PER_STAGE,
     ] = "flow"
     distill_guidance_scale: Annotated[
@@ -573,6 +578,13 @@ class TrainingSettings:
     ladd_noise_std: Annotated[float, "Standard deviation of these levels before the sigmoid.", POSITIVE, PER_STAGE] = (
         1.0
     )
+    dpo_beta: Annotated[
+        float,
+        "Strength of `dpo`: factor of the difference between the model's and the reference's errors, mean over all "
+        "values of an image. Higher values keep the model closer to the reference.",
+        POSITIVE,
+        PER_STAGE,
+    ] = 2000.0
 
     # validation
     validation_steps: Annotated[

@@ -168,6 +168,29 @@ class IndexedView(ABC):
         return self.sources[source].location(source_index)
 
 
+class PreferencePairs(IndexedView):
+    """Pairs of images of one caption: those of a source, and the rejected ones of another as "rejected".
+
+    Args:
+        preferred: preferred images with their captions.
+        rejected: rejected images, in the same order.
+    """
+
+    def __init__(self, preferred: ListedImages, rejected: ListedImages):
+        super().__init__([preferred])
+        assert len(preferred) == len(rejected)
+        self.rejected = rejected
+
+    def __len__(self) -> int:
+        return len(self.sources[0])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return 0, index
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.sources[0][index], "rejected": self.rejected[index]["image"]}
+
+
 class Slice(IndexedView):
     """Samples [start, stop) of another source."""
 

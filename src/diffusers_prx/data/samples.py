@@ -163,9 +163,15 @@ class TrainingSamples(Dataset):
         if rejection is not None:
             raise UnfitSample(rejection)
         size = self.buckets.sizes[position.bucket]
-        fitted = fit_image(image, size, self.center_crop, self.random_flip, self._rng(position, "crop"))
+
+        def fitted(picture: PIL.Image.Image) -> torch.Tensor:
+            crop = self._rng(position, "crop")  # the same for both images of a pair
+            return image_to_tensor(fit_image(picture, size, self.center_crop, self.random_flip, crop))
+
+        pair = {"rejected_uint8": fitted(sample["rejected"])} if "rejected" in sample else {}
         return {
-            "pixels_uint8": image_to_tensor(fitted),  # (3, H, W)
+            "pixels_uint8": fitted(image),  # (3, H, W)
+            **pair,
             "caption": caption,
             "sample_index": position.sample_index,
             "upscaled": int(resize_scale_and_crop(image.width, image.height, size)[0] > 1),
@@ -176,11 +182,13 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Collate samples of one size.
 
     Returns:
-        "pixels_uint8" (B, 3, H, W); "captions" and "sample_index", lists of length B; "unreadable", the messages of
-        all unreadable samples; "unfit" and "upscaled", the numbers of samples that did not fit and that were enlarged.
+        "pixels_uint8" (B, 3, H, W), and of pairs of images also "rejected_uint8" of the same shape; "captions" and
+        "sample_index", lists of length B; "unreadable", the messages of all unreadable samples; "unfit" and
+        "upscaled", the numbers of samples that did not fit and that were enlarged.
     """
+    images = [name for name in ("pixels_uint8", "rejected_uint8") if name in samples[0]]
     return {
-        "pixels_uint8": torch.stack([sample["pixels_uint8"] for sample in samples]),
+        **{name: torch.stack([sample[name] for sample in samples]) for name in images},
         **collate_metadata(samples),
     }
 

@@ -65,6 +65,12 @@ class CLIPScore(Metric):
         Raises:
             ValueError: if the images are not as described, or the number of captions differs.
         """
+        self.scores.append(self.score(images, captions))
+        full = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        self.truncated = self.truncated + sum(len(ids) > self.max_tokens for ids in full)
+
+    def score(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Return the score of each image, float64 (B,), without adding it. The arguments are those of `update`."""
         embeds = self.extractor(images)  # (B, E)
         if len(captions) != len(images):
             raise ValueError(
@@ -73,14 +79,12 @@ class CLIPScore(Metric):
         encoded = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        full = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        self.truncated = self.truncated + sum(len(ids) > self.max_tokens for ids in full)
         text = self.text_model(
             input_ids=encoded["input_ids"].to(images.device),
             attention_mask=encoded["attention_mask"].to(images.device),
         ).text_embeds  # (B, E)
         cosine = (embeds.double() * F.normalize(text.double(), dim=-1)).sum(dim=-1)  # (B,)
-        self.scores.append(100 * cosine.clamp(min=0))
+        return 100 * cosine.clamp(min=0)
 
     def compute(self) -> torch.Tensor:
         """Return the mean over all processes, a float64 scalar. Raises `ValueError` without images."""

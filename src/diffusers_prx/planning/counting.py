@@ -28,6 +28,7 @@ from ..text import encode_text, encoder_only
 from ..training.distill_step import DistillationInputs, distillation_losses
 from ..training.network_configs import meta_teacher, meta_text_encoder, text_config
 from ..training.networks import Nets, count_uncheckpointed_blocks, new_discriminator, new_projector
+from ..training.preference_step import PreferenceInputs, preference_losses, twice
 from ..training.preflight import meta_networks
 from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
 
@@ -278,8 +279,18 @@ class MicroBatch:
             judged_noise=inputs.noise,
         )
 
+    def preference_inputs(self) -> PreferenceInputs:
+        """Return the inputs of the loss of preferences; the images of a pair are encoded in one batch."""
+        inputs = self.inputs()
+        rejected = inputs.clean if self.nets.vae is None else self.encode_images()  # (B, C, h, w)
+        assert inputs.text_mask is not None
+        rows = (inputs.noise, inputs.timestep, inputs.text, inputs.text_mask)
+        return PreferenceInputs(torch.cat((inputs.clean, rejected)), *map(twice, rows))
+
     def loss(self) -> torch.Tensor:
         """Return the loss of a whole step, including the encoding of its inputs."""
+        if self.cfg.objective == "dpo":
+            return preference_losses(self.preference_inputs(), self.nets, self.cfg)[0]["dpo"]
         if self.cfg.objective != "flow":
             losses, _ = distillation_losses(self.distillation_inputs(), self.nets, self.cfg)
             return torch.stack(list(losses.values())).sum()

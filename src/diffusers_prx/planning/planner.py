@@ -77,7 +77,7 @@ def read_config(recipe: Path, flags: list[str]) -> TrainingConfig:
     """Read a recipe with flags over it, as training does, but without requiring data.
 
     A recipe may continue a pipeline that does not exist yet. It is then planned with the networks of the recipe in the
-    same folder that creates this pipeline.
+    same folder that creates this pipeline, or the one that this recipe continues.
 
     Raises:
         ValueError: see `parse_config`.
@@ -91,13 +91,17 @@ def read_config(recipe: Path, flags: list[str]) -> TrainingConfig:
         return cfg
     if Path(start).exists():
         return parse_run_config(argv)[0]
-    for other in sorted(recipe.parent.glob("*.yaml")):
-        settings = load_recipe(other)
-        if settings.get("output_dir") == start and other != recipe:
-            logger.warning(f"{start} does not exist; planning with the networks of {other}, which creates it.")
+    recipes = {str(load_recipe(other).get("output_dir")): other for other in recipe.parent.glob("*.yaml")}
+    creator, missing = recipe, start
+    while missing in recipes and recipes[missing] != creator:
+        creator = recipes[missing]
+        settings = load_recipe(creator)
+        if settings.get("pretrained_model_name_or_path") is None:
+            logger.warning(f"{start} does not exist; planning with the networks of {creator}.")
             names = ("transformer_config", "vae_name_or_path", "text_encoder_name_or_path", "text_encoder_config")
             networks = {name: settings[name] for name in names if name in settings}
             return replace(cfg, pretrained_model_name_or_path=None, **networks)
+        missing = settings["pretrained_model_name_or_path"]
     return cfg
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..config.data_sources import DataSource, data_sources_of
 from ..config.training_config import TrainingConfig
 from ..data.buckets import Buckets, Size, compute_buckets, image_sizes, sort_into_buckets, study_buckets
-from ..data.captioned import JoinedSource
+from ..data.captioned import JoinedSource, PreferencePairs
 from ..data.captions import choose_caption
 from ..data.iterable import LaneProgress, StreamedBatches, StreamedImages, build_stream_loader
 from ..data.mixing import MixedSource, combine
@@ -423,7 +423,10 @@ def _open_source(
         kept = load(scenes=scenes | {"split": "heldout", "size": held_out}) if held_out else None
         return load(scenes=scenes | size), kept
     key = (*load.args, *load.keywords.values())
-    images = opened[key] if key in opened else opened.setdefault(key, load())
+    if cfg.rejected_image_column is not None:
+        images: ListedImages = PreferencePairs(load(), load(image_column=cfg.rejected_image_column))
+    else:
+        images = opened[key] if key in opened else opened.setdefault(key, load())
     if 2 * held_out > len(images):
         held_out = len(images) // 10  # the plan of the run says so
     first = len(images) - held_out

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..config.training_config import TrainingConfig
 from ..techniques.alignment import gradient_cosine
 from ..techniques.optimizers import build_lr_scheduler
 from .bookkeeping import finish, log, record_non_finite_step, save, stop_for_signal, validate
@@ -19,6 +20,7 @@ from .distill_step import distill_step
 from .distributed import clip_gradients
 from .export import write_record
 from .lost_workers import batches_despite_lost_workers
+from .preference_step import preference_step
 from .rng import StepRandom
 from .run import Run
 from .stages import Stage
@@ -152,8 +154,7 @@ def micro_step(run: Run, stage: Stage, batch: dict[str, Any]) -> StepOutput:
     nets = run.nets.for_losses(cfg, cfg.repa_weight > 0 and run.burn_in.active(step))
     with accelerator.accumulate(run.model):
         with accelerator.autocast():
-            step_function = train_step if cfg.objective == "flow" else distill_step
-            output: StepOutput = run.model(step_function, batch, nets, cfg, rng)
+            output: StepOutput = run.model(step_function(cfg), batch, nets, cfg, rng)
         run.counts.update(
             samples_read=len(batch["captions"]) + len(batch["unreadable"]) + batch["unfit"],
             unfit=batch["unfit"],
@@ -166,6 +167,11 @@ def micro_step(run: Run, stage: Stage, batch: dict[str, Any]) -> StepOutput:
         accelerator.backward(output.loss)
     losses = {name: loss.detach() for name, loss in output.losses.items()}
     return output._replace(loss=output.loss.detach(), losses=losses)
+
+
+def step_function(cfg: TrainingConfig) -> Callable[..., StepOutput]:
+    """Return the step that a stage makes."""
+    return {"flow": train_step, "dpo": preference_step}.get(cfg.objective, distill_step)
 
 
 def check_alignment(run: Run, stage: Stage, output: StepOutput) -> None:
