@@ -81,7 +81,7 @@ def test_words_that_yaml_converts_are_read_as_typed(tmp_path):
         ("checkpoints_total_limit", "all", "int | null, at least 1"),
         ("text_encoder_config", "[1]", "dict"),
         ("optimizer", "sgd", "adamw | muon"),
-        ("mixed_precision", "fp16", "no | bf16"),
+        ("mixed_precision", "fp16", "auto | no | bf16"),
         ("output_dir", "null", "str"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import runs
-from diffusers_prx.training.precision import check_precision
+from diffusers_prx.training.precision import check_precision, resolve_precision
 from diffusers_prx.training.run import Run
 from diffusers_prx.training.trainer import train
 
@@ -38,6 +38,28 @@ def test_values_are_counted_by_data_type():
     ]  # fmt: skip
     assert check_precision(named, torch.bfloat16) == {"float32": 8, "bfloat16": 4}
     assert check_precision(named[:1], torch.float32) == {"float32": 3}
+
+
+@pytest.mark.parametrize(("capability", "mixed", "muon"), [("AVX512", "bf16", "bf16"), ("AVX2", "no", "fp32")])
+def test_auto_is_the_type_that_the_cpu_computes_fast(monkeypatch, capability, mixed, muon):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+    def resolved(**changes) -> tuple[str, str]:
+        cfg = resolve_precision(runs.config(**{"mixed_precision": "auto"} | changes))
+        return cfg.mixed_precision, cfg.muon_newton_schulz_dtype
+
+    assert resolved() == (mixed, muon)
+    assert resolved(mixed_precision="bf16", muon_newton_schulz_dtype="fp32") == ("bf16", "fp32")
+    assert resolved(mixed_precision="no", muon_newton_schulz_dtype="bf16") == ("no", "bf16")
+    assert resolved(weights_dtype="bf16") == ("bf16", muon)
+
+
+def test_run_records_the_type_that_it_computes_in(text_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    run = runs.start(runs.settings(tmp_path, text_encoder, mixed_precision="auto", optimizer="muon"))
+    assert (run.cfg.mixed_precision, run.accelerator.mixed_precision) == ("no", "no")
+    assert run.optimizer.optimizer.newton_schulz_dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

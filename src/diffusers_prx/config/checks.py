@@ -198,8 +198,8 @@ def check_optimization(cfg: TrainingSettings) -> None:
             f"`lr_warmup_steps` ({cfg.warmup_steps}) and `lr_decay_steps` ({decay}) together must be at most "
             f"`max_train_steps` ({cfg.max_train_steps})."
         )
-    if cfg.weights_dtype == "bf16" and cfg.mixed_precision != "bf16":
-        raise ValueError("`weights_dtype` bf16 needs `mixed_precision` bf16.")
+    if cfg.weights_dtype == "bf16" and cfg.mixed_precision == "no":
+        raise ValueError("`weights_dtype` bf16 needs `mixed_precision` bf16 or auto.")
     if cfg.activation_budget and not cfg.gradient_checkpointing:
         raise ValueError(
             f"`activation_budget` is {cfg.activation_budget}, but `gradient_checkpointing` is off, so all activations "

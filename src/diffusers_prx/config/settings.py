@@ -304,10 +304,11 @@ class TrainingSettings:
         FIXED_ON_RESUME,
     ] = False
     muon_newton_schulz_dtype: Annotated[
-        Literal["bf16", "fp32"],
-        "Data type of Muon's orthogonalization. fp32 is more precise and slower.",
+        Literal["auto", "bf16", "fp32"],
+        "Data type of Muon's orthogonalization. fp32 is more precise, and on GPUs slower. auto: as for "
+        "`mixed_precision`.",
         FIXED_ON_RESUME,
-    ] = "bf16"
+    ] = "auto"
     lr_scheduler: Annotated[
         Literal["constant", "linear", "cosine"],
         "Learning rate after the warm-up: constant, or a decay to zero over the last `lr_decay_steps`.",
@@ -379,9 +380,10 @@ class TrainingSettings:
     ] = True
     ema_update_every: Annotated[int, "Number of steps between two updates of the moving average.", AT_LEAST_ONE] = 10
     mixed_precision: Annotated[
-        Literal["no", "bf16"],
-        "Data type of the computation (autocast); no: float32. Weights have `weights_dtype`.",
-    ] = "bf16"
+        Literal["auto", "no", "bf16"],
+        "Data type of the computation (autocast); no: float32. auto: bf16, but float32 on a CPU without AVX512, which "
+        "takes up to 50 times as long in bf16. Weights have `weights_dtype`.",
+    ] = "auto"
     weights_dtype: Annotated[
         Literal["float32", "bf16"],
         "Data type that stores the transformer's weights. bf16 loses small updates: it reproduces a negative result "
@@ -536,7 +538,7 @@ class TrainingSettings:
     # post-training: distillation and preferences
     objective: Annotated[
         Literal["flow", "guidance_distillation", "mean_velocity", "ladd", "dpo"],
-        "What a step trains. flow: flow matching, for pre-training and fine-tuning. guidance_distillation: one "
+        "What a step trains. flow: flow matching. guidance_distillation: one "
         "evaluation predicts what the teacher predicts with guidance (arXiv 2210.03142). mean_velocity: each of "
         "`distill_steps` evaluations covers several steps of the guided teacher. ladd: adversarial distillation "
         "(arXiv 2403.12015). dpo: prefer one image of a pair (Flow-DPO, arXiv 2501.13918). The teacher or reference "
@@ -573,6 +575,7 @@ class TrainingSettings:
         float,
         "Mean of the logit-normal noise levels at which the discriminator of `ladd` compares images (its paper: 1). "
         "Higher values judge the composition, lower ones the details.",
+        Range("from -10 to 10", -10, 10),
         PER_STAGE,
     ] = 1.0
     ladd_noise_std: Annotated[float, "Standard deviation of these levels before the sigmoid.", POSITIVE, PER_STAGE] = (

@@ -46,7 +46,7 @@ class Cluster:
 
     def peak_flops(self, cfg: TrainingConfig) -> float:
         """Return the peak FLOP/s of one GPU in the precision of a run."""
-        return 1e12 * (self.gpu.bf16_tflops if cfg.mixed_precision == "bf16" else self.gpu.float32_tflops)
+        return 1e12 * (self.gpu.bf16_tflops if cfg.mixed_precision != "no" else self.gpu.float32_tflops)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def muon_transfers(
         shards: number of GPUs over which weights are sharded.
         replicas: number of copies of the shards.
     """
-    element_bytes = 2 if cfg.muon_newton_schulz_dtype == "bf16" else 4
+    element_bytes = 2 if cfg.muon_newton_schulz_dtype != "fp32" else 4
     weights = [
         MuonWeight(w, w, w, w.shape[0], w.shape[1], {"stacked": stacked})
         for w, stacked in muon_weights(trained, cfg.muon_fused).items()

@@ -211,7 +211,7 @@ class MicroBatch:
         return self.cfg.precomputed_dir is not None
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16) if self.cfg.mixed_precision == "bf16" else nullcontext()
+        return torch.autocast("cpu", torch.bfloat16) if self.cfg.mixed_precision != "no" else nullcontext()
 
     def pixels(self) -> torch.Tensor:
         size = self.cfg.resolution

@@ -482,7 +482,7 @@ def build_optimizer(cfg: TrainingConfig, modules: Mapping[str, nn.Module]) -> Op
         **adamw_settings,
         momentum=cfg.muon_momentum,
         adjust_lr_fn=cfg.muon_adjust_lr_fn,
-        newton_schulz_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.muon_newton_schulz_dtype],
+        newton_schulz_dtype=torch.float32 if cfg.muon_newton_schulz_dtype == "fp32" else torch.bfloat16,
     )
 
 

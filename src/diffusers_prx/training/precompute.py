@@ -49,6 +49,7 @@ from ..techniques.alignment import teacher_features
 from ..text import encode_text, find_truncated, tokenize_prompts, trim_tokens
 from .distributed import check_environment
 from .networks import Nets, build_nets
+from .precision import resolve_precision
 from .preflight import meta_networks
 from .stages import Stage, build_stages, quiet_data
 
@@ -159,6 +160,7 @@ def precompute(cfg: TrainingConfig, shard_samples: int = SHARD_SAMPLES) -> None:
     Example:
         >>> precompute(parse_config(["--config", "recipe.yaml", "--precomputed_dir", "cache", "--center_crop"]))
     """
+    cfg = resolve_precision(cfg)
     check_environment(cfg)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=cfg.mixed_precision)
     shared: dict[Path, list[Stage]] = {}

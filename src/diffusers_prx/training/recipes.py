@@ -44,7 +44,7 @@ _SCHEDULERS = "`--lr_scheduler` is constant, linear or cosine; `--lr_decay_steps
 _NO_NOISE_TERM = "flow matching has no such term: remove it."
 # Alternatives to flags of diffusers' training scripts that do not exist here.
 FLAG_HINTS = {
-    "allow_tf32": "`--mixed_precision bf16`, the default, computes matrix products in bf16.",
+    "allow_tf32": "`--mixed_precision auto`, the default, computes matrix products in bf16 where that is fast.",
     "cache_dir": "set the environment variable HF_HOME to change the folder for downloads.",
     "cache_latents": "run training/precompute_prx.py with the flags of the run and `--precomputed_dir DIR "
     "--center_crop`.",

@@ -34,6 +34,7 @@ from .distributed import ObjectCommunicator, TrainableModules, distribute, shard
 from .export import session
 from .folder_lock import FolderLock
 from .networks import build_nets, has_unused_parameters, network_identities, restore_tokenizer, train_tokenizer
+from .precision import resolve_precision
 from .precompute import open_precomputed
 from .preflight import caption_statistics_of, check_techniques, describe_plan, meta_networks
 from .run import Run, alignment_is_over
@@ -75,6 +76,7 @@ def set_up_run(cfg: TrainingConfig, card_template: Path) -> Run:
         >>> run = set_up_run(cfg, Path("model_cards/template.md"))
         >>> train(run)
     """
+    cfg = resolve_precision(cfg)
     accelerator = start_accelerator(cfg)
     machine = {
         "processes": accelerator.num_processes,
