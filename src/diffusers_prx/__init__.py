@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .models.transformer_prx import PRXTransformer2DModel
+    from .pipelines.auto import register
     from .pipelines.pipeline_output import PRXPipelineOutput
     from .pipelines.pipeline_prx import PRXPipeline
     from .pipelines.pipeline_prx_img2img import PRXImg2ImgPipeline, PRXPixelImg2ImgPipeline
@@ -40,6 +41,7 @@ _MODULES = {
     "PRXXPredictionScheduler": "schedulers.scheduling_prx",
     "fast_scheduler": "schedulers.fast",
     "fast_sigmas": "schedulers.fast",
+    "register": "pipelines.auto",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "fast_scheduler",
     "fast_sigmas",
+    "register",
 ]
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "TransformerBlockMetadata",
     "TransformerBlockRegistry",
     "apply_forward_hook",
+    "auto_pipeline_mappings",
     "clear_dinov3_positions",
     "dispatch_attention_fn",
     "get_timestep_embedding",
@@ -59,6 +60,20 @@ __all__ = [
     "ulysses_rank",
     "unwrap_compiled",
 ]
+
+
+def auto_pipeline_mappings() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the tables of diffusers' Auto classes: for text to image, image to image and inpainting.
+
+    The import is inside, because the module imports every pipeline of diffusers.
+    """
+    from diffusers.pipelines import auto_pipeline
+
+    return (
+        auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+    )
 
 
 def unwrap_compiled(module: nn.Module) -> Any:

@@ -1,23 +1,33 @@
 """Image to image, inpainting and outpainting: both spaces, all schedulers, every form of image and mask."""
 
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 import tiny
 from diffusers_prx import (
     PRXFlowMatchScheduler,
     PRXImg2ImgPipeline,
     PRXInpaintPipeline,
+    PRXPipeline,
     PRXPixelImg2ImgPipeline,
     PRXPixelInpaintPipeline,
     PRXPixelPipeline,
     PRXXPredictionScheduler,
     fast_scheduler,
     fast_sigmas,
+    register,
 )
+from diffusers_prx.compat import auto_pipeline_mappings
 from diffusers_prx.pipelines.editing import KnownLatents, make_edit
 from diffusers_prx.schedulers.diffusers_compat import cut_schedule, set_schedule
 
@@ -278,6 +288,7 @@ def test_height_and_width_resize_the_image(pipes):
 def test_from_pipe_goes_in_every_direction_and_shares_the_networks(pipes):
     text, edit, inpaint = pipes
     expected = draw(text)
+    addresses = [parameter.data_ptr() for parameter in text.transformer.parameters()]
     for start in pipes:
         for cls in (type(text), type(edit), type(inpaint)):
             other = cls.from_pipe(start)
@@ -286,6 +297,7 @@ def test_from_pipe_goes_in_every_direction_and_shares_the_networks(pipes):
     back = type(text).from_pipe(inpaint)
     back.set_progress_bar_config(disable=True)
     assert torch.equal(draw(back), expected)
+    assert [parameter.data_ptr() for parameter in text.transformer.parameters()] == addresses
 
 
 def test_callbacks_tuples_and_steps_count_the_cut_schedule(latent_pipes):
@@ -302,6 +314,39 @@ def test_callbacks_tuples_and_steps_count_the_cut_schedule(latent_pipes):
     assert images.shape == (1, 3, 32, 32)
     assert [entry[0] for entry in steps] == [0, 1]
     assert steps[0][1:] == (800.0, 6)
+
+
+@pytest.fixture
+def auto_mappings():
+    """Tables of diffusers' Auto classes as at the start, whatever ran before; restored after the test."""
+    mappings = auto_pipeline_mappings()
+    before = [dict(mapping) for mapping in mappings]
+    for mapping in mappings:
+        mapping.pop("prx", None)
+        mapping.pop("prx-pixel", None)
+    mappings[0]["prx"] = diffusers.PRXPipeline
+    yield mappings
+    for mapping, entries in zip(mappings, before):
+        mapping.clear()
+        mapping.update(entries)
+
+
+def test_auto_classes_find_our_pipelines_once_registered(auto_mappings, tmp_path):
+    """Also one that predicts images in latents, which stock refuses. An editing pipeline is stored like the others."""
+    predicts_images = tiny.latent_pipeline(scheduler=PRXXPredictionScheduler(shift=3.0))
+    PRXInpaintPipeline.from_pipe(predicts_images).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, AttributeError), match="pip install diffusers-prx"):
+        AutoPipelineForText2Image.from_pretrained(tmp_path)
+    register()
+    loaded = AutoPipelineForImage2Image.from_pretrained(tmp_path)
+    assert (type(loaded), type(loaded.scheduler)) == (PRXImg2ImgPipeline, PRXXPredictionScheduler)
+    assert loaded.config["prediction_type"] == "x_prediction"
+    inpaint = AutoPipelineForInpainting.from_pipe(loaded)
+    assert type(inpaint) is PRXInpaintPipeline
+    assert inpaint.transformer is loaded.transformer
+    assert type(AutoPipelineForText2Image.from_pipe(inpaint)) is PRXPipeline
+    assert type(AutoPipelineForInpainting.from_pipe(tiny.pixel_pipeline())) is PRXPixelInpaintPipeline
+    assert "stable-diffusion" in auto_mappings[2]
 
 
 # --- errors

@@ -212,6 +212,7 @@ def test_stock_loads_compatible_pipelines_without_this_package(saved, name):
 def test_stock_refuses_incompatible_pipelines(saved, name):
     _, _, stock, _, _ = saved
     assert re.search(r"`diffusers` has no class `PRX|module diffusers has no attribute PRX", stock[name]), stock[name]
+    assert "pip install diffusers-prx" in stock[name]
 
 
 @pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="older ones load neither")
@@ -238,7 +239,7 @@ def test_transformer_options_that_stock_lacks_change_the_stored_class_name(saved
     root, _, stock, ours, _ = saved
     assert "PRXExtendedTransformer2DModel" in stock[name]
     index = json.loads((root / name / "model_index.json").read_text())
-    assert index["transformer"] == ["diffusers", "PRXExtendedTransformer2DModel"]
+    assert index["transformer"] == ["diffusers", "PRXExtendedTransformer2DModel (pip install diffusers-prx)"]
     config = json.loads((root / name / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "PRXExtendedTransformer2DModel"
     settings = {"fusion_range": [0, 1]} if name == "sprint" else tiny.PIXEL_SETTINGS | {"resolution_tokens": True}

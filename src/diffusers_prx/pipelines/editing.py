@@ -145,8 +145,8 @@ def make_edit(
     """
     strength = float(check_number("strength", strength, 0, 1, closed=True))
     crop = padding_mask_crop
-    if crop is not None and not (is_number(crop) and crop >= 0):
-        raise ValueError(f"`padding_mask_crop` is {crop!r}; it has to be a number of pixels of at least 0, or None.")
+    if crop is not None and not (is_number(crop) and crop >= 0 and crop == int(crop)):
+        raise ValueError(f"`padding_mask_crop` is {crop!r}; it has to be a whole number of at least 0, or None.")
     masks = None if mask_image is None else _read_images("mask_image", mask_image, 1)  # (N, 1, H, W)
     latents = _as_latents(image, latent_channels)  # (N, C, h, w)
     if latents is None:

@@ -5,7 +5,6 @@ diffusers resolves an entry ["library", "Class"] of model_index.json as the attr
 as the library of our own classes, so it imports them and their base classes.
 """
 
-import copy
 import importlib
 import inspect
 import json
@@ -36,6 +35,8 @@ __all__ = [
 ]
 
 PIPELINE_KINDS = ("PRXPipeline", "PRXPixelPipeline")
+# ends stored class names that stock diffusers does not have, so that its error message says what to install
+INSTALL_HINT = " (pip install diffusers-prx)"
 _SCHEDULERS = {scheduler.prediction_type: scheduler for scheduler in (PRXFlowMatchScheduler, PRXXPredictionScheduler)}
 
 
@@ -155,6 +156,8 @@ def resolve_components(pipeline_class: Any, config: dict[str, Any], folder: str 
     for name, entry in config.items():
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or name.startswith("_"):
             continue
+        if isinstance(entry[1], str):
+            entry = (entry[0], entry[1].removesuffix(INSTALL_HINT))
         if entry[0] is None and name not in parameters:
             del resolved[name]  # the published pixel pipeline lists a VAE that it does not have
         elif entry[1] in (STOCK_CLASS_NAME, OWN_CLASS_NAME):
@@ -181,12 +184,18 @@ def storable_copy(pipeline: Any) -> Any:
     They are stock diffusers' names if stock diffusers draws the same with them. Otherwise (x-prediction in latents,
     velocity in pixels, a noise scale in latents, a transformer with options of our own) they are names that stock
     diffusers does not know, so that it raises an error instead of drawing something else: PRXFlowMatchScheduler,
-    PRXXPredictionScheduler, or the name of a stock scheduler with PRX before it.
+    PRXXPredictionScheduler, or the name of a stock scheduler with PRX before it, each with `INSTALL_HINT`, because the
+    error repeats the name. An editing pipeline is stored as the one for text to image, which stock diffusers knows.
     """
-    stored = copy.copy(pipeline)
+    text_to_image = type(pipeline).__name__.replace("Img2Img", "").replace("Inpaint", "")
+    stored_class = next((base for base in type(pipeline).__mro__ if base.__name__ == text_to_image), type(pipeline))
+    stored: Any = object.__new__(stored_class)
+    stored.__dict__.update(vars(pipeline))
     transformer = unwrap_compiled(pipeline.transformer)
     if isinstance(transformer, PRXTransformer2DModel):
-        stored.register_to_config(transformer=("diffusers", transformer.stored_class_name))
+        class_name = transformer.stored_class_name
+        hint = INSTALL_HINT if class_name == OWN_CLASS_NAME else ""
+        stored.register_to_config(transformer=("diffusers", class_name + hint))
     scheduler = pipeline.scheduler
     if scheduler is None:
         return stored
@@ -196,7 +205,7 @@ def storable_copy(pipeline: Any) -> Any:
             stored.register_modules(scheduler=_as_stock_scheduler(scheduler))
     else:
         name = type(scheduler).__name__
-        stored.register_to_config(scheduler=("diffusers", name if ours else f"PRX{name}"))
+        stored.register_to_config(scheduler=("diffusers", (name if ours else f"PRX{name}") + INSTALL_HINT))
     return stored
 
 

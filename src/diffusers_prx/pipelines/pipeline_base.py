@@ -1,7 +1,8 @@
-"""The shared part of both PRX pipelines: the call with its denoising loop, saving and loading."""
+"""The shared part of all PRX pipelines: the call with its denoising loop, saving and loading."""
 
 import copy
 import dataclasses
+import inspect
 import math
 import os
 import threading
@@ -111,7 +112,7 @@ class _Guidance:
 
 
 class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
-    """The shared part of `PRXPipeline` and `PRXPixelPipeline`; use one of these."""
+    """The shared part of `PRXPipeline`, `PRXPixelPipeline` and their editing pipelines; use one of these."""
 
     # diffusers looks for these names, in this order
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
@@ -245,11 +246,11 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
         """Make a pipeline from the components of another one, as `DiffusionPipeline.from_pipe` does.
 
-        Both pipelines share the networks. The networks keep their dtypes (diffusers casts to float32 by default);
-        `dtype` casts them for both pipelines.
+        Both pipelines share the networks, which stay as they are (diffusers casts them to float32 by default); `dtype`
+        casts them for both pipelines.
 
         Args:
-            pipeline: pipeline of the same kind, ours or diffusers'.
+            pipeline: pipeline of the same kind, ours or diffusers'; for text to image or for editing.
             kwargs: components and settings to replace.
 
         Raises:
@@ -259,17 +260,15 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             >>> fast = PRXPipeline.from_pipe(pipe, scheduler=fast_scheduler())
         """
         check_same_kind(cls, pipeline)
-        networks = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
-        if kwargs.keys() & {"dtype", "torch_dtype"}:
-            networks = []
-        # tensor by tensor: a text encoder in bfloat16 keeps some buffers in float32
-        dtypes = [[tensor.dtype for tensor in (*network.parameters(), *network.buffers())] for network in networks]
-        new = super().from_pipe(pipeline, **kwargs)
-        for network, network_dtypes in zip(networks, dtypes):
-            for tensor, dtype in zip((*network.parameters(), *network.buffers()), network_dtypes):
-                if tensor.dtype != dtype:  # exact: float32 holds every narrower number
-                    tensor.data = tensor.data.to(dtype)
-        return new
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        # diffusers keeps settings that a pipeline does not have under a name with an underscore
+        stored = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
+        given = stored | dict(pipeline.config) | pipeline.components
+        names = inspect.signature(cls.__init__).parameters.keys()
+        new = cls(**{name: given[name] for name in names if name in given} | kwargs)
+        if "name_or_path" in stored:
+            new.register_to_config(_name_or_path=stored["name_or_path"])
+        return new if dtype is None else new.to(dtype=dtype)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Return value of both PRX pipelines."""
+"""Return value of all PRX pipelines."""
 
 from dataclasses import dataclass
 

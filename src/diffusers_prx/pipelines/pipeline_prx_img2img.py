@@ -48,7 +48,9 @@ class PRXImg2ImgBase(PRXPipelineBase):
         guidance_group: ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> PRXPipelineOutput | tuple[Any]:
-        """Draw new versions of images. Several threads may call one pipeline at the same time.
+        """Draw new versions of images.
+
+        Arguments that are not listed here are those of the call of `PRXPipeline`.
 
         Args:
             prompt: one prompt or a list of P prompts; or pass `prompt_embeds`.
@@ -66,11 +68,6 @@ class PRXImg2ImgBase(PRXPipelineBase):
             width: width to draw at, likewise.
             num_inference_steps: number of steps from noise level 1; a call takes about `strength` times as many with a
                 shift of 1.
-            negative_prompt, timesteps, sigmas, guidance_scale, num_images_per_prompt, generator, prompt_embeds,
-                negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask, output_type,
-                return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, tokenizer_max_length,
-                skip_text_cleaning, self_guidance_scale, guider, guidance_group, attention_kwargs: as in the call of
-                `PRXPipeline`.
             latents: noise (B, C, h, w) to mix the image with, already scaled by `noise_scale`.
 
         Returns:

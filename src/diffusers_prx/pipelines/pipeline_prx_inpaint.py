@@ -50,7 +50,9 @@ class PRXInpaintBase(PRXPipelineBase):
         guidance_group: ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> PRXPipelineOutput | tuple[Any]:
-        """Draw into images where a mask is white. Several threads may call one pipeline at the same time.
+        """Draw into images where a mask is white.
+
+        Arguments that are not listed here are those of the call of `PRXPipeline`.
 
         Args:
             prompt: one prompt or a list of P prompts, of the whole picture; or pass `prompt_embeds`.
@@ -71,11 +73,6 @@ class PRXInpaintBase(PRXPipelineBase):
             strength: noise level in [0, 1] to start at, as in the call of `PRXImg2ImgPipeline`. 1 draws the masked
                 region anew. Below 1, some of what the image shows there stays.
             num_inference_steps: number of steps from noise level 1.
-            negative_prompt, timesteps, sigmas, guidance_scale, num_images_per_prompt, generator, prompt_embeds,
-                negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask, output_type,
-                return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, tokenizer_max_length,
-                skip_text_cleaning, self_guidance_scale, guider, guidance_group, attention_kwargs: as in the call of
-                `PRXPipeline`.
             latents: noise (B, C, h, w) to mix the image with, already scaled by `noise_scale`.
 
         Returns:
