@@ -69,7 +69,7 @@ class PRXInpaintBase(PRXPipelineBase):
             width: width to draw at, likewise.
             padding_mask_crop: pixels around the mask. The smallest box around the mask, so much wider on each side and
                 grown to the ratio of `width` and `height`, is cut out, drawn at `height` and `width`, and put back
-                into the image, which keeps its size. None: the whole image.
+                into the image, which keeps its size. The prompt then describes this region. None: the whole image.
             strength: noise level in [0, 1] to start at, as in the call of `PRXImg2ImgPipeline`. 1 draws the masked
                 region anew. Below 1, some of what the image shows there stays.
             num_inference_steps: number of steps from noise level 1.
