@@ -24,8 +24,8 @@ class PRXPipeline(PRXPipelineBase):
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
       Error 0.025, 1.2 to 1.45 times as fast.
     - fast, about the same picture: `pipe.scheduler = fast_scheduler()` and `pipe(prompt, sigmas=fast_sigmas(9))`.
-      Error 0.020, 3.5 to 4.1 times as fast. With a network that predicts velocity `fast_sigmas(14)`: nine had up to
-      1.9 times the error of 28 Euler steps there, 14 less than they.
+      Error 0.020, 3.5 to 4.1 times as fast. If the network predicts velocity, use `fast_sigmas(14)`: nine steps had
+      up to 1.9 times the error of 28 Euler steps, and 14 steps had less than those.
     - fastest, a preview: `pipe(prompt, num_inference_steps=7)`. Error 0.067, 4.4 to 5.0 times as fast.
 
     Args:
