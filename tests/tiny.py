@@ -198,19 +198,19 @@ class EmbeddingsTransformer(PRXTransformer2DModel):
 class RecordingTransformer(PRXTransformer2DModel):
     """Records what it computes: (rows, tokens, masked) of texts, numbers of timesteps, and rows of images."""
 
-    def encode_text_context(self, encoder_hidden_states, attention_mask=None, **size):
+    def encode_text_context(self, encoder_hidden_states, attention_mask=None, **settings):
         self.texts = [*getattr(self, "texts", []), (*encoder_hidden_states.shape[:2], attention_mask is not None)]
-        return super().encode_text_context(encoder_hidden_states, attention_mask, **size)
+        self.weights = [*getattr(self, "weights", []), settings.get("text_value_weights")]
+        return super().encode_text_context(encoder_hidden_states, attention_mask, **settings)
 
     def encode_timesteps(self, timestep, *size):
         self.steps = [*getattr(self, "steps", []), len(timestep)]
         return super().encode_timesteps(timestep, *size)
 
-    def forward(self, hidden_states, time_context=None, text_context=None, return_dict=True):
+    def forward(self, hidden_states, time_context=None, text_context=None, return_dict=True, **changes):
         self.rows = [*getattr(self, "rows", []), len(hidden_states)]
-        return super().forward(
-            hidden_states, time_context=time_context, text_context=text_context, return_dict=return_dict
-        )
+        contexts = {"time_context": time_context, "text_context": text_context}
+        return super().forward(hidden_states, return_dict=return_dict, **contexts, **changes)
 
 
 class ExactEuler(FlowMatchEulerDiscreteScheduler):

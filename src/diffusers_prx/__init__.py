@@ -18,11 +18,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .models.transformer_prx import PRXTransformer2DModel
     from .pipelines.auto import register
+    from .pipelines.picture_settings import read_settings, save_with_settings
     from .pipelines.pipeline_output import PRXPipelineOutput
     from .pipelines.pipeline_prx import PRXPipeline
     from .pipelines.pipeline_prx_img2img import PRXImg2ImgPipeline, PRXPixelImg2ImgPipeline
     from .pipelines.pipeline_prx_inpaint import PRXInpaintPipeline, PRXPixelInpaintPipeline
     from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
+    from .pipelines.prompt_enhancer import PromptEnhancer
     from .schedulers.fast import fast_scheduler, fast_sigmas
     from .schedulers.scheduling_prx import PRXFlowMatchScheduler, PRXSchedulerOutput, PRXXPredictionScheduler
 
@@ -39,9 +41,12 @@ _MODULES = {
     "PRXSchedulerOutput": "schedulers.scheduling_prx",
     "PRXTransformer2DModel": "models.transformer_prx",
     "PRXXPredictionScheduler": "schedulers.scheduling_prx",
+    "PromptEnhancer": "pipelines.prompt_enhancer",
     "fast_scheduler": "schedulers.fast",
     "fast_sigmas": "schedulers.fast",
+    "read_settings": "pipelines.picture_settings",
     "register": "pipelines.auto",
+    "save_with_settings": "pipelines.picture_settings",
 }
 
 __all__ = [
@@ -56,10 +61,13 @@ __all__ = [
     "PRXSchedulerOutput",
     "PRXTransformer2DModel",
     "PRXXPredictionScheduler",
+    "PromptEnhancer",
     "__version__",
     "fast_scheduler",
     "fast_sigmas",
+    "read_settings",
     "register",
+    "save_with_settings",
 ]
 
 

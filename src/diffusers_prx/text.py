@@ -148,6 +148,50 @@ def find_truncated(
     return truncated
 
 
+def tokenize_windows(
+    tokenizer: Any, prompts: Sequence[str], max_length: int, clean: Callable[[str], str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """Clean and tokenize prompts of any length into windows of at most `max_length` tokens.
+
+    The first window of a prompt is what `tokenize_prompts` makes of it. Each window has its own special tokens, such
+    as the one that starts a text.
+
+    Args:
+        tokenizer, prompts, max_length, clean: as in `tokenize_prompts`; the tokenizer has to be a fast one.
+
+    Returns:
+        Token ids (R, L) and bool mask (R, L) of R windows, the characters (R, L, 2) of the cleaned prompt that each
+        token stands for (start and stop), and for each window the index of its prompt, ascending.
+
+    Raises:
+        ValueError: if the tokenizer is a slow one, which does not know where its tokens come from.
+
+    Example:
+        >>> input_ids, mask, offsets, rows = tokenize_windows(tokenizer, ["a red cat"], 256, clean_prompt)
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"`tokenizer` is a {type(tokenizer).__name__}, which does not say where in a prompt its tokens are."
+            " Windows and weights of words need a fast tokenizer (PreTrainedTokenizerFast)."
+        )
+    with _TOKENIZER_LOCK:
+        tokens = tokenizer(
+            [clean(prompt) for prompt in prompts],
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=True,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        )
+    mask = tokens["attention_mask"].bool()
+    mask[~mask.any(dim=1), 0] = True
+    rows = tokens["overflow_to_sample_mapping"].tolist()
+    return tokens["input_ids"].long(), mask, tokens["offset_mapping"], rows
+
+
 def encode_text(text_encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the last hidden state (B, L, D) of a transformers text encoder, with gradients.
 
@@ -178,12 +222,19 @@ def trim_tokens(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tens
     Example:
         >>> input_ids, mask = trim_tokens(input_ids, mask)
     """
-    _, stop = _used_range(mask)
+    _, stop = used_range(mask)
     return input_ids[:, :stop], mask[:, :stop]
 
 
-def _used_range(mask: torch.Tensor) -> tuple[int, int]:
-    """Return the half-open range of at least one position outside of which all rows are padding."""
+def used_range(mask: torch.Tensor) -> tuple[int, int]:
+    """Return the half-open range of at least one position outside of which all rows are padding.
+
+    Args:
+        mask: bool (B, L), true where a token counts.
+
+    Example:
+        >>> start, stop = used_range(mask)
+    """
     used = mask.any(dim=0).nonzero().flatten()
     return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
 
@@ -201,6 +252,6 @@ def trim_text(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     Example:
         >>> embeds, mask = trim_text(embeds, mask)
     """
-    start, stop = _used_range(mask)
+    start, stop = used_range(mask)
     embeds, mask = embeds[:, start:stop], mask[:, start:stop]
     return embeds, None if bool(mask.all()) else mask

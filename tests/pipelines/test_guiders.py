@@ -1,20 +1,26 @@
 """Guiders of diffusers and changes of guidance by callbacks, against loops written by hand."""
 
+import copy
 import math
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
+from diffusers import PRXTransformer2DModel as StockPRXTransformer2DModel
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    PerturbedAttentionGuidance,
     SkipLayerGuidance,
+    SmoothedEnergyGuidance,
 )
+from torch import nn
 
 import tiny
+from diffusers_prx.models.transformer_prx import PRXAttnProcessor
 
 PROMPTS, NEGATIVE = ["a red cat on the beach", "sunset"], "one small circle"
 SHIFT, STEPS, SCALE = 3.0, 5, 3.0
@@ -35,8 +41,11 @@ def draw(pipe, **kwargs):
 
 
 @torch.no_grad()
-def by_hand(pipe, combine):
-    """Draw image by image; `combine(positive, negative, step, state)` returns one velocity from two."""
+def by_hand(pipe, combine, weak=None):
+    """Draw image by image; `combine(positive, negative, step, state)` returns one velocity from two.
+
+    With a weaker network, `state["weak"]` has its velocities with the prompt and with the negative prompt.
+    """
     channels, side = pipe.transformer.config["in_channels"], 32 // pipe.vae_scale_factor
     network = tiny.transformer(**tiny.PIXEL_SETTINGS if channels == 3 else {})  # the same weights
     grid = [1 - i / STEPS for i in range(STEPS + 1)]
@@ -47,10 +56,12 @@ def by_hand(pipe, combine):
         x, state = noise * pipe.config["noise_scale"], {}
         for step in range(STEPS):
             sigma, velocities = sigmas[step], []
-            for text in (prompt, NEGATIVE):
-                embeds, _, _, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
-                output = network(x, torch.tensor([sigma]), embeds).sample
-                velocities.append((x - output) / sigma if channels == 3 else output)
+            for predict in (network,) if weak is None else (network, weak):
+                for text in (prompt, NEGATIVE):
+                    embeds, _, _, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+                    output = predict(x, torch.tensor([sigma]), embeds).sample
+                    velocities.append((x - output) / sigma if channels == 3 else output)
+            velocities, state["weak"] = velocities[:2], velocities[2:]
             x = x + (sigmas[step + 1] - sigma) * combine(*velocities, step, state)
         images.append(x)
     return torch.cat(images)
@@ -234,10 +245,142 @@ def test_guider_with_a_transformer_without_contexts():
         ({"guider": 3.0}, "`guider`.*float"),
         ({"guider": ClassifierFreeGuidance(3.0), "guidance_scale": 3.0}, "`guidance_scale`.*`guider`"),
         ({"guider": ClassifierFreeGuidance(3.0), "self_guidance_scale": 2.0}, "`token_route`"),
-        ({"guider": SkipLayerGuidance(3.0, skip_layer_guidance_layers=[0])}, "`guider`"),
-        ({"guider": AutoGuidance(3.0, auto_guidance_layers=[0], dropout=0.1)}, "`guider`"),
+        ({"guider": SkipLayerGuidance(3.0, skip_layer_guidance_layers=[2])}, "`guider`.*blocks"),
+        ({"guider": AutoGuidance(3.0, auto_guidance_layers=[0], dropout=0.1)}, "`guider`.*`dropout`"),
+        ({"guider": SmoothedEnergyGuidance(3.0, seg_guidance_layers=[0])}, "`guider`.*SmoothedEnergyGuidance"),
+        ({"guide_transformer": tiny.transformer(), "guidance_scale": 1.0}, "`guide_transformer`.*`guidance_scale`"),
+        ({"guide_transformer": tiny.transformer(in_channels=3)}, "`guide_transformer`.*`in_channels`"),
+        ({"guide_transformer": 3.0}, "`guide_transformer`.*float"),
+        (
+            {
+                "guide_transformer": tiny.transformer(),
+                "guider": AutoGuidance(3.0, auto_guidance_layers=[0], dropout=1.0),
+            },
+            "`guide_transformer`.*`guider`",
+        ),
     ],
 )
 def test_unsuitable_guider_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         draw(pipeline("latent"), **change)
+
+
+# --- guiders that change the network
+
+
+class Alone(PRXAttnProcessor):
+    """Attention in which the i-th image token sees the text and the i-th image token, in float64."""
+
+    def attend(self, query, key, value, text_key, text_value, attention_mask):
+        output = torch.empty_like(query)
+        for token in range(query.shape[1]):
+            keys = torch.cat((text_key, key[:, [token]]), dim=1).double()  # (B, L + 1, h, d)
+            values = torch.cat((text_value, value[:, [token]]), dim=1).double()  # (B, L + 1, h, d)
+            scores = (keys * query[:, [token]]).sum(-1) / query.shape[-1] ** 0.5  # (B, L + 1, h)
+            output[:, token] = (scores.softmax(1)[..., None] * values).sum(1)
+        return output
+
+
+def without_a_block(settings):
+    network = tiny.transformer(**settings)
+    network.blocks = nn.ModuleList([network.blocks[0]])
+    network.register_to_config(depth=1)
+    return network
+
+
+def with_lonely_tokens(settings):
+    network = tiny.transformer(**settings)
+    network.blocks[1].attention.processor = Alone()
+    return network
+
+
+def three_terms(positive, negative, step, state):
+    """diffusers' formula for skipped layers; its range leaves the first step out."""
+    guided = negative + SCALE * (positive - negative)
+    return guided + 1.5 * (positive - state["weak"][0]) if step > 0 else guided
+
+
+def away_from_weak(which):
+    return lambda positive, negative, step, state: state["weak"][which] + SCALE * (positive - state["weak"][which])
+
+
+def whole_range(name):
+    return {f"{name}_guidance_scale": 1.5, f"{name}_guidance_start": 0.0, f"{name}_guidance_stop": 1.0}
+
+
+CHANGES = {
+    "skipped": (
+        without_a_block,
+        three_terms,
+        lambda weak: {"guider": SkipLayerGuidance(SCALE, skip_layer_guidance_layers=[1], **whole_range("skip_layer"))},
+    ),
+    "perturbed": (
+        with_lonely_tokens,
+        three_terms,
+        lambda weak: {
+            "guider": PerturbedAttentionGuidance(
+                SCALE,
+                perturbed_guidance_layers=[1],
+                perturbed_guidance_scale=1.5,
+                perturbed_guidance_start=0.0,
+                perturbed_guidance_stop=1.0,
+            )
+        },
+    ),
+    "auto": (
+        without_a_block,
+        away_from_weak(1),
+        lambda weak: {"guider": AutoGuidance(SCALE, auto_guidance_layers=[1], dropout=1.0)},
+    ),
+    "guide": (
+        lambda settings: tiny.transformer(seed=5, depth=1, **settings),
+        away_from_weak(0),
+        lambda weak: {"guide_transformer": weak, "guidance_scale": SCALE},
+    ),
+    "guide with a guider": (
+        lambda settings: tiny.transformer(seed=5, depth=1, **settings),
+        away_from_weak(0),
+        lambda weak: {"guide_transformer": weak, "guider": ClassifierFreeGuidance(SCALE)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_network_matches_a_loop_by_hand(kind, name):
+    make_weak, combine, arguments = CHANGES[name]
+    weak = make_weak(tiny.PIXEL_SETTINGS if kind == "pixel" else {})
+    pipe = pipeline(kind)
+    expected = by_hand(pipe, combine, weak)
+    size = expected.abs().max().item()
+    images = draw(pipe, **arguments(weak))
+    assert (images - expected).abs().max() < 2e-5 * size
+    assert torch.equal(draw(pipe, **arguments(weak)), images)  # nothing of the first call is left in the networks
+    assert (draw(pipe, guidance_scale=SCALE) - expected).abs().max() > 1e-3 * size
+
+
+def test_changed_network_without_contexts():
+    """Under group offloading the text goes into every forward."""
+    guider = SkipLayerGuidance(SCALE, skip_layer_guidance_layers=[0], **whole_range("skip_layer"))
+    expected = draw(pipeline("latent"), guider=guider)
+    other = tiny.latent_pipeline()
+    other.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert (draw(other, guider=guider) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_changed_network_is_refused_with_a_cache_and_with_stock():
+    guider = SkipLayerGuidance(SCALE, skip_layer_guidance_layers=[0])
+    pipe = tiny.latent_pipeline()
+    stock = StockPRXTransformer2DModel.from_config(pipe.transformer.config).eval()
+    stock.load_state_dict(pipe.transformer.state_dict())
+    with pytest.raises(ValueError, match=r"`guider`.*diffusers_prx\.PRXTransformer2DModel"):
+        draw(tiny.latent_pipeline(transformer=stock), guider=guider)
+    expected = draw(pipe, guide_transformer=(weak := copy.deepcopy(pipe.transformer)))
+    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=5))
+    with pytest.raises(ValueError, match=r"`guider`.*disable_cache"):
+        draw(pipe, guider=guider)
+    # a guide has its own network, so that the cache sees the prompts alone
+    assert (draw(pipe, guide_transformer=weak) - expected).abs().max() < 1e-5 * expected.abs().max()
+    weak.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2))
+    with pytest.raises(ValueError, match=r"`guide_transformer`.*disable_cache"):
+        draw(pipe, guide_transformer=weak)

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -190,7 +190,8 @@ class PRXTextContext:
 
     Args:
         keys_values: for each block, keys and values (B, L, h, d); B = 1 serves any number of rows.
-        mask: bool (B, L), true where a token counts; None if all count.
+        mask: bool (B, L), true where a token counts, or (B, N, L), true where it counts for an image token; None if
+            all count.
 
     Example:
         >>> context = transformer.encode_text_context(embeds, mask)
@@ -243,6 +244,7 @@ class PRXAttnProcessor:
         encoder_hidden_states: torch.Tensor | tuple[TextKeysValues, ...],
         image_rotary_emb: torch.Tensor,
         attention_mask: AttentionMask = None,
+        text_value_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from image tokens to text tokens and image tokens.
 
@@ -254,7 +256,9 @@ class PRXAttnProcessor:
             hidden_states: image tokens (B, N, D).
             encoder_hidden_states: text tokens (B, L, D), or G parts of keys and values (B / G or 1, L, h, d).
             image_rotary_emb: (N, d/2, 2) or (B, N, d/2, 2).
-            attention_mask: bool (B, 1, 1, L + N), true for keys that count, or None; for G parts a tuple of G masks.
+            attention_mask: bool (B, 1, 1, L + N) or (B, 1, N, L + N), true for keys that count, or None; for G parts a
+                tuple of G masks.
+            text_value_weights: (B, L), factors of the values of text tokens, or None; for hidden states only.
 
         Returns:
             (B, N, D).
@@ -271,7 +275,7 @@ class PRXAttnProcessor:
 
         if isinstance(encoder_hidden_states, torch.Tensor):
             assert not isinstance(attention_mask, tuple)
-            text_key, text_value = attn.project_text(encoder_hidden_states)  # (B, L, h, d) each
+            text_key, text_value = attn.project_text(encoder_hidden_states, text_value_weights)  # (B, L, h, d) each
             hidden_states = self.attend(query, key, value, text_key, text_value, attention_mask)  # (B, N, h, d)
         else:
             assert isinstance(attention_mask, tuple)
@@ -332,10 +336,17 @@ class PRXAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=False), nn.Dropout(0.0)])
         self.processor = PRXAttnProcessor()
 
-    def project_text(self, encoder_hidden_states: torch.Tensor) -> TextKeysValues:
-        """Project text (B, L, D) to keys and values (B, L, h, d). Text has no positions."""
+    def project_text(
+        self, encoder_hidden_states: torch.Tensor, value_weights: torch.Tensor | None = None
+    ) -> TextKeysValues:
+        """Project text (B, L, D) to keys and values (B, L, h, d). Text has no positions.
+
+        Weights (B, L) multiply the values: the attention stays as it is, a token only adds more or less.
+        """
         text_kv = self.txt_kv_proj(encoder_hidden_states).unflatten(-1, (2, self.heads, self.head_dim))
         text_key, text_value = text_kv.unbind(2)  # (B, L, h, d) each
+        if value_weights is not None:
+            text_value = text_value * value_weights[:, :, None, None].to(text_value.dtype)  # (B, L, h, d)
         return self.norm_added_k(text_key).to(text_value.dtype), text_value
 
     def forward(
@@ -344,8 +355,11 @@ class PRXAttention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states: torch.Tensor | tuple[TextKeysValues, ...],
         image_rotary_emb: torch.Tensor,
         attention_mask: AttentionMask = None,
+        text_value_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask)
+        # a processor of your own needs the last argument only with weights
+        weights = {} if text_value_weights is None else {"text_value_weights": text_value_weights}
+        return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb, attention_mask, **weights)
 
 
 class PRXModulation(nn.Module):
@@ -388,12 +402,13 @@ class PRXBlock(nn.Module):
         temb: torch.Tensor | tuple[torch.Tensor, ...],
         image_rotary_emb: torch.Tensor,
         attention_mask: AttentionMask = None,
+        text_value_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         modulation = self.modulation(temb) if isinstance(temb, torch.Tensor) else temb
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation  # (B, 1, D) or (D,) each
 
         x = modulate(hidden_states, attn_shift, attn_scale)  # (B, N, D)
-        x = self.attention(x, encoder_hidden_states, image_rotary_emb, attention_mask)  # (B, N, D)
+        x = self.attention(x, encoder_hidden_states, image_rotary_emb, attention_mask, text_value_weights)  # (B, N, D)
         hidden_states = torch.addcmul(hidden_states, attn_gate, x)  # (B, N, D)
 
         x = modulate(hidden_states, mlp_shift, mlp_scale)  # (B, N, D)
@@ -814,16 +829,18 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        value_weights: torch.Tensor | None,
         height: int | None,
         width: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embed text to tokens (B, L, D) and return them with their mask; L then includes resolution tokens."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Embed text to tokens (B, L, D), with their mask and weights; L then includes resolution tokens."""
         txt = self.txt_in(encoder_hidden_states)  # (B, L, D)
         if self.resolution_token_embedder is not None:
             size_tokens = self.resolution_token_embedder(height, width, txt.device, txt.dtype)  # (1, 2, D)
             txt = torch.cat((size_tokens.expand(len(txt), -1, -1), txt), dim=1)  # (B, 2 + L, D)
             attention_mask = None if attention_mask is None else F.pad(attention_mask.bool(), (2, 0), value=True)
-        return txt, attention_mask
+            value_weights = None if value_weights is None else F.pad(value_weights, (2, 0), value=1.0)  # (B, 2 + L)
+        return txt, attention_mask, value_weights
 
     @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
@@ -834,15 +851,17 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         height: int | None = None,
         width: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        text_value_weights: torch.Tensor | None = None,
     ) -> PRXTextContext:
         """Project text to the keys and values of all blocks, for any number of forwards.
 
         Args:
             encoder_hidden_states: text (B, L, `context_in_dim`); B = 1 serves any number of images.
-            attention_mask: (B, L), true where a text token counts; None: all count.
+            attention_mask: (B, L), true where a text token counts, or (B, N, L), see `forward`; None: all count.
             height: H of the later `hidden_states`; needed with `resolution_tokens`.
             width: W, likewise.
             attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s.
+            text_value_weights: (B, L), factors of the values of text tokens; None: all 1.
 
         Raises:
             ValueError: if a shape is not as described, or a needed size is missing.
@@ -852,12 +871,14 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             >>> for timestep in timesteps:
             ...     velocity = transformer(latents, timestep, text_context=context).sample
         """
-        self._check_text(encoder_hidden_states, attention_mask)
+        self._check_text(encoder_hidden_states, attention_mask, text_value_weights)
         if self.resolution_token_embedder is not None and (height is None or width is None):
             raise ValueError("This model puts the size before the text as tokens: pass `height` and `width`.")
-        txt, mask = self._embed_text(encoder_hidden_states, attention_mask, height, width)  # (B, L, D) and (B, L)
+        txt, mask, weights = self._embed_text(
+            encoder_hidden_states, attention_mask, text_value_weights, height, width
+        )  # (B, L, D) and (B, L)
         blocks: Any = self.blocks
-        projected = [block.attention.project_text(txt) for block in blocks]  # (B, L, h, d) each
+        projected = [block.attention.project_text(txt, weights) for block in blocks]  # (B, L, h, d) each
         # the values are a view of the joint projection, whose keys are not needed any more
         keys_values = tuple((key, value.contiguous()) for key, value in projected)
         return PRXTextContext(keys_values, None if mask is None else mask.bool())
@@ -895,14 +916,25 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         modulations = tuple(torch.cat(block.modulation(temb), dim=1) for block in blocks)  # (T, 6, D) each
         return PRXTimeContext(modulations, self.final_layer.adaLN_modulation(temb).unflatten(-1, (2, -1)))
 
-    def _check_text(self, encoder_hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def _check_text(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        value_weights: torch.Tensor | None,
+    ) -> None:
         text, width = tuple(encoder_hidden_states.shape), self.config.context_in_dim
         if len(text) != 3 or text[2] != width:
             raise ValueError(f"`encoder_hidden_states` must have the shape (B, L, {width}), got {text}.")
-        if attention_mask is not None and attention_mask.shape != text[:2]:
+        mask = text[:2] if attention_mask is None else tuple(attention_mask.shape)
+        if (mask[0], *mask[-1:]) != text[:2] or len(mask) not in (2, 3):
             raise ValueError(
-                f"`attention_mask` must have the shape {text[:2]} of the text tokens, "
-                f"got {tuple(attention_mask.shape)}."
+                f"`attention_mask` must have the shape {text[:2]} of the text tokens, or ({text[0]}, N, {text[1]}), "
+                f"got {mask}."
+            )
+        if value_weights is not None and value_weights.shape != text[:2]:
+            raise ValueError(
+                f"`text_value_weights` must have the shape {text[:2]} of the text tokens, "
+                f"got {tuple(value_weights.shape)}."
             )
 
     def _check_inputs(
@@ -911,8 +943,10 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         timestep: torch.Tensor | PRXTimeContext,
         text: torch.Tensor | tuple[PRXTextContext, ...],
         attention_mask: torch.Tensor | None,
+        value_weights: torch.Tensor | None,
         route: TokenRoute | None,
         feature_block: int | Sequence[int] | None,
+        changed_blocks: dict[str, Collection[int]],
     ) -> None:
         channels, patch_size, width = self.config.in_channels, self.config.patch_size, self.config.context_in_dim
         depth = self.config.depth
@@ -945,14 +979,27 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 raise ValueError(
                     f"`text_context` must split {shape[0]} rows into equal parts, got {len(text)} contexts."
                 )
-            if attention_mask is not None:
-                raise ValueError("`attention_mask` is part of a `text_context`: pass it to `encode_text_context`.")
+            for name, given in (("attention_mask", attention_mask), ("text_value_weights", value_weights)):
+                if given is not None:
+                    raise ValueError(f"`{name}` is part of a `text_context`: pass it to `encode_text_context`.")
         else:
             if text.ndim == 3 and text.shape[0] != shape[0]:
                 raise ValueError(
                     f"`encoder_hidden_states` must have the shape ({shape[0]}, L, {width}), got {tuple(text.shape)}."
                 )
-            self._check_text(text, attention_mask)
+            self._check_text(text, attention_mask, value_weights)
+        tokens = (shape[2] // patch_size) * (shape[3] // patch_size)
+        for mask in [part.mask for part in text] if isinstance(text, tuple) else [attention_mask]:
+            if mask is not None and mask.ndim == 3 and mask.shape[1] != tokens:
+                raise ValueError(f"`attention_mask` is for {mask.shape[1]} image tokens, but there are {tokens}.")
+        for name, blocks in changed_blocks.items():
+            if not all(0 <= index < depth for index in blocks):
+                raise ValueError(f"`{name}` must be out of the {depth} blocks, from 0, got {sorted(blocks)}.")
+            if blocks and self.is_cache_enabled:
+                raise ValueError(
+                    f"`{name}` is given, but the model has a cache of what its blocks computed: call "
+                    "`disable_cache()` before."
+                )
         blocks = _as_blocks(feature_block)
         if any(not 0 <= block < depth for block in blocks) or list(blocks) != sorted(set(blocks)):
             raise ValueError(
@@ -964,7 +1011,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             name = "feature_block" if route is None else "route"
             raise ValueError(f"`{name}` is given, but in parallel each process has only some of the tokens.")
         if route is not None:
-            self._check_route(route, shape[0], (shape[2] // patch_size) * (shape[3] // patch_size))
+            self._check_route(route, shape[0], tokens)
 
     def _check_route(self, route: TokenRoute, rows: int, tokens: int) -> None:
         depth, fusion_range = self.config.depth, self.config.fusion_range
@@ -997,6 +1044,9 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         feature_block: int | Sequence[int] | None = None,
         text_context: PRXTextContext | tuple[PRXTextContext, ...] | None = None,
         time_context: PRXTimeContext | None = None,
+        text_value_weights: torch.Tensor | None = None,
+        skip_blocks: Collection[int] = (),
+        identity_attention_blocks: Collection[int] = (),
     ) -> PRXTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
         """Predict the velocity, or the clean image if trained for it, of noisy latents or pixels.
 
@@ -1004,7 +1054,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             hidden_states: noisy input (B, C, H, W); H and W are multiples of p.
             timestep: (B,) or (1,), noise level in [0, 1]; 0 is the clean image.
             encoder_hidden_states: text (B, L, `context_in_dim`).
-            attention_mask: (B, L), true where a text token counts. None: all count, which is faster.
+            attention_mask: (B, L), true where a text token counts; or (B, N, L), true where it counts for an image
+                token (rows of patches, top to bottom). None: all count, which is faster.
             attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s for this call.
             return_dict: False to return a plain tuple.
             route: image tokens that skip a range of blocks.
@@ -1014,13 +1065,18 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 them, each with its own L and mask (the branches of guidance): the first is for the first B / G rows,
                 and so on.
             time_context: one timestep of `encode_timesteps`, in place of `timestep`, for all rows.
+            text_value_weights: (B, L), factors of the values of text tokens in every block; None: all 1.
+            skip_blocks: blocks, counted from 0, that leave the image tokens unchanged (skip-layer guidance).
+            identity_attention_blocks: blocks in which an image token attends to the text and to itself only
+                (perturbed-attention guidance, arXiv 2403.17377).
 
         Returns:
             `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or a tuple: (sample,), or
             (sample, features, feature_indices) with a `feature_block`.
 
         Raises:
-            ValueError: if a shape is not as described, or timestep or text is missing or given twice.
+            ValueError: if a shape is not as described, timestep or text is missing or given twice, or blocks are
+                skipped or perturbed while the model has a cache.
 
         Example:
             >>> velocity = transformer(latents, torch.tensor([0.5]), embeds, mask).sample
@@ -1032,7 +1088,10 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         contexts = (text_context,) if isinstance(text_context, PRXTextContext) else text_context
         time: Any = timestep if time_context is None else time_context
         text: Any = encoder_hidden_states if contexts is None else contexts
-        self._check_inputs(hidden_states, time, text, attention_mask, route, feature_block)
+        changed_blocks = {"skip_blocks": skip_blocks, "identity_attention_blocks": identity_attention_blocks}
+        self._check_inputs(
+            hidden_states, time, text, attention_mask, text_value_weights, route, feature_block, changed_blocks
+        )
         height, width = hidden_states.shape[-2:]
         patch_size, depth = self.config.patch_size, self.config.depth
 
@@ -1054,9 +1113,12 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         text_mask: AttentionMask
         if contexts is None:
-            txt, text_mask = self._embed_text(text, attention_mask, height, width)  # (B, L, D)
+            txt, text_mask, weights = self._embed_text(
+                text, attention_mask, text_value_weights, height, width
+            )  # (B, L, D), (B, L) and (B, L)
             texts: list[Any] = [txt] * depth
         else:
+            weights = None  # they are in the values already
             text_mask = tuple(context.mask for context in contexts)  # (B, L) each, or None
             texts = list(zip(*(context.keys_values for context in contexts)))  # (B, L, h, d) each
 
@@ -1069,14 +1131,19 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 dense = img  # (B, N, D)
                 if route is not None:
                     img, rotary = route.gather(img), table[route.kept]  # (B, K, D) and (B, K, d/2, 2)
-                    mask = join_mask(text_mask, img.shape[1])  # (B, 1, 1, L + K)
+                    mask = join_mask(text_mask, img.shape[1], route)  # (B, 1, 1, L + K)
+            block_mask = mask
+            if index in identity_attention_blocks:
+                block_mask = isolate_tokens(mask, texts[index], rotary.shape[-3])  # (B, 1, N, L + N)
             recomputed = self.gradient_checkpointing and index < self.config.depth - self.kept_blocks
-            if torch.is_grad_enabled() and recomputed:
+            if index in skip_blocks:
+                pass
+            elif torch.is_grad_enabled() and recomputed:
                 img = self._gradient_checkpointing_func(
-                    block, img, texts[index], times[index], rotary, mask
+                    block, img, texts[index], times[index], rotary, block_mask, weights
                 )  # (B, N or K, D)
             else:
-                img = block(img, texts[index], times[index], rotary, mask)  # (B, N or K, D)
+                img = block(img, texts[index], times[index], rotary, block_mask, weights)  # (B, N or K, D)
             if index in feature_blocks:
                 found.append(img)  # (B, N or K, D)
                 if route is not None and route.start <= index < route.stop:
@@ -1137,14 +1204,41 @@ def _as_blocks(feature_block: int | Sequence[int] | None) -> tuple[int, ...]:
     return (feature_block,) if isinstance(feature_block, int) else tuple(feature_block)
 
 
-def join_mask(text_mask: AttentionMask, tokens: int) -> Any:
-    """Extend a mask (B, L) of text tokens by N image tokens, which all count, to (B, 1, 1, L + N).
+def join_mask(text_mask: AttentionMask, tokens: int, route: TokenRoute | None = None) -> Any:
+    """Extend a mask of text tokens by N image tokens, which all count.
 
-    None stays None: all tokens count. A tuple (parts of the text) gives a tuple.
+    (B, L) becomes (B, 1, 1, L + N). (B, N, L), one row per image token, becomes (B, 1, N, L + N); with a route, only
+    the rows of the tokens that it keeps. None stays None: all tokens count. A tuple (parts of the text) gives a tuple.
     """
     if isinstance(text_mask, tuple):
-        return tuple(join_mask(part, tokens) for part in text_mask)
-    return None if text_mask is None else F.pad(text_mask.bool(), (0, tokens), value=True)[:, None, None, :]
+        return tuple(join_mask(part, tokens, route) for part in text_mask)
+    if text_mask is None:
+        return None
+    text_mask = text_mask.bool()
+    if text_mask.ndim == 2:
+        text_mask = text_mask[:, None]  # (B, 1, L)
+    elif route is not None:
+        text_mask = route.gather(text_mask.expand(len(route.kept), -1, -1))  # (B, K, L)
+    return F.pad(text_mask, (0, tokens), value=True)[:, None]  # (B, 1, 1 or N, L + N)
+
+
+def isolate_tokens(mask: AttentionMask, text: torch.Tensor | tuple[TextKeysValues, ...], tokens: int) -> Any:
+    """Restrict a mask of `join_mask`, so that each of N image tokens attends to the text and to itself only.
+
+    Args:
+        mask: (B, 1, 1, L + N) or (B, 1, N, L + N), None, or a tuple of these.
+        text: text of the block, for L: hidden states, or a tuple of keys and values if `mask` is one.
+        tokens: N.
+
+    Returns:
+        (B or 1, 1, N, L + N), or a tuple of these.
+    """
+    if isinstance(mask, tuple):
+        return tuple(isolate_tokens(part, keys_values[0], tokens) for part, keys_values in zip(mask, text))
+    assert isinstance(text, torch.Tensor)
+    own = torch.eye(tokens, dtype=torch.bool, device=text.device)  # (N, N)
+    own = F.pad(own, (text.shape[1], 0), value=True)[None, None]  # (1, 1, N, L + N)
+    return own if mask is None else mask & own
 
 
 def _check_cache(config: Any, parallel: bool) -> None:

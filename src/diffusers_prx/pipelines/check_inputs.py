@@ -63,15 +63,9 @@ def check_guidance_change(new: float, old: float, guided: bool, guider: Any, cac
 
 
 def check_guider(guider: Any, guidance_scale: Any, cached: bool) -> None:
-    """Check that a guider combines exactly two predictions, and that no `guidance_scale` was passed as well."""
+    """Check that a guider is one of diffusers', and that no `guidance_scale` was passed as well."""
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"`guider` is a {type(guider).__name__}; it must be one of diffusers' guiders, or None.")
-    hooked = type(guider).prepare_models is not BaseGuidance.prepare_models
-    if hooked or guider._input_predictions != ["pred_cond", "pred_uncond"]:
-        raise ValueError(
-            f"`guider` is a {type(guider).__name__}, which needs a prediction of a changed network; accepted are"
-            " those that combine a prediction with the prompt and one with the negative prompt."
-        )
     if guidance_scale != DEFAULT_GUIDANCE_SCALE:
         raise ValueError(
             f"`guidance_scale` is {guidance_scale!r} and `guider` is given, which has its own scale: leave one of them"

@@ -5,6 +5,7 @@ modulation of all steps (`PRXTimeContext`). Stock diffusers' transformer gets em
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,35 @@ import torch
 
 from ..compat import is_group_offloaded, unwrap_compiled
 from ..models.transformer_prx import PRXTextContext
-from ..text import trim_text
+from ..text import used_range
+
+
+@dataclass(frozen=True)
+class TextBranch:
+    """Encoded texts.
+
+    Args:
+        embeds: (B, L, D).
+        mask: bool (B, L), true where a token counts; or (B, N, L), true where it counts for an image token.
+        value_weights: (B, L), factors of the tokens' values; None: all 1.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+    value_weights: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TextBranch":
+        """Return the texts with a function of rows applied to each tensor."""
+        weights = None if self.value_weights is None else function(self.value_weights)
+        return TextBranch(function(self.embeds), function(self.mask), weights)
+
+    def rows(self, start: int, stop: int) -> "TextBranch":
+        """Return the rows [start, stop)."""
+        return self.map(lambda tensor: tensor[start:stop])
+
+    def weights(self) -> torch.Tensor:
+        """Return the factors of the values, (B, L)."""
+        return self.embeds.new_ones(self.embeds.shape[:2]) if self.value_weights is None else self.value_weights
 
 
 @dataclass(frozen=True)
@@ -21,21 +50,26 @@ class PromptEmbeddings:
 
     Args:
         prompt_embeds: (B, L, D).
-        prompt_mask: bool (B, L), true where a token counts.
-        negative_prompt_embeds: (B, L, D), or None without guidance.
-        negative_prompt_mask: bool (B, L), or None.
+        prompt_mask: bool (B, L) or (B, N, L), see `TextBranch`.
+        negative_prompt_embeds: (B, L', D), or None without guidance.
+        negative_prompt_mask: bool (B, L'), or None.
+        prompt_weights: (B, L), or None, see `TextBranch`.
+        negative_prompt_weights: (B, L'), or None.
     """
 
     prompt_embeds: torch.Tensor
     prompt_mask: torch.Tensor
-    negative_prompt_embeds: torch.Tensor | None
-    negative_prompt_mask: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None = None
+    negative_prompt_mask: torch.Tensor | None = None
+    prompt_weights: torch.Tensor | None = None
+    negative_prompt_weights: torch.Tensor | None = None
 
-    def branches(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (embeddings, mask) of each branch of guidance: negative prompts, if any, then prompts."""
-        branches = [(self.prompt_embeds.to(dtype), self.prompt_mask)]
+    def branches(self, dtype: torch.dtype) -> list[TextBranch]:
+        """Return the branches of guidance: negative prompts, if any, then prompts."""
+        branches = [TextBranch(self.prompt_embeds.to(dtype), self.prompt_mask, self.prompt_weights)]
         if self.negative_prompt_embeds is not None and self.negative_prompt_mask is not None:
-            branches.insert(0, (self.negative_prompt_embeds.to(dtype), self.negative_prompt_mask))
+            negative = self.negative_prompt_embeds.to(dtype)
+            branches.insert(0, TextBranch(negative, self.negative_prompt_mask, self.negative_prompt_weights))
         return branches
 
 
@@ -47,20 +81,27 @@ class Conditioning:
         num_branches: G, 1 or 2.
         text_contexts: keys and values of each branch; empty for a transformer that takes embeddings.
         encoder_hidden_states: (G * B, L, D), or None with `text_contexts`.
-        attention_mask: bool (G * B, L), or None if no token is padding.
+        attention_mask: bool (G * B, L) or (G * B, N, L), or None if no token is padding.
+        text_value_weights: (G * B, L), or None if all are 1.
+        guide: text arguments of a weaker transformer that guides, or None.
     """
 
     num_branches: int
     text_contexts: tuple[PRXTextContext, ...] = ()
     encoder_hidden_states: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    text_value_weights: torch.Tensor | None = None
+    guide: "Conditioning | None" = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the transformer."""
         if self.text_contexts:
             return {"text_context": self.text_contexts}
-        return {"encoder_hidden_states": self.encoder_hidden_states, "attention_mask": self.attention_mask}
+        arguments = {"encoder_hidden_states": self.encoder_hidden_states, "attention_mask": self.attention_mask}
+        if self.text_value_weights is not None:  # stock's transformer has no such argument
+            arguments["text_value_weights"] = self.text_value_weights
+        return arguments
 
     def branch(self, index: int) -> "Conditioning":
         """Return one branch: 0 is the first, -1 the prompts."""
@@ -68,13 +109,9 @@ class Conditioning:
             return self
         if self.text_contexts:
             return Conditioning(1, (self.text_contexts[index],))
-        assert self.encoder_hidden_states is not None
-        mask = self.attention_mask
-        return Conditioning(
-            1,
-            encoder_hidden_states=self.encoder_hidden_states.chunk(2)[index],
-            attention_mask=None if mask is None else mask.chunk(2)[index],
-        )
+        tensors = (self.encoder_hidden_states, self.attention_mask, self.text_value_weights)
+        own = [None if tensor is None else tensor.chunk(2)[index] for tensor in tensors]
+        return Conditioning(1, (), own[0], own[1], own[2])
 
 
 def supports_contexts(transformer: Any) -> bool:
@@ -90,26 +127,43 @@ def supports_contexts(transformer: Any) -> bool:
     return takes_contexts and not is_group_offloaded(transformer) and not is_sharded
 
 
-def encode_conditioning(
-    transformer: Any, branches: list[tuple[torch.Tensor, torch.Tensor]], height: int, width: int
-) -> Conditioning:
+def encode_conditioning(transformer: Any, branches: list[TextBranch], height: int, width: int) -> Conditioning:
     """Compute the text arguments of all steps.
 
     Args:
         transformer: our transformer or stock diffusers'.
-        branches: (embeddings, mask) of each branch of guidance, see `PromptEmbeddings.branches`.
+        branches: branches of guidance, see `PromptEmbeddings.branches`.
         height: h of the latents.
         width: w of the latents.
+
+    Raises:
+        ValueError: if the texts have weights or regions, which only our transformer takes.
     """
+    # attention without a mask is faster
     if supports_contexts(transformer):
         contexts = []  # each with B rows, or 1 row that serves all
-        for embeds, mask in branches:
-            embeds, trimmed_mask = trim_text(*_merge_equal_rows(embeds, mask))
-            contexts.append(transformer.encode_text_context(embeds, trimmed_mask, height=height, width=width))
+        for branch in branches:
+            text = trim_branch(_merge_equal_rows(branch))
+            mask = None if bool(text.mask.all()) else text.mask
+            weights = {} if text.value_weights is None else {"text_value_weights": text.value_weights}
+            size = {"height": height, "width": width}
+            contexts.append(transformer.encode_text_context(text.embeds, mask, **size, **weights))
         return Conditioning(len(branches), tuple(contexts))
-    embeds, mask = (torch.cat(parts) for parts in zip(*branches))  # (G * B, L, D) and (G * B, L)
-    # attention without a mask is faster
-    return Conditioning(len(branches), encoder_hidden_states=embeds, attention_mask=None if bool(mask.all()) else mask)
+    stacked = stack_texts(branches)  # (G * B, L, D), (G * B, L) and (G * B, L)
+    if stacked.value_weights is not None or stacked.mask.ndim == 3:
+        check_accepts(transformer, "text_value_weights", "`prompt_weights` or `regions`")
+    mask = None if bool(stacked.mask.all()) else stacked.mask
+    return Conditioning(len(branches), (), stacked.embeds, mask, stacked.value_weights)
+
+
+def check_accepts(transformer: Any, argument: str, given: str) -> None:
+    """Raise a ValueError that names what was given if the transformer's forward has no such argument."""
+    parameters = inspect.signature(unwrap_compiled(transformer).forward).parameters.values()
+    if not any(parameter.name == argument or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(
+            f"{given} needs a transformer of this package, but `transformer` is a {type(transformer).__module__}."
+            f"{type(transformer).__name__}: load it as diffusers_prx.PRXTransformer2DModel, or leave this out."
+        )
 
 
 def encode_timesteps(transformer: Any, sigmas: torch.Tensor, latents: torch.Tensor) -> list[dict[str, Any]]:
@@ -127,23 +181,37 @@ def encode_timesteps(transformer: Any, sigmas: torch.Tensor, latents: torch.Tens
     return [{"timestep": sigma[None]} for sigma in sigmas]
 
 
-def _merge_equal_rows(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge_equal_rows(text: TextBranch) -> TextBranch:
     """Return the first row if all B rows are equal, as negative prompts usually are; else all rows."""
-    equal = bool((embeds == embeds[:1]).all() and (mask == mask[:1]).all())
-    return (embeds[:1], mask[:1]) if equal else (embeds, mask)
+    tensors = (text.embeds, text.mask, text.value_weights)
+    equal = all(tensor is None or bool((tensor == tensor[:1]).all()) for tensor in tensors)
+    return text.map(lambda tensor: tensor[:1]) if equal else text
 
 
-def with_full_mask(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return embeddings (B, L, D) and their bool mask (B, L) on one device; no mask means that all tokens count."""
+def with_full_mask(embeds: torch.Tensor, mask: torch.Tensor | None) -> TextBranch:
+    """Return embeddings (B, L, D) with their mask on one device; no mask means that all tokens count."""
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
-    return embeds, mask.to(embeds.device, torch.bool)
+    return TextBranch(embeds, mask.to(embeds.device, torch.bool))
 
 
-def stack_texts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack embeddings (B, L, D) and masks (B, L) of different L; shorter ones are padded on the right."""
-    longest = max(mask.shape[1] for _, mask in parts)
-    pad = torch.nn.functional.pad
-    embeds = [pad(embeds, (0, 0, 0, longest - embeds.shape[1])) for embeds, _ in parts]
-    masks = [pad(mask, (0, longest - mask.shape[1]), value=False) for _, mask in parts]
-    return torch.cat(embeds), torch.cat(masks)
+def trim_branch(text: TextBranch) -> TextBranch:
+    """Cut away positions on both sides that are padding in every row. The transformer's prediction stays the same."""
+    start, stop = used_range(text.mask.flatten(0, -2))
+    weights = None if text.value_weights is None else text.value_weights[:, start:stop]
+    return TextBranch(text.embeds[:, start:stop], text.mask[..., start:stop], weights)
+
+
+def stack_texts(parts: list[TextBranch]) -> TextBranch:
+    """Stack texts of different L; shorter ones are padded on the right."""
+    longest, pad = max(part.mask.shape[-1] for part in parts), torch.nn.functional.pad
+    gaps = [longest - part.mask.shape[-1] for part in parts]
+    embeds = torch.cat([pad(part.embeds, (0, 0, 0, gap)) for part, gap in zip(parts, gaps)])
+    masks = [pad(part.mask, (0, gap), value=False) for part, gap in zip(parts, gaps)]
+    tokens = max((mask.shape[1] for mask in masks if mask.ndim == 3), default=None)
+    if tokens is not None:  # masks per image token beside those for all of them
+        masks = [mask if mask.ndim == 3 else mask[:, None].expand(-1, tokens, -1) for mask in masks]
+    weights = None
+    if any(part.value_weights is not None for part in parts):
+        weights = torch.cat([pad(part.weights(), (0, gap), value=1.0) for part, gap in zip(parts, gaps)])
+    return TextBranch(embeds, torch.cat(masks), weights)

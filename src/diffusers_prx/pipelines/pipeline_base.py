@@ -6,8 +6,9 @@ import inspect
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from ..prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
 from ..resolution_bins import RESOLUTION_BINS
 from ..schedulers.diffusers_compat import PREDICTION_TYPES, check_scheduler, cut_schedule, is_stock, set_schedule
 from ..schedulers.scheduling_prx import check_count, check_number
-from ..text import encode_text, find_truncated, tokenize_prompts, trim_text, trim_tokens
+from ..text import encode_text, find_truncated, tokenize_prompts, tokenize_windows, trim_tokens
 from .check_finite import FiniteCheck, check_finite_input, check_finite_output
 from .check_inputs import (
     DEFAULT_GUIDANCE_SCALE,
@@ -47,16 +48,36 @@ from .check_inputs import (
 from .conditioning import (
     Conditioning,
     PromptEmbeddings,
+    TextBranch,
     encode_conditioning,
     encode_timesteps,
     stack_texts,
+    trim_branch,
     with_full_mask,
 )
 from .editing import Edit, KnownLatents, make_edit
+from .guidance import check_guide_transformer, check_network_changes, network_changes
 from .loading import check_same_kind, resolve_components, storable_copy
 from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise
+from .picture_settings import attach_settings, find_seeds
 from .pipeline_output import PRXPipelineOutput
+from .words import (
+    LONG_PROMPTS,
+    LongPrompts,
+    PromptEnhancer,
+    Regions,
+    WeightedPrompt,
+    check_regions,
+    clean_spans,
+    describe_regions,
+    enhance_prompts,
+    join_regions,
+    join_windows,
+    parse_weights,
+    region_tokens,
+    weigh_tokens,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -97,12 +118,14 @@ class _Guidance:
         guider: guider of diffusers in place of `guidance_scale`, or None. A copy: it keeps state.
         process_group: two processes that share the two branches, or None.
         generator: source of the routes of self-guidance.
+        guide_transformer: weaker network that predicts in place of the negative prompt, or None.
     """
 
     self_guidance_scale: float
     guider: BaseGuidance | None
     process_group: ProcessGroup | None
     generator: torch.Generator | list[torch.Generator] | None
+    guide_transformer: Any
 
     def describe(self, guidance_scale: float) -> str:
         """Return the setting that guided, for error messages."""
@@ -317,6 +340,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         tokenizer_max_length: int | None = None,
         skip_text_cleaning: bool | None = None,
+        long_prompts: LongPrompts = "cut",
+        prompt_enhancer: PromptEnhancer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Encode prompts and negative prompts, or complete embeddings that were encoded before.
 
@@ -329,7 +354,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             prompt_embeds, negative_prompt_embeds: (P, L, D), in place of texts.
             prompt_attention_mask, negative_prompt_attention_mask: (P, L) of these, true where a token counts.
             tokenizer_max_length: number of text tokens; the pipeline's own when None.
-            skip_text_cleaning: see the call.
+            skip_text_cleaning, long_prompts, prompt_enhancer: see the call.
 
         Returns:
             Embeddings (B, L, D) and bool mask (B, L) of the prompts, with B = P * `num_images_per_prompt`, then the
@@ -347,44 +372,104 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             ...     negative_prompt_embeds=negative_embeds, negative_prompt_attention_mask=negative_mask,
             ... ).images[0]
         """
+        encoded = self._encode_prompts(
+            enhance_prompts(prompt, prompt_enhancer),
+            self._execution_device if device is None else device,
+            do_classifier_free_guidance,
+            negative_prompt,
+            num_images_per_prompt,
+            (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask),
+            tokenizer_max_length,
+            skip_text_cleaning,
+            long_prompts,
+        )
+        return (
+            encoded.prompt_embeds,
+            encoded.prompt_mask,
+            encoded.negative_prompt_embeds,
+            encoded.negative_prompt_mask,
+        )
+
+    def _encode_prompts(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        do_guidance: bool,
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        given: tuple[torch.Tensor | None, ...],
+        max_length: int | None,
+        skip_text_cleaning: bool | None,
+        long_prompts: LongPrompts,
+        prompt_weights: bool = False,
+        regions: list[str] | None = None,
+        members: torch.Tensor | None = None,
+    ) -> PromptEmbeddings:
+        """Encode the texts of a call, B rows each; see `encode_prompt`.
+
+        Args:
+            given: embeddings and mask in place of prompts, then in place of negative prompts, or None each.
+            prompt_weights: True to read weights of words.
+            regions: R prompts of regions, or None.
+            members: bool (R, N), image tokens of each region.
+        """
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         check_flag("skip_text_cleaning", skip_text_cleaning)
+        if long_prompts not in LONG_PROMPTS:
+            raise ValueError(f"`long_prompts` is {long_prompts!r}; accepted are {list(LONG_PROMPTS)}.")
         text_width = None if self.transformer is None else self.transformer.config["context_in_dim"]
-        check_embeds("prompt", prompt_embeds, prompt_attention_mask, text_width)
-        check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
-        check_prompts(False, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        device = self._execution_device if device is None else device
+        embeds, mask, negative_embeds, negative_mask = given
+        check_embeds("prompt", embeds, mask, text_width)
+        check_embeds("negative_prompt", negative_embeds, negative_mask, text_width)
+        check_prompts(False, prompt, negative_prompt, embeds, negative_embeds)
         texts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        num_prompts = len(texts) if prompt_embeds is None else len(prompt_embeds)
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
+        num_prompts = len(texts) if embeds is None else len(embeds)
+        if do_guidance and negative_embeds is None:
             if isinstance(negative_prompt, list):
                 texts += negative_prompt
             else:
                 texts += [negative_prompt or ""] * num_prompts
-        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        if texts:
-            embeds, mask = self._encode_texts(texts, device, tokenizer_max_length, skip_text_cleaning)
-            parts = list(zip(embeds.split(num_prompts), mask.split(num_prompts)))
-        if prompt_embeds is not None:
-            check_finite_input("prompt_embeds", prompt_embeds)
-            parts.insert(0, (prompt_embeds, prompt_attention_mask))
-        if do_classifier_free_guidance and negative_prompt_embeds is not None:
-            check_finite_input("negative_prompt_embeds", negative_prompt_embeds)
-            parts.append((negative_prompt_embeds, negative_prompt_attention_mask))
-        embeds, padded_mask = stack_texts([with_full_mask(embeds.to(device), mask) for embeds, mask in parts])
-        embeds, trimmed = trim_text(embeds, padded_mask)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=device) if trimmed is None else trimmed
-        embeds = embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
-        if not do_classifier_free_guidance:
-            return embeds, mask, None, None
-        (positive, negative), (positive_mask, negative_mask) = embeds.chunk(2), mask.chunk(2)
-        return positive, positive_mask, negative, negative_mask
+        parts: list[TextBranch] = []
+        areas: TextBranch | None = None
+        if texts or regions:
+            both = texts + (regions or [])
+            encoded = self._encode_texts(both, device, max_length, skip_text_cleaning, long_prompts, prompt_weights)
+            stop = len(texts)
+            parts = [encoded.rows(start, start + num_prompts) for start in range(0, stop, num_prompts)]
+            areas = encoded.rows(stop, len(both))
+        if embeds is not None:
+            check_finite_input("prompt_embeds", embeds)
+            parts.insert(0, with_full_mask(embeds.to(device), mask))
+        if do_guidance and negative_embeds is not None:
+            check_finite_input("negative_prompt_embeds", negative_embeds)
+            parts.append(with_full_mask(negative_embeds.to(device), negative_mask))
+        stacked = trim_branch(stack_texts(parts))  # (P or 2P, L, D)
+        stacked = stacked.map(lambda x: x.repeat_interleave(num_images_per_prompt, dim=0))  # (B or 2B, L, D)
+        rows = num_prompts * num_images_per_prompt
+        positive, negative = stacked.rows(0, rows), stacked.rows(rows, 2 * rows)  # (B, L, D) each
+        if regions and members is not None and areas is not None:
+            positive = join_regions(positive, areas, members)  # (B, K, D)
+        if not do_guidance:
+            return PromptEmbeddings(positive.embeds, positive.mask, prompt_weights=positive.value_weights)
+        return PromptEmbeddings(
+            positive.embeds,
+            positive.mask,
+            negative.embeds,
+            negative.mask,
+            positive.value_weights,
+            negative.value_weights,
+        )
 
     def _encode_texts(
-        self, texts: list[str], device: torch.device, max_length: int | None, skip_text_cleaning: bool | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean, tokenize and encode texts: embeddings (B, L, D) and bool mask (B, L)."""
+        self,
+        texts: list[str],
+        device: torch.device,
+        max_length: int | None,
+        skip_text_cleaning: bool | None,
+        long_prompts: LongPrompts,
+        prompt_weights: bool,
+    ) -> TextBranch:
+        """Clean, tokenize and encode texts (B, L, D)."""
         for name in ("text_encoder", "tokenizer"):
             if getattr(self, name) is None:
                 raise ValueError(
@@ -397,7 +482,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         elif skip_text_cleaning is not None and cleaning == "light":
             cleaning = "full_v1"  # as in diffusers
         clean = CLEANERS[cleaning]
-        for text in dict.fromkeys(texts):
+        # encode equal texts once: a negative prompt is usually the same for the whole batch
+        unique = list(dict.fromkeys(texts))
+        rows = [unique.index(text) for text in texts]
+        weighted = [parse_weights(text) if prompt_weights else WeightedPrompt(text) for text in unique]
+        plain = [prompt.text for prompt in weighted]
+        for text in plain:
             if text.strip() and not clean(text):
                 fix = "" if cleaning == "light" else " Pass `skip_text_cleaning=True` to keep it."
                 logger.warning(
@@ -405,18 +495,32 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                     f" is drawn as an empty prompt.{fix}"
                 )
         max_length = self.max_tokens if max_length is None else check_count("tokenizer_max_length", max_length)
-        input_ids, mask = tokenize_prompts(self.tokenizer, texts, max_length, clean)
-        if truncated := sum(find_truncated(self.tokenizer, texts, mask, clean)):
-            logger.warning(f"{truncated} of {len(texts)} prompts are truncated to {max_length} tokens.")
+        input_ids, mask = tokenize_prompts(self.tokenizer, plain, max_length, clean)
+        truncated = find_truncated(self.tokenizer, plain, mask, clean)
+        owners, weights = list(range(len(unique))), None
+        if prompt_weights or (long_prompts == "windows" and any(truncated)):
+            input_ids, mask, offsets, owners = tokenize_windows(self.tokenizer, plain, max_length, clean)
+            if long_prompts == "cut":
+                first = [owners.index(row) for row in range(len(unique))]
+                input_ids, mask, offsets, owners = input_ids[first], mask[first], offsets[first], sorted(set(owners))
+            if prompt_weights:
+                weights = weigh_tokens(offsets, owners, [clean_spans(prompt, clean) for prompt in weighted])
+        if long_prompts == "cut" and any(truncated):
+            count = sum(truncated[row] for row in rows)
+            logger.warning(
+                f'{count} of {len(texts)} prompts are truncated to {max_length} tokens; `long_prompts="windows"` keeps'
+                " them whole."
+            )
         input_ids, mask = trim_tokens(input_ids, mask)
-        # encode equal texts once: a negative prompt is usually the same for the whole batch
-        first_rows = {text: row for row, text in reversed(list(enumerate(texts)))}
-        unique_rows = sorted(first_rows.values())
-        rows = [unique_rows.index(first_rows[text]) for text in texts]
         mask = mask.to(device)
-        embeds = encode_text(self.text_encoder, input_ids[unique_rows].to(device), mask[unique_rows])
+        embeds = encode_text(self.text_encoder, input_ids.to(device), mask)
         check_finite_output("text_encoder", self.text_encoder, embeds)
-        return embeds[rows], mask
+        if weights is not None:
+            weights = weights[:, : mask.shape[1]].to(device)
+        encoded = TextBranch(embeds, mask, weights)
+        if len(owners) > len(unique):
+            encoded = encoded.map(lambda x: join_windows(x, owners, len(unique)))
+        return encoded.map(lambda x: x[rows])
 
     # --- latents
 
@@ -513,6 +617,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         guider: BaseGuidance | None = None,
         guidance_group: ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        guide_transformer: Any = None,
+        long_prompts: LongPrompts = "cut",
+        prompt_weights: bool = False,
+        regions: Regions | None = None,
+        prompt_enhancer: PromptEnhancer | None = None,
+        settings_in_image: bool = True,
     ) -> PRXPipelineOutput | tuple[Any]:
         """Draw images. Several threads may call one pipeline at the same time.
 
@@ -559,13 +669,29 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                 ClassifierFreeGuidance with `start` and `stop`, the fractions of the steps between which it guides
                 (arXiv 2404.07724; at other steps the transformer runs on half the batch),
                 ClassifierFreeZeroStarGuidance (arXiv 2503.18886), AdaptiveProjectedGuidance (arXiv 2410.02416), or
-                another that combines a prediction with the prompt and one with the negative prompt. It receives
-                velocities, whatever the transformer predicts. The call uses a copy.
+                another that combines a prediction with the prompt and one with the negative prompt; or one that
+                changes the network: SkipLayerGuidance, PerturbedAttentionGuidance (arXiv 2403.17377), or AutoGuidance
+                with a dropout of 1. It receives velocities, whatever the transformer predicts. The call uses a copy.
             guidance_group: group of two `torch.distributed` processes that make this call together, with the same
                 arguments. The first predicts with the negative prompt, the second with the prompt, and both return the
                 images. Make one call at a time. The initial noise is the first process's.
             attention_kwargs: `{"scale": s}` multiplies the weights of all LoRA adapters by s in this call. With an s
                 other than 1, make one call at a time: the adapters belong to the transformer.
+            guide_transformer: weaker PRX transformer, such as an earlier checkpoint of the same run or a smaller one,
+                on the same device (AutoGuidance, arXiv 2406.02507). It predicts with the prompt, and
+                `guidance_scale` or `guider` lead away from it in place of the negative prompt, which is unused.
+            long_prompts: what to do with prompts of more than the model's number of text tokens: "cut" them with a
+                warning, or encode them in "windows" of this length, whose tokens stand side by side.
+            prompt_weights: True to read `(words:1.3)` in prompts: the values of these tokens are multiplied by the
+                number, between 0 and 10, and nothing else changes. False: parentheses are text.
+            regions: prompts for parts of the picture: [("a red cat", area), ...]. An area is a box (left, top, right,
+                bottom) in fractions of the picture, or a mask: PIL image, array or tensor (height, width), at least
+                0.5 (128 of 255) where the region is. Image tokens in a region read its prompt in place of `prompt`;
+                in several regions, the prompts of all of them. The same for all prompts of the call.
+            prompt_enhancer: function from a list of prompts to a list of longer ones, such as `PromptEnhancer`; the
+                call draws these. Not used for negative prompts and regions.
+            settings_in_image: True to put the settings of this call into `info["prx"]` of PIL images, see
+                `save_with_settings` and `read_settings`.
 
         Returns:
             `PRXPipelineOutput`, or a tuple of its images.
@@ -606,6 +732,12 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             guider=guider,
             guidance_group=guidance_group,
             attention_kwargs=attention_kwargs,
+            guide_transformer=guide_transformer,
+            long_prompts=long_prompts,
+            prompt_weights=prompt_weights,
+            regions=regions,
+            prompt_enhancer=prompt_enhancer,
+            settings_in_image=settings_in_image,
         )
 
     @torch.no_grad()
@@ -639,11 +771,19 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         guider: BaseGuidance | None,
         guidance_group: ProcessGroup | None,
         attention_kwargs: dict[str, Any] | None,
+        guide_transformer: Any,
+        long_prompts: LongPrompts,
+        prompt_weights: bool,
+        regions: Regions | None,
+        prompt_enhancer: PromptEnhancer | None,
+        settings_in_image: bool,
     ) -> PRXPipelineOutput | tuple[Any]:
         """Run one call: of text to image, or of an editing pipeline with its `edit`. Arguments as in `__call__`."""
         # 1. Check the arguments.
         self._check_components()
-        do_guidance = self._check_guidance(guidance_scale, guider, guidance_group, self_guidance_scale)
+        do_guidance = self._check_guidance(
+            guidance_scale, guider, guidance_group, self_guidance_scale, guide_transformer
+        )
         callback_inputs = self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_output_type(output_type)
         lora_scale = check_adapters(self.transformer, attention_kwargs)
@@ -652,6 +792,11 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         check_flag("return_dict", return_dict)
         check_flag("use_resolution_binning", use_resolution_binning)
         check_flag("skip_text_cleaning", skip_text_cleaning)
+        check_flag("prompt_weights", prompt_weights)
+        check_flag("settings_in_image", settings_in_image)
+        check_regions(regions)
+        if prompt_weights and prompt is None:
+            raise ValueError("`prompt_weights` needs `prompt`: leave it out with `prompt_embeds`.")
         text_width = self.transformer.config["context_in_dim"]
         check_embeds("prompt", prompt_embeds, prompt_attention_mask, text_width)
         check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
@@ -666,38 +811,47 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         strength = 1.0 if edit is None else edit.strength
         scheduler = self._copy_scheduler(num_inference_steps, timesteps, sigmas, strength)
         num_steps = len(scheduler.timesteps)
-        guidance = _Guidance(float(self_guidance_scale), copy.deepcopy(guider), guidance_group, generator)
+        guidance = _Guidance(
+            float(self_guidance_scale), copy.deepcopy(guider), guidance_group, generator, guide_transformer
+        )
         if guider is not None:  # one that has several scales keeps them to itself
             guidance_scale = guider.config.get("guidance_scale", guidance_scale)
         self._call.begin(float(guidance_scale), num_steps)
         finite_check = self._call.finite_check
+        seeds = find_seeds(generator, batch_size)
 
         # 3. Encode the prompts.
         device = self._execution_device
-        encoded = self.encode_prompt(
+        prompt = enhance_prompts(prompt, prompt_enhancer)
+        members = None
+        if regions is not None:
+            token_size = self.vae_scale_factor * self.transformer.config["patch_size"]
+            grid = (render_size[0] // token_size, render_size[1] // token_size)
+            members = region_tokens(regions, grid, image_size, render_size)  # (R, N)
+        embeddings = self._encode_prompts(
             prompt,
             device,
             do_guidance,
             negative_prompt,
             num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            tokenizer_max_length=tokenizer_max_length,
-            skip_text_cleaning=skip_text_cleaning,
+            (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask),
+            tokenizer_max_length,
+            skip_text_cleaning,
+            long_prompts,
+            bool(prompt_weights),
+            [text for text, _ in regions or []],
+            members,
         )
-        embeddings = PromptEmbeddings(*encoded)
-        if encoded[0].shape[-1] != text_width:
+        if embeddings.prompt_embeds.shape[-1] != text_width:
             raise ValueError(
-                f"`text_encoder` returns embeddings of width {encoded[0].shape[-1]}; the transformer takes"
-                f" {text_width} (`context_in_dim`)."
+                f"`text_encoder` returns embeddings of width {embeddings.prompt_embeds.shape[-1]}; the transformer"
+                f" takes {text_width} (`context_in_dim`)."
             )
 
         # 4. Draw the noise. An edit mixes it with its images.
         channels = self.transformer.config["in_channels"]
         noise = self.prepare_latents(
-            batch_size, channels, *render_size, encoded[0].dtype, device, generator, latents
+            batch_size, channels, *render_size, embeddings.prompt_embeds.dtype, device, generator, latents
         )  # (B, C, h, w), float32
         noise = share_noise(noise, self.transformer, guidance_group)
         known = None if edit is None else self._encode_edit(edit, noise)
@@ -708,7 +862,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             self.transformer._reset_stateful_cache()  # the call before may have ended in an error
         finite_check.record("latents", latents)
         with scale_adapters(self.transformer, lora_scale), self.progress_bar(total=num_steps) as progress_bar:
-            conditioning = self._encode_conditioning(embeddings, latents)
+            conditioning = self._encode_conditioning(embeddings, latents, guidance)
             times = encode_timesteps(self.transformer, scheduler.sigmas[:-1], latents)
             for i, t in enumerate(scheduler.timesteps):
                 self._call.begin_step(i, t)
@@ -722,7 +876,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
                         callback_on_step_end, callback_inputs, i, t, latents, embeddings, guidance
                     )
                     if changed is not embeddings:
-                        embeddings, conditioning = changed, self._encode_conditioning(changed, latents)
+                        embeddings = changed
+                        conditioning = self._encode_conditioning(embeddings, latents, guidance)
                 progress_bar.update()
                 if self.interrupt:
                     break
@@ -739,6 +894,28 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             if edit is not None:
                 images = edit.paste(images)
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * batch_size)
+        if output_type == "pil" and settings_in_image is not False:
+            attach_settings(
+                self,
+                images,
+                prompt,
+                negative_prompt if do_guidance else None,
+                seeds,
+                strength=None if edit is None else strength,
+                num_inference_steps=num_inference_steps,
+                sigmas=sigmas,
+                timesteps=timesteps,
+                guidance_scale=guidance_scale,
+                guider=guider,
+                self_guidance_scale=self_guidance_scale if self_guidance_scale > 1 else None,
+                guide_transformer=True if guide_transformer is not None else None,
+                height=image_size[0],
+                width=image_size[1],
+                attention_kwargs=attention_kwargs,
+                long_prompts=long_prompts if long_prompts != "cut" else None,
+                prompt_weights=prompt_weights or None,
+                regions=describe_regions(regions),
+            )
         self.maybe_free_model_hooks()
         return PRXPipelineOutput(images=images) if return_dict else (images,)
 
@@ -771,12 +948,19 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         guider: BaseGuidance | None,
         guidance_group: ProcessGroup | None,
         self_guidance_scale: float,
+        guide_transformer: Any,
     ) -> bool:
         """Check the arguments of guidance; return True if the call needs negative prompts."""
-        do_guidance = check_guidance(guidance_scale) > 1
+        do_guidance, in_group = check_guidance(guidance_scale) > 1, guidance_group is not None
         if guider is not None:
             check_guider(guider, guidance_scale, has_cache(self.transformer))
+            changes = network_changes(guider)
+            check_network_changes(changes, guider, self.transformer, in_group)
             do_guidance = True
+        if guide_transformer is not None:
+            check_guide_transformer(guide_transformer, self, do_guidance, network_changes(guider), in_group)
+            check_self_guidance(self_guidance_scale, self.config.get("token_route"), do_guidance, self.transformer)
+            return False
         check_guidance_group(guidance_group, do_guidance, self.transformer)
         check_self_guidance(self_guidance_scale, self.config.get("token_route"), do_guidance, self.transformer)
         return do_guidance
@@ -812,11 +996,18 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             latents = self._encode(latents * 2 - 1)  # (N, C, h, w)
         return KnownLatents.expand(latents, noise, edit.latent_mask(self.vae_scale_factor))
 
-    def _encode_conditioning(self, embeddings: PromptEmbeddings, latents: torch.Tensor) -> Conditioning:
+    def _encode_conditioning(
+        self, embeddings: PromptEmbeddings, latents: torch.Tensor, guidance: _Guidance
+    ) -> Conditioning:
         branches = embeddings.branches(self.transformer.dtype)
-        for embeds, _ in branches:
-            self._call.finite_check.record("text", embeds)
-        return encode_conditioning(self.transformer, branches, *latents.shape[-2:])
+        for branch in branches:
+            self._call.finite_check.record("text", branch.embeds)
+        conditioning = encode_conditioning(self.transformer, branches, *latents.shape[-2:])
+        guide = guidance.guide_transformer
+        if guide is None:
+            return conditioning
+        prompts = embeddings.branches(guide.dtype)[-1:]
+        return dataclasses.replace(conditioning, guide=encode_conditioning(guide, prompts, *latents.shape[-2:]))
 
     def _predict_guided(
         self,
@@ -832,6 +1023,10 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         if guidance.guider is not None:
             guidance.guider.set_state(step, len(scheduler.timesteps), scheduler.timesteps[step])
             prediction = self._apply_guider(latents, sigma, time, conditioning, guidance)  # (B, C, h, w)
+        elif guidance.guide_transformer is not None and guidance_scale > 1:  # AutoGuidance, arXiv 2406.02507
+            weak = self._predict_weak(latents, sigma, conditioning, guidance)  # (B, C, h, w)
+            prediction = self._predict(latents, time, conditioning)  # (B, C, h, w)
+            prediction = weak + guidance_scale * (prediction - weak)  # (B, C, h, w)
         elif conditioning.num_branches == 2 and guidance_scale > 1:
             both = self._predict(latents, time, conditioning, guidance.process_group)  # (2B, C, h, w)
             negative, positive = both.chunk(2)
@@ -840,7 +1035,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
             prediction = self._predict(latents, time, conditioning.branch(-1))  # (B, C, h, w)
         if guidance.self_guidance_scale > 1:  # TREAD, arXiv 2501.04765
             route = self._draw_route(latents, guidance.generator)
-            routed = self._predict(latents, time, conditioning, route=route)  # (B, C, h, w)
+            routed = self._predict(latents, time, conditioning, changes={"route": route})  # (B, C, h, w)
             prediction = routed + guidance.self_guidance_scale * (prediction - routed)  # (B, C, h, w)
         if self.config["prediction_type"] == "x_prediction" and is_stock(scheduler):
             # stock schedulers step along a velocity; without a clamp this leads exactly to a perfect x_0
@@ -853,27 +1048,29 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         time: dict[str, Any],
         conditioning: Conditioning,
         process_group: ProcessGroup | None = None,
-        route: TokenRoute | None = None,
+        transformer: Any = None,
+        changes: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
         """Return the transformer's predictions (G * B, C, h, w), float32, for latents (B, C, h, w) and G branches.
 
-        Of two branches each process of a group predicts one.
+        Of two branches each process of a group predicts one. Another `transformer` may predict in place of the
+        pipeline's, and `changes` are arguments that change the network: `route`, `skip_blocks` and others.
         """
+        transformer = self.transformer if transformer is None else transformer
         branches = conditioning.num_branches
         if branches == 2 and process_group is not None:
-            own = self._predict(latents, time, conditioning.branch(process_group.rank()), route=route)  # (B, C, h, w)
+            own = self._predict(latents, time, conditioning.branch(process_group.rank()))  # (B, C, h, w)
             return gather_branches(own, process_group)  # (2B, C, h, w)
         if "timestep" in time:
             time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (G * B,)
-        routing = {} if route is None else {"route": route}  # stock's transformer has no such argument
         # both branches in one call: diffusers' caches then reuse both or neither
-        with self.transformer.cache_context("branches") if has_cache(self.transformer) else nullcontext():
-            prediction = self.transformer(
-                hidden_states=latents.to(self.transformer.dtype).repeat(branches, 1, 1, 1),  # (G * B, C, h, w)
+        with transformer.cache_context("branches") if has_cache(transformer) else nullcontext():
+            prediction = transformer(
+                hidden_states=latents.to(transformer.dtype).repeat(branches, 1, 1, 1),  # (G * B, C, h, w)
                 return_dict=False,
                 **time,
                 **conditioning.arguments,
-                **routing,
+                **changes,
             )[0].float()  # (G * B, C, h, w)
         self._call.finite_check.record("prediction", prediction)
         return prediction
@@ -889,14 +1086,46 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         """Return what a guider of diffusers makes of the predictions, (B, C, h, w)."""
         guider: Any = guidance.guider
         x_prediction = self.config["prediction_type"] == "x_prediction"
-        inputs = guider.prepare_inputs({})  # one for the prompt, and at steps that it guides one for the negative
-        if len(inputs) == 1:
-            conditioning = conditioning.branch(-1)
-        both = self._predict(latents, time, conditioning, guidance.process_group)  # (B or 2B, C, h, w)
-        for guider_input, prediction in zip(inputs, reversed(both.chunk(len(inputs)))):
+        inputs = guider.prepare_inputs({})  # one for each prediction that it wants at this step
+        names = [getattr(guider_input, guider._identifier_key) for guider_input in inputs]
+        predictions = self._predict_each(names, latents, sigma, time, conditioning, guidance)
+        for guider_input, name in zip(inputs, names):
+            prediction = predictions[name]
             guider_input.noise_pred = (latents - prediction) / sigma if x_prediction else prediction
         velocity = guider(inputs).pred  # (B, C, h, w)
         return latents - sigma * velocity if x_prediction else velocity
+
+    def _predict_each(
+        self,
+        names: list[str],
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        time: dict[str, Any],
+        conditioning: Conditioning,
+        guidance: _Guidance,
+    ) -> dict[str, torch.Tensor]:
+        """Return the predictions (B, C, h, w) that a guider wants, by the names that diffusers gives them."""
+        changes, has_guide = network_changes(guidance.guider), guidance.guide_transformer is not None
+        predictions = {}
+        if "pred_uncond" in names and "pred_uncond" not in changes and not has_guide:
+            both = self._predict(latents, time, conditioning, guidance.process_group)  # (2B, C, h, w)
+            predictions["pred_uncond"], predictions["pred_cond"] = both.chunk(2)  # (B, C, h, w) each
+        else:
+            predictions["pred_cond"] = self._predict(latents, time, conditioning.branch(-1))  # (B, C, h, w)
+        if "pred_uncond" in names and has_guide:
+            predictions["pred_uncond"] = self._predict_weak(latents, sigma, conditioning, guidance)  # (B, C, h, w)
+        for name in sorted(changes.keys() & set(names)):
+            branch = conditioning.branch(0 if name == "pred_uncond" else -1)
+            predictions[name] = self._predict(latents, time, branch, changes=changes[name])  # (B, C, h, w)
+        return predictions
+
+    def _predict_weak(
+        self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, guidance: _Guidance
+    ) -> torch.Tensor:
+        """Return the prediction (B, C, h, w) of the weaker network, with the prompt."""
+        assert conditioning.guide is not None
+        time = {"timestep": sigma[None].to(latents.device)}
+        return self._predict(latents, time, conditioning.guide, transformer=guidance.guide_transformer)
 
     def _draw_route(
         self, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
@@ -928,7 +1157,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
         returned = callback(self, step, timestep, {name: tensors[name] for name in names})
         returned = {} if returned is None else returned
         check_callback_result(returned, tensors)
-        guided = embeddings.negative_prompt_embeds is not None
+        guided = embeddings.negative_prompt_embeds is not None or guidance.guide_transformer is not None
         cached = has_cache(self.transformer)
         check_guidance_change(self._call.guidance_scale, old_scale, guided, guidance.guider, cached)
         latents = returned.get("latents", latents).to(latents)

@@ -13,6 +13,7 @@ from .pipeline_base import PRXPipelineBase
 from .pipeline_output import PRXPipelineOutput
 from .pipeline_prx import PRXPipeline
 from .pipeline_prx_pixel import PRXPixelPipeline
+from .words import LongPrompts, PromptEnhancer, Regions
 
 
 class PRXInpaintBase(PRXPipelineBase):
@@ -49,6 +50,12 @@ class PRXInpaintBase(PRXPipelineBase):
         guider: BaseGuidance | None = None,
         guidance_group: ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        guide_transformer: Any = None,
+        long_prompts: LongPrompts = "cut",
+        prompt_weights: bool = False,
+        regions: Regions | None = None,
+        prompt_enhancer: PromptEnhancer | None = None,
+        settings_in_image: bool = True,
     ) -> PRXPipelineOutput | tuple[Any]:
         """Draw into images where a mask is white.
 
@@ -114,6 +121,12 @@ class PRXInpaintBase(PRXPipelineBase):
             guider=guider,
             guidance_group=guidance_group,
             attention_kwargs=attention_kwargs,
+            guide_transformer=guide_transformer,
+            long_prompts=long_prompts,
+            prompt_weights=prompt_weights,
+            regions=regions,
+            prompt_enhancer=prompt_enhancer,
+            settings_in_image=settings_in_image,
         )
 
 
