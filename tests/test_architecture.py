@@ -115,10 +115,11 @@ def test_the_order_of_parts_has_no_circle():
         done |= ready
 
 
-def test_a_model_file_needs_only_token_routing_and_compat():
+def test_a_model_file_needs_only_token_routing_single_file_and_compat():
+    allowed = {("models", "token_routing"), ("models", "single_file"), ("compat",)}
     for module in MODULES:
         if module[:1] == ("models",) and len(module) > 1:
-            assert imports_of(module) <= {("models", "token_routing"), ("compat",)}, ".".join(module)
+            assert imports_of(module) <= allowed, ".".join(module)
 
 
 # modules deeper than these levels are internals: `diffusers.hooks` is documented, `diffusers.hooks.pag` is not

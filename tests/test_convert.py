@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
@@ -26,8 +26,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tiny
 import zoo
+from diffusers_prx import PRXTransformer2DModel
 from diffusers_prx.checkpoint_files import list_tensors
-from diffusers_prx.convert import convert_transformer, find_network, main, read_config
+from diffusers_prx.convert import convert_transformer, find_network, main, original_tensors, read_config
 from diffusers_prx.models.token_routing import TokenRoute
 from diffusers_prx.pipelines import PRXPipeline, PRXPixelPipeline
 
@@ -347,6 +348,50 @@ def test_resolution_embedder_inside_the_network(tmp_path):
     assert difference(converted_prediction(plain), run.predict(run.denoiser)) < TOLERANCE
     bias = run.resolution_embedder.mlp.out_layer.bias
     assert torch.equal(averaged.resolution_embedder.mlp.out_layer.bias, -bias)
+
+
+# --- the way back
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_way_back_is_equal_to_the_bit(variant, tmp_path):
+    """Original to ours to original, and ours to original to ours."""
+    settings, given = VARIANTS[variant]
+    run = Run(**settings).to(torch.bfloat16 if variant == "plain" else torch.float32)
+    flags = [word for key, value in given.items() for word in (f"--{key}", *map(str, value))]
+    path = save_run(run, tmp_path, "nested.pt")
+    convert(path, tmp_path / "ours", "--transformer_only", "--in_channels", run.denoiser.channels, *flags)
+    convert(tmp_path / "ours", tmp_path / "back", "--to", "original")
+    written = load_file(tmp_path / "back" / "denoiser.safetensors")
+    expected = dict(run.denoiser.state_dict())
+    if variant in ("resolution", "size_tokens"):
+        expected |= {f"resolution_embedder.{key}": v for key, v in run.resolution_embedder.state_dict().items()}
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor), name
+    dtype = written["txt_in.weight"].dtype
+    ours = PRXTransformer2DModel.from_pretrained(tmp_path / "ours", torch_dtype=dtype)
+    # the configuration is in the file
+    again = PRXTransformer2DModel.from_single_file(tmp_path / "back" / "denoiser.safetensors", torch_dtype=dtype)
+    configs = [json.loads(network.to_json_string()) for network in (ours, again)]
+    configs = [{key: value for key, value in config.items() if not key.startswith("_")} for config in configs]
+    assert configs[0] == configs[1]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+def test_what_the_original_does_not_have_is_refused(tmp_path):
+    both = tiny.transformer(resolution_embeds=True, resolution_tokens=True)
+    with pytest.raises(ValueError, match="`resolution_embeds` and `resolution_tokens`"):
+        original_tensors(both)
+    newer = tiny.transformer()
+    newer.register_to_config(num_registers=4)
+    with pytest.raises(ValueError, match="num_registers"):
+        original_tensors(newer)
+    tiny.transformer().save_pretrained(tmp_path / "ours")
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "ours", tmp_path / "out", "--to", "original", "--shift", 2)
+    assert not (tmp_path / "out").exists()
 
 
 # --- configuration and dtype

@@ -3,18 +3,19 @@
 The original trainer saves the whole run: the network under `state.model.denoiser.`, its moving average under
 `state.model.ema_denoiser.model.`, the optimizer, losses and more. This module finds the network, renames its tensors
 to the names of diffusers and this package, infers its configuration from their shapes, and saves a pipeline.
+`--to original` is the way back: one file with the network under the original's names.
 `checkpoint_files.py` reads the files without running code that they may contain.
 """
 
 import argparse
-import math
-import re
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 
@@ -22,6 +23,16 @@ from .checkpoint_files import check_stored, list_tensors, read_tensors
 from .cli import exit_with_error, parse_flags, path
 from .files import expand_path
 from .latents import latent_channels, load_vae
+from .models.single_file import (
+    CONFIG_KEY,
+    EMA_PREFIX,
+    check_shapes,
+    find_network,
+    original_name,
+    read_config,
+    rename_tensors,
+    unpack_mask_token,
+)
 from .models.transformer_prx import PRXTransformer2DModel
 from .pipelines.pipeline_prx import PRXPipeline
 from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
@@ -30,26 +41,19 @@ from .schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from .schedulers.diffusers_compat import PREDICTION_TYPES
 from .text import load_text_encoder
 
-# Tensors of every PRX, by which a network is found in a checkpoint.
-LANDMARKS = ("txt_in.weight", "final_layer.linear.weight", "blocks.0.gate_proj.weight")
-WEIGHTS_PREFIX, EMA_PREFIX, RESOLUTION_PREFIX = "denoiser.", "ema_denoiser.model.", "resolution_embedder."
-
-# Full names in the original -> names here; other names are equal. Norms are `scale` in the original and `weight` in a
-# later version of it.
-_BLOCK = r"(blocks\.\d+\.)"
-RENAMES = (
-    (rf"{_BLOCK}(img_qkv_proj|txt_kv_proj)\.weight", r"\1attention.\2.weight"),
-    (rf"{_BLOCK}attn_out\.weight", r"\1attention.to_out.0.weight"),
-    (rf"{_BLOCK}qk_norm\.query_norm\.(?:scale|weight)", r"\1attention.norm_q.weight"),
-    (rf"{_BLOCK}qk_norm\.key_norm\.(?:scale|weight)", r"\1attention.norm_k.weight"),
-    (rf"{_BLOCK}k_norm\.(?:scale|weight)", r"\1attention.norm_added_k.weight"),
-    (r"resolution_embedder\.h_embedder\.(.+)", r"resolution_token_embedder.height.\1"),
-    (r"resolution_embedder\.w_embedder\.(.+)", r"resolution_token_embedder.width.\1"),
-    (r"sprint_fuse\.(.+)", r"fusion.linear.\1"),
-    (r"sprint_mask_token", r"fusion.mask_token"),
-)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # names in .safetensors files
+
+# Configuration of PRXTransformer2DModel that the original has too.
+ORIGINAL_OPTIONS = {"in_channels", "patch_size", "context_in_dim", "hidden_size", "mlp_ratio", "num_heads", "depth"}
+ORIGINAL_OPTIONS |= {"axes_dim", "theta", "time_factor", "time_max_period", "bottleneck_size", "fusion_range"}
+ORIGINAL_OPTIONS |= {"resolution_embeds", "resolution_tokens"}
+
+# Flags of configuration that shapes may not determine.
+CONFIG_FLAGS = ("in_channels", "patch_size", "axes_dim", "fusion_range", "theta", "time_factor", "time_max_period")
+
+_CHECKPOINT_HELP = "Checkpoint folder, .pt file or .safetensors file; with --to original, folder of a pipeline or "
+_CHECKPOINT_HELP += "transformer, or .safetensors file."
 
 # Options that have no effect with --transformer_only.
 PIPELINE_OPTIONS = (
@@ -64,152 +68,6 @@ PIPELINE_OPTIONS = (
     "token_route",
     "caption_cleaning",
 )
-
-
-# --- names
-
-
-def find_network(listed: Mapping[str, Any], ema: bool = False, prefix: str | None = None) -> dict[str, str]:
-    """Find one network in a checkpoint. Return its tensors: name in the original's network -> name in the checkpoint.
-
-    Args:
-        listed: return value of `list_tensors`.
-        ema: find the moving average instead of the trained weights.
-        prefix: prefix of the network's names; None: it is searched for.
-
-    Raises:
-        ValueError: if there is no such network, or more than one.
-    """
-    matches = [(name, end) for name in listed for end in LANDMARKS if name == end or name.endswith("." + end)]
-    prefixes = sorted({name.removesuffix(end) for name, end in matches})
-    if prefix is not None:
-        chosen = [prefix if not prefix or prefix.endswith(".") else prefix + "."]
-    else:
-        chosen = [start for start in prefixes if start.endswith(EMA_PREFIX) == ema]
-    if not prefixes:
-        raise ValueError(f"`checkpoint_path` contains no PRX; it has {len(listed)} entries: {sorted(listed)[:8]} ...")
-    if not chosen or not any(name.startswith(chosen[0]) for name in listed):
-        requested = f"`prefix` is {prefix!r}" if prefix is not None else f"`ema` is {ema}"
-        raise ValueError(f"{requested}, but the checkpoint has no such network; accepted prefixes: {prefixes}.")
-    if len(chosen) > 1:
-        raise ValueError(f"The checkpoint has several networks. Pass `prefix`; accepted: {chosen}.")
-    start = chosen[0]
-    names = {name[len(start) :]: name for name in listed if name.startswith(start)}
-    # The original stores the resolution embedder next to the network, without a moving average: both networks use it.
-    parent = start.removesuffix(EMA_PREFIX) if start.endswith(EMA_PREFIX) else start.removesuffix(WEIGHTS_PREFIX)
-    if parent != start:
-        embedder = {name[len(parent) :]: name for name in listed if name.startswith(parent + RESOLUTION_PREFIX)}
-        if embedder and any(name.startswith(RESOLUTION_PREFIX) for name in names):
-            raise ValueError(
-                f"The checkpoint has resolution embedders under both {start!r} and {parent!r}; remove one."
-            )
-        names |= embedder
-    return names
-
-
-def rename_tensors(names: Iterable[str]) -> dict[str, str]:
-    """Return name in this package and diffusers -> name in the original.
-
-    Raises:
-        ValueError: if two original names map to the same tensor.
-    """
-    renamed: dict[str, str] = {}
-    for name in names:
-        target = next((re.sub(old, new, name) for old, new in RENAMES if re.fullmatch(old, name)), name)
-        if target in renamed:
-            raise ValueError(f"{renamed[target]} and {name} are the same tensor ({target}); remove one of them.")
-        renamed[target] = name
-    return renamed
-
-
-# --- configuration
-
-
-def read_config(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the configuration of a network from the shapes of its tensors.
-
-    Args:
-        shapes: shapes by the names of this package.
-        given: entries of PRXTransformer2DModel's configuration that shapes do not determine. `in_channels` or
-            `patch_size` is needed if several combinations fit, and `fusion_range` with SPRINT's fusion. Defaults:
-            equal halves for `axes_dim`, and those of the original for `theta`, `time_factor`, `time_max_period`.
-
-    Raises:
-        ValueError: if a needed tensor is missing, or the configuration is ambiguous or does not fit the shapes.
-    """
-    bottleneck = "img_in.0.weight" in shapes
-    needed = {
-        "txt_in.weight": 2,
-        "final_layer.linear.weight": 2,
-        "blocks.0.attention.norm_q.weight": 1,
-        "blocks.0.gate_proj.weight": 2,
-        "img_in.0.weight" if bottleneck else "img_in.weight": 2,
-    }
-    missing = [name for name in needed if name not in shapes]
-    if missing:
-        raise ValueError(f"The network lacks the tensors {missing}, which determine its configuration.")
-    wrong = {name: shapes[name] for name, ndim in needed.items() if len(shapes[name]) != ndim or 0 in shapes[name]}
-    if wrong:
-        raise ValueError(f"The network has tensors with impossible shapes: {wrong}.")
-
-    hidden_size, context_in_dim = shapes["txt_in.weight"]
-    (head_dim,) = shapes["blocks.0.attention.norm_q.weight"]
-    if hidden_size % head_dim:
-        raise ValueError(f"The hidden size is {hidden_size}; accepted: multiples of the head dimension {head_dim}.")
-    if given.get("axes_dim") is None and head_dim % 4:
-        raise ValueError(f"The head dimension {head_dim} has no two even halves. Pass `axes_dim`.")
-    in_channels, patch_size = _channels_and_patch(
-        shapes["final_layer.linear.weight"][0], given.get("in_channels"), given.get("patch_size")
-    )
-    if (given.get("fusion_range") is None) == ("fusion.linear.weight" in shapes):
-        raise ValueError(
-            "`fusion_range` is set, but the network has no fusion layer (SPRINT). Omit it."
-            if given.get("fusion_range") is not None
-            else "The network has SPRINT's fusion layer, but the checkpoint does not contain its blocks. Pass "
-            "`fusion_range` START STOP: the original's `route_start` and `route_end` + 1."
-        )
-    mlp_size = shapes["blocks.0.gate_proj.weight"][0]
-    mlp_ratio = mlp_size / hidden_size
-    if int(hidden_size * mlp_ratio) < mlp_size:  # the model truncates the product, which may be slightly too small
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    blocks = {int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match}
-    if len(blocks) <= max(blocks):
-        absent = next(number for number in range(max(blocks)) if number not in blocks)
-        raise ValueError(
-            f"The network has {len(blocks)} blocks, up to number {max(blocks)}; block {absent} is missing."
-        )
-    config = {
-        "in_channels": in_channels,
-        "patch_size": patch_size,
-        "context_in_dim": context_in_dim,
-        "hidden_size": hidden_size,
-        "mlp_ratio": mlp_ratio,
-        "num_heads": hidden_size // head_dim,
-        "depth": len(blocks),
-        "axes_dim": [head_dim // 2, head_dim // 2],
-        "bottleneck_size": shapes["img_in.0.weight"][0] if bottleneck else None,
-        "resolution_embeds": any(name.startswith("resolution_embedder.") for name in shapes),
-        "resolution_tokens": any(name.startswith("resolution_token_embedder.") for name in shapes),
-    }
-    return config | {key: value for key, value in given.items() if value is not None}
-
-
-def _channels_and_patch(values: int, in_channels: int | None, patch_size: int | None) -> tuple[int, int]:
-    """Return (C, p), channels and patch size, with C * p * p = `values`."""
-    splits = [(values // p**2, p) for p in range(1, math.isqrt(values) + 1) if values % p**2 == 0]
-    fits = [split for split in splits if in_channels in (None, split[0]) and patch_size in (None, split[1])]
-    if len(fits) == 1:
-        return fits[0]
-    choices = ", ".join(f"{channels} x {p}^2" for channels, p in splits)
-    if not fits:
-        raise ValueError(
-            f"`in_channels` is {in_channels} and `patch_size` is {patch_size}; accepted for {values} values per token "
-            f"(channels x patch size^2): {choices}."
-        )
-    raise ValueError(
-        f"A token has {values} values; channels x patch size^2 can be {choices}. Pass `in_channels` or `patch_size` "
-        "(the VAE, or `pixel_space`, determines the channels)."
-    )
 
 
 # --- network
@@ -247,14 +105,14 @@ def convert_transformer(
     if ema:
         _check_ema_is_active(path, listed)
 
-    shapes = {name: tuple(_reshape(name, tensor).shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(unpack_mask_token(name, tensor).shape) for name, tensor in tensors.items()}
     with torch.device("meta"):
         transformer = PRXTransformer2DModel(**read_config(shapes, given))
-    _check_shapes({name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}, shapes, stored_as)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}, shapes, stored_as)
     _check_dtypes(tensors, dtype)
 
     loaded = read_tensors(path, listed, stored_as.values())
-    weights = {name: _own_memory(_reshape(name, loaded[stored]), dtype) for name, stored in stored_as.items()}
+    weights = {name: _own_memory(unpack_mask_token(name, loaded[stored]), dtype) for name, stored in stored_as.items()}
     if broken := [stored_as[name] for name, weight in weights.items() if not weight.isfinite().all()]:
         precision = "" if dtype is None else f" in {dtype}"
         raise ValueError(
@@ -279,32 +137,10 @@ def _check_ema_is_active(path: Path, listed: Mapping[str, torch.Tensor | None]) 
             )
 
 
-def _reshape(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the mask token (1, 1, D) of the original as (D,), and other tensors unchanged."""
-    return tensor[0, 0] if name == "fusion.mask_token" and tuple(tensor.shape[:-1]) == (1, 1) else tensor
-
-
 def _own_memory(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return a tensor in `dtype`, contiguous and without shared memory, as safetensors requires."""
     tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-
-
-def _check_shapes(
-    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], stored_as: Mapping[str, str]
-) -> None:
-    """Raise a ValueError that lists all missing and unknown tensors and wrong shapes."""
-    wrong = [
-        *(f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in shapes),
-        *(f"unknown: {stored_as[name]} {list(shape)}" for name, shape in shapes.items() if name not in expected),
-        *(
-            f"{stored_as[name]} ({name}) has the shape {list(shape)} instead of {list(expected[name])}"
-            for name, shape in shapes.items()
-            if name in expected and shape != expected[name]
-        ),
-    ]
-    if wrong:
-        raise ValueError("The network in the checkpoint differs from a PRX:\n  " + "\n  ".join(wrong))
 
 
 def _check_dtypes(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
@@ -328,6 +164,55 @@ def _report(transformer: Any, listed: Mapping[str, Any], stored_as: Mapping[str,
     print("configuration:", {key: value for key, value in transformer.config.items() if not key.startswith("_")})
 
 
+# --- the way back
+
+
+def original_tensors(transformer: PRXTransformer2DModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of a transformer under the original's names.
+
+    Raises:
+        ValueError: if the transformer has options that the original does not have.
+
+    Example:
+        >>> from diffusers_prx.convert import original_tensors
+        >>> tensors = original_tensors(PRXTransformer2DModel.from_pretrained("my-prx", subfolder="transformer"))
+    """
+    options = {key: value for key, value in transformer.config.items() if value and not key.startswith("_")}
+    if unknown := sorted(options.keys() - ORIGINAL_OPTIONS):
+        raise ValueError(f"The transformer has the options {unknown}, which the original does not have.")
+    if {"resolution_embeds", "resolution_tokens"} <= options.keys():
+        raise ValueError("The transformer has `resolution_embeds` and `resolution_tokens`; the original has only one.")
+    return {
+        original_name(name): tensor[None, None] if name == "fusion.mask_token" else tensor
+        for name, tensor in transformer.state_dict().items()
+    }
+
+
+def save_original(args: argparse.Namespace) -> None:
+    """Write `denoiser.safetensors` with the original's names and, in its header, the configuration."""
+    source = args.checkpoint_path
+    folder = source / "transformer" if (source / "model_index.json").is_file() else source
+    files = sorted(folder.glob("*.safetensors")) if source.is_dir() else [source]
+    stored: set[str] = set()
+    for file in files:
+        with safetensors.safe_open(file, "pt") as opened:
+            stored |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    if args.dtype is None and (len(stored) != 1 or not stored <= _HEADER_DTYPES.keys()):
+        raise ValueError(f"`checkpoint_path` {source} has tensors of the types {sorted(stored)}. Pass `--dtype`.")
+    dtype = DTYPES[args.dtype] if args.dtype else _HEADER_DTYPES[stored.pop()]
+    if source.is_dir():
+        transformer = PRXTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
+    else:
+        given = {key: getattr(args, key) for key in CONFIG_FLAGS if getattr(args, key) is not None}
+        transformer = PRXTransformer2DModel.from_single_file(source, torch_dtype=dtype, **given)
+    tensors = {name: _own_memory(tensor, None) for name, tensor in original_tensors(transformer).items()}
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    header = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+    safetensors.torch.save_file(tensors, args.output_dir / "denoiser.safetensors", metadata=header)
+    print(f"network: {len(tensors)} tensors, {transformer.dtype}; configuration: {config}")
+
+
 # --- pipeline
 
 
@@ -338,7 +223,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Convert an original PRX training checkpoint to a pipeline.",
     )
     add = parser.add_argument
-    add("--checkpoint_path", type=path, required=True, help="Checkpoint folder, .pt file or .safetensors file.")
+    add("--to", choices=("diffusers", "original"), default="diffusers", help="Format to write. Default: diffusers.")
+    add("--checkpoint_path", type=path, required=True, help=_CHECKPOINT_HELP)
     add("--output_dir", type=path, required=True, help="New or empty folder.")
     add("--ema", action="store_true", help="Convert the moving average instead of the trained weights.")
     add("--prefix", help="Prefix of the network's names. Default: it is searched for.")
@@ -347,7 +233,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     _add_config_flags(parser.add_argument_group("configuration that the checkpoint may not determine"))
     args = parse_flags(parser, argv)
     sources = [bool(args.vae_name_or_path), args.pixel_space, bool(args.components_from)]
-    if args.transformer_only:
+    if args.to == "original":
+        used = {"to", "checkpoint_path", "output_dir", "dtype", *CONFIG_FLAGS}
+        unused = [f"--{name}" for name, value in vars(args).items() if name not in used and value not in (None, False)]
+        if unused:
+            parser.error(f"--to original saves only the network, so {', '.join(unused)} have no effect")
+    elif args.transformer_only:
         unused = [f"--{name}" for name in PIPELINE_OPTIONS if getattr(args, name) is not None]
         if unused:
             parser.error(f"--transformer_only saves no pipeline, so {', '.join(unused)} have no effect")
@@ -487,9 +378,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = parse_args(argv)
     try:
+        if args.to == "original":
+            save_original(args)
+            print(f"saved to {args.output_dir}")
+            return
         components = None if args.transformer_only else load_components(args)
-        given = {key: getattr(args, key) for key in ("patch_size", "axes_dim", "fusion_range", "theta", "time_factor")}
-        given |= {"time_max_period": args.time_max_period, "in_channels": args.in_channels}
+        given = {key: getattr(args, key) for key in CONFIG_FLAGS}
         if args.in_channels is None and components is not None:
             given["in_channels"] = channels_of(components["vae"])
         elif args.in_channels is None and args.pixel_space:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import pickle
 import random
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
@@ -171,6 +173,135 @@ def test_saved_adapter_loads_bit_by_bit(tmp_path):
         fresh.load_lora_weights(tmp_path, adapter_name="again")
 
 
+def split(tensors, block):
+    """Return a LoRA of the queries and values of one block, with other alphas and ranks, and what it adds to W."""
+    name = f"transformer.blocks.{block}.attention.img_qkv_proj.lora_"
+    down, up = tensors[f"{name}A.weight"], tensors[f"{name}B.weight"]
+    rows = len(up) // 3
+    parts = {}
+    for part, index, rank in (("to_q", 0, 2), ("to_v", 2, 1)):
+        key = f"transformer.blocks.{block}.attention.{part}"
+        parts[f"{key}.lora_A.weight"] = down[:rank].clone()
+        parts[f"{key}.lora_B.weight"] = up[index * rows : (index + 1) * rows, :rank].clone()
+    return parts
+
+
+def in_format(tensors, name, alpha=3.0):
+    """Write a LoRA with the names of a tool, by hand."""
+    start, ends = {
+        "ai-toolkit": ("diffusion_model.", ("lora_A.weight", "lora_B.weight")),
+        "peft": ("base_model.model.", ("lora_A.weight", "lora_B.weight")),
+        "kohya": ("lora_unet_", ("lora_down.weight", "lora_up.weight")),
+        "original": ("diffusion_model.", ("lora_A.weight", "lora_B.weight")),
+        "original kohya": ("lora_unet_", ("lora_down.weight", "lora_up.weight")),
+    }[name]
+    named = {}
+    for key, value in tensors.items():
+        layer, _, part = key.removeprefix("transformer.").rpartition(".lora_")
+        if name.startswith("original"):
+            layer = layer.replace("attention.to_out.0", "attn_out").replace("attention.", "")
+        layer = start + (layer.replace(".", "_") if "kohya" in name else layer)
+        named[f"{layer}.{ends[part.startswith('B')]}"] = value
+        if name != "peft":
+            named[f"{layer}.alpha"] = torch.tensor(alpha)
+    return named
+
+
+@pytest.mark.parametrize("name", ["ai-toolkit", "peft", "kohya", "original", "original kohya"])
+def test_files_of_other_tools_add_scale_b_a(name, tmp_path):
+    """Alpha 3 at rank 2: the weights change by 1.5 B A."""
+    pipe = shallow()
+    tensors = adapter(pipe.transformer, 1, MORE)
+    save_file(in_format(tensors, name), tmp_path / "adapter_model.safetensors")
+    if name == "peft":
+        with pytest.raises(OSError, match="adapter_config"):
+            pipe.load_lora_weights(tmp_path)
+        LoraConfig(r=2, lora_alpha=3, target_modules=MORE).save_pretrained(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    expected = by_hand(shallow(), (1.5, tensors)).transformer.state_dict()
+    changed = shallow().transformer.state_dict()
+    for key, value in pipe.transformer.state_dict().items():
+        assert (value - expected[key]).abs().max() < TOLERANCE, key
+        adapted = any(f".{layer}.weight" in key for layer in MORE)
+        assert torch.equal(expected[key], changed[key]) != adapted, key
+
+
+@pytest.mark.parametrize("alphas", [(2.0, 1.0), (3.0, 5.0)], ids=["equal scales", "other scales"])
+@pytest.mark.parametrize("names", [("to_q", "to_v"), ("img_q_proj", "img_v_proj")])
+def test_split_projections_are_fused_exactly(names, alphas):
+    pipe = shallow()
+    parts = split(adapter(pipe.transformer, 1), 0)
+    weight = pipe.transformer.blocks[0].attention.img_qkv_proj.weight.clone()
+    expected, rows, given = weight.double(), len(weight) // 3, {}
+    for part, name, index, alpha in zip(("to_q", "to_v"), names, (0, 2), alphas):
+        own = {end: parts[f"transformer.blocks.0.attention.{part}.lora_{end}.weight"] for end in "AB"}
+        product = alpha / len(own["A"]) * own["B"].double() @ own["A"].double()
+        expected[index * rows : (index + 1) * rows] += product
+        start = f"diffusion_model.blocks.0.attention.{name}"
+        given |= {f"{start}.lora_A.weight": own["A"], f"{start}.lora_B.weight": own["B"]}
+        given[f"{start}.alpha"] = torch.tensor(alpha)
+    pipe.load_lora_weights(given)
+    pipe.fuse_lora()
+    fused = pipe.transformer.blocks[0].attention.img_qkv_proj.get_base_layer().weight
+    assert (fused - expected).abs().max() < 1e-6  # measured: 1.5e-7
+    assert torch.equal(fused[rows : 2 * rows], weight[rows : 2 * rows])  # keys have no adapter
+    assert (fused - weight).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lora_format", ["comfyui", "kohya"])
+@pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
+def test_adapter_is_equal_after_a_round_trip_through_each_format(lora_format, is_dora, tmp_path):
+    pipe = shallow()
+    tensors = (dora if is_dora else adapter)(pipe.transformer, 1)
+    settings = {"lora_alpha": 5, "alpha_pattern": {"gate_proj": 0.3}}
+    pipe.load_lora_weights(to_file(tensors, tmp_path / "first", **settings), adapter_name="mine")
+    images, folders = draw_once(pipe), (tmp_path / lora_format, tmp_path / "back")
+    for folder, name in zip(folders, (lora_format, "diffusers")):
+        layers = get_peft_model_state_dict(pipe.transformer, adapter_name="mine")
+        metadata = pipe.transformer.peft_config["mine"].to_dict()
+        pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata, format=name)
+        pipe = shallow()
+        pipe.load_lora_weights(folder, adapter_name="mine")
+        assert torch.equal(draw_once(pipe), images)
+    written = load_file(folders[0] / "pytorch_lora_weights.safetensors")
+    start = {"comfyui": "diffusion_model.blocks.0.gate_proj", "kohya": "lora_unet_blocks_0_gate_proj"}[lora_format]
+    assert {key for key in written if key.startswith(start)} == {
+        f"{start}.{end}"
+        for end in ["alpha", *(["dora_scale"] if is_dora else [])]
+        + (["lora_down.weight", "lora_up.weight"] if lora_format == "kohya" else ["lora_A.weight", "lora_B.weight"])
+    }
+    assert written[f"{start}.alpha"].item() == 0.3
+    back = load_file(folders[1] / "pytorch_lora_weights.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], value) for key, value in tensors.items())
+
+
+def test_what_a_format_cannot_express_is_refused(tmp_path):
+    pipe = shallow()
+    layers = {key.removeprefix("transformer."): value for key, value in adapter(pipe.transformer, 1).items()}
+    with pytest.raises(ValueError, match="`format`"):
+        pipe.save_lora_weights(tmp_path, layers, format="a1111")
+    biases = {key.replace("B.weight", "B.bias"): value[:, 0] for key, value in layers.items() if "lora_B" in key}
+    with pytest.raises(ValueError, match=r"lora_B\.bias"):
+        pipe.save_lora_weights(tmp_path, layers | biases, format="kohya")
+    with pytest.raises(ValueError, match="rank"):
+        pipe.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata={"r": 4}, format="kohya")
+    assert not list(tmp_path.iterdir())
+
+
+def test_alpha_of_tensors_and_metadata_must_agree(tmp_path):
+    pipe = shallow()
+    tensors = adapter(pipe.transformer, 1)
+    alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(4.0) for key in tensors if "lora_A" in key}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 3})}
+    save_file(tensors | alphas, tmp_path / "pytorch_lora_weights.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"\.alpha.* 4.* 3"):
+        pipe.load_lora_weights(tmp_path)
+    assert not pipe.get_list_adapters()
+
+
 def wrong_adapters():
     """Adapters that do not fit the transformer of the pixel pipeline."""
     own = tiny.transformer(**tiny.PIXEL_SETTINGS)
@@ -185,7 +316,15 @@ def wrong_adapters():
         "not linear": ({k.replace("gate_proj", "attention.norm_q"): v for k, v in good.items()}, "PRXRMSNorm"),
         "no prefix": ({k.removeprefix("transformer."): v for k, v in good.items()}, "has 20 tensors of 20"),
         "text encoder": ({**good, "text_encoder.q.lora_A.weight": torch.zeros(2, 2)}, "has 1 tensors of 21"),
-        "kohya": ({"lora_unet_blocks_0.lora_down.weight": torch.zeros(2, 2)}, "lora_unet_blocks_0"),
+        "kohya": ({"lora_unet_blocks_0.lora_down.weight": torch.zeros(2, 2)}, r"blocks_0 is not in the transformer"),
+        "prefixes": ({**good, first.replace("transformer.", "diffusion_model."): good[first]}, "several formats"),
+        "twice": ({**good, **{k.replace("attention.to_out.0", "attn_out"): v for k, v in good.items()}}, "attn_out"),
+        "part twice": ({**good, **split(good, 0)}, r"attention\.to_q.*img_qkv_proj|img_qkv_proj.*to_q"),
+        "alpha missing": (
+            {**good, first.replace("lora_A.weight", "alpha"): torch.tensor(2.0)},
+            r"\['lora_A', 'lora_B'\]",
+        ),
+        "alpha zero": ({**in_format(good, "kohya", 0.0)}, r"\.alpha"),
         "no tensors": ({}, "has no tensors"),
     }
 

@@ -48,6 +48,7 @@ from ..compat import (
     ulysses_group,
     ulysses_rank,
 )
+from .single_file import SingleFileMixin
 from .token_routing import TokenRoute
 
 NORM_EPS = 1e-6
@@ -517,7 +518,7 @@ class PRXTransformer2DModelOutput(Transformer2DModelOutput):
     feature_indices: torch.Tensor | None = None
 
 
-class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, SingleFileMixin):
     """PRX, the text-to-image transformer of Photoroom (https://github.com/Photoroom/PRX).
 
     Configuration and state-dict keys are those of the class of the same name in diffusers, so that each loads what the

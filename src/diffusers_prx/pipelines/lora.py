@@ -7,8 +7,10 @@ choice of active adapters after one was deleted.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -19,6 +21,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..compat import (
+    fetch_lora_file,
+    fetch_peft_settings,
     is_cast_for_storage,
     is_offloaded_by_leaf,
     is_offloaded_to_disk,
@@ -28,7 +32,8 @@ from ..compat import (
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..schedulers.scheduling_prx import is_number
 from .check_finite import PLAIN_DTYPES, is_plain
-from .lora_files import NAMES_SHOWN, LoraAdapter, PeftLayer, adapter_dtype, lora_layers, read_adapter
+from .lora_files import LoraAdapter, PeftLayer, adapter_dtype, layer_alphas, lora_layers, read_adapter
+from .lora_formats import LORA_FORMATS, NAMES_SHOWN, group_by_layer, is_peft_file, name_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +43,7 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     A call either raises a ValueError and changes nothing, or leaves a pipeline that draws what a new pipeline with the
     same adapters and weights would draw. The base class is CogVideoX's because that mixin adapts the component
-    `transformer` alone and translates no names of other tools.
+    `transformer` alone.
 
     Example:
         >>> pipe.load_lora_weights("my-lora", adapter_name="style")
@@ -66,10 +71,16 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     ) -> None:
         """Load an adapter and make it the only active one, until `set_adapters`. Other adapters stay loaded.
 
+        The scale is alpha / rank with the file's own alpha: of its metadata, its tensors `alpha`, or peft's
+        adapter_config.json beside it. Without any of them, it is 1.
+
         After `disable_lora`, the new adapter is inactive until `enable_lora`.
 
         Args:
-            pretrained_model_name_or_path_or_dict: folder, .safetensors file, Hub id, or tensors by name.
+            pretrained_model_name_or_path_or_dict: folder, .safetensors file, Hub id, or tensors by name. The names are
+                those of diffusers (`transformer.`), ComfyUI and ai-toolkit (`diffusion_model.`), peft
+                (`base_model.model.`) or kohya (`lora_unet_`); layers have the names of diffusers or of the original,
+                with fused or split queries, keys and values.
             adapter_name: name for `set_adapters`. None: the first free one of default_0, default_1, ...
             hotswap: replace the loaded adapter of that name, without a new compilation. The new adapter keeps the
                 weight that `set_adapters` gave the old one. It must adapt no other layers and have no higher ranks;
@@ -92,20 +103,16 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         _require_unfused(method, model)
         _require_weights_in_memory(method, model)
         source = pretrained_model_name_or_path_or_dict
+        hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
+        hub |= {"force_download": force_download, "proxies": proxies, "local_files_only": local_files_only}
+        metadata: dict[str, Any] | None = None
         try:
-            state_dict, metadata = self.lora_state_dict(
-                dict(source) if isinstance(source, Mapping) else source,
-                return_lora_metadata=True,
-                use_safetensors=True,  # never unpickle
-                weight_name=weight_name,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                proxies=proxies,
-                local_files_only=local_files_only,
-            )
+            if isinstance(source, Mapping):
+                state_dict = dict(source)
+            else:
+                state_dict, metadata = fetch_lora_file(source, weight_name=weight_name, **hub)
+                if metadata is None and is_peft_file(state_dict):
+                    metadata = json.loads(Path(fetch_peft_settings(source, **hub)).read_text(encoding="utf-8"))
         except (safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source} is not a .safetensors file that can be read: {error}.") from error
         adapter = read_adapter(state_dict, metadata, model)
@@ -133,6 +140,54 @@ class PRXLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         for layer in lora_layers(model).values():
             layer.eval()
             layer.enable_adapters(not disabled)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        format: str = "diffusers",
+    ) -> None:
+        """Save an adapter's tensors in one file; `load_lora_weights` reads every format.
+
+        Args:
+            save_directory: folder.
+            transformer_lora_layers: tensors by name, as peft's `get_peft_model_state_dict` returns them.
+            is_main_process, save_function, safe_serialization: as in diffusers.
+            weight_name: name of the file; None: pytorch_lora_weights.safetensors.
+            transformer_lora_adapter_metadata: settings of the LoraConfig; None: alpha is the rank.
+            format: "diffusers" (`transformer.`, alpha in the metadata), "comfyui" (`diffusion_model.`, as ai-toolkit
+                writes; alpha as tensors) or "kohya" (`lora_unet_`, `lora_down`, `lora_up`, `alpha`).
+
+        Raises:
+            ValueError: for another format, or an adapter that the format cannot express.
+
+        Example:
+            >>> from peft.utils import get_peft_model_state_dict
+            >>> layers = get_peft_model_state_dict(pipe.transformer, adapter_name="style")
+            >>> settings = pipe.transformer.peft_config["style"].to_dict()
+            >>> pipe.save_lora_weights("out", layers, transformer_lora_adapter_metadata=settings, format="kohya")
+        """
+        if format not in LORA_FORMATS:
+            raise ValueError(f"`format` is {format!r}; accepted: {', '.join(LORA_FORMATS)}.")
+        files: dict[str, Any] = {"is_main_process": is_main_process, "weight_name": weight_name}
+        files |= {"save_function": save_function, "safe_serialization": safe_serialization}
+        metadata = transformer_lora_adapter_metadata
+        if format == "diffusers":
+            super().save_lora_weights(
+                save_directory, transformer_lora_layers, transformer_lora_adapter_metadata=metadata, **files
+            )
+            return
+        layers, _ = group_by_layer(
+            {f"transformer.{key}": value for key, value in (transformer_lora_layers or {}).items()}
+        )
+        tensors = name_tensors(layers, layer_alphas(layers, metadata), format)
+        cls.write_lora_layers(tensors, save_directory, lora_adapter_metadata=None, **files)
 
     def set_adapters(
         self, adapter_names: list[str] | str, adapter_weights: float | dict | list[float] | list[dict] | None = None

@@ -1,6 +1,10 @@
-"""Read LoRA files (arXiv 2106.09685) and check them against a transformer before anything is changed."""
+"""Read LoRA files (arXiv 2106.09685) and check them against a transformer before anything is changed.
+
+`lora_formats.py` knows the names in the files of several tools.
+"""
 
 import collections
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,15 +16,11 @@ from torch import nn
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..schedulers.scheduling_prx import is_number
 from .check_finite import PLAIN_DTYPES
+from .lora_formats import NAMES_SHOWN, Target, find_targets, fuse_parts, group_by_layer, read_alpha
 
 # A layer that peft has adapted (peft.tuners.lora.LoraLayer). peft is imported only when an adapter is loaded.
 PeftLayer: TypeAlias = Any
 
-NAMES_SHOWN = 3  # layers or tensors that an error message names
-
-# tensors of an adapted layer, as peft and diffusers name them
-_PARTS = r"lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?"
-_KEY = re.compile(rf"transformer\.(?P<layer>.+)\.(?P<part>{_PARTS})")
 _LAYER_NAME = re.compile(r"[\w.-]+")  # a plain name, not a regular expression
 
 # Settings of peft's LoraConfig that do not change the picture: they say how training starts, or the tensors say the
@@ -109,9 +109,10 @@ def read_adapter(
     """Read an adapter and check that it fits a transformer.
 
     Args:
-        state_dict: tensors by name: `transformer.LAYER.lora_A.weight` and so on.
-        metadata: settings of a LoraConfig, each name prefixed by `transformer.`; None if the file has none, and then
-            alpha is the rank. Layer names in it are compared, never run as regular expressions.
+        state_dict: tensors by name: `transformer.LAYER.lora_A.weight` and so on, or names of other tools.
+        metadata: settings of a LoraConfig, each name prefixed by `transformer.` or not; None if the file has none.
+            Without metadata and tensors `alpha`, alpha is the rank. Layer names in it are compared, never run as
+            regular expressions.
         transformer: transformer to load the adapter on, with or without other adapters.
 
     Raises:
@@ -122,58 +123,96 @@ def read_adapter(
             f"`transformer` is a {type(transformer).__module__}.{type(transformer).__name__}, which takes no adapters "
             "here; accepted is diffusers_prx.PRXTransformer2DModel, which loads the same files."
         )
-    tensors = _group_by_layer(state_dict)
+    in_file, prefix = group_by_layer(state_dict)
     settings = None if metadata is None else _read_settings(metadata)
-    linear_layers = _base_layers(transformer)
-    parts = set().union(*tensors.values())
-    problems = {name: _find_mismatch(linear_layers.get(name), own, parts) for name, own in tensors.items()}
-    mismatches = [f"{name} {problem}" for name, problem in problems.items() if problem is not None]
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, own in tensors.items() if not mismatches else ():
-        shape = tuple(own["lora_A"].shape)
-        ranks[name] = alphas[name] = shape[0]
-        if settings is not None:
-            alphas[name] = _layer_value(settings.alpha_pattern, name, settings.lora_alpha)
-            rank = _layer_value(settings.rank_pattern, name, settings.r)
+    use_rslora = settings is not None and settings.use_rslora
+    modules = _base_layers(transformer)
+    linear_layers = [name for name, module in modules.items() if hasattr(module, "in_features")]
+    targets = find_targets(in_file, prefix, linear_layers)
+    parts = set().union(*in_file.values())
+    mismatches: list[str] = []
+    for name, own in in_file.items():
+        problem = _find_mismatch(modules.get(targets[name].layer), own, parts, targets[name].count)
+        if problem is None and settings is not None:
+            rank, shape = _layer_value(settings.rank_pattern, name, settings.r), tuple(own["lora_A"].shape)
             if rank != shape[0]:
-                mismatches.append(
-                    f"{name} takes lora_A of the shape {(rank, *shape[1:])}, not {shape}, by the rank in the metadata"
-                )
+                problem = f"takes lora_A of the shape {(rank, *shape[1:])}, not {shape}, by the rank in the metadata"
+        mismatches += [] if problem is None else [f"{name} {problem}"]
     if mismatches:
         raise ValueError(
-            f"The adapter does not fit this transformer, in {len(mismatches)} of {len(tensors)} layers: "
+            f"The adapter does not fit this transformer, in {len(mismatches)} of {len(in_file)} layers: "
             f"{'; '.join(mismatches[:NAMES_SHOWN])}. It was made for another model: load it on the pipeline that it "
             "was trained on."
         )
-    non_finite = [name for name, own in tensors.items() if not _is_finite(own, linear_layers[name], transformer)]
+    alphas_in_file = {name: _file_alpha(name, own, settings) for name, own in in_file.items()}
+    whole: dict[str, dict[Target, str]] = {}  # layer -> its parts and their names in the file
+    for name, target in targets.items():
+        whole.setdefault(target.layer, {})[target] = name
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for layer, own_names in whole.items():
+        own_parts = {target: in_file[name] for target, name in own_names.items()}
+        if next(iter(own_parts)).count == 1:
+            (name,) = own_names.values()
+            tensors[layer] = {part: tensor for part, tensor in in_file[name].items() if part != "alpha"}
+            ranks[layer], alphas[layer] = len(tensors[layer]["lora_A"]), alphas_in_file[name]
+            continue
+        scales = {
+            target: alphas_in_file[name] / _rank_divisor(len(in_file[name]["lora_A"]), use_rslora)
+            for target, name in own_names.items()
+        }
+        tensors[layer], scale = fuse_parts(own_parts, scales)
+        ranks[layer] = len(tensors[layer]["lora_A"])
+        alphas[layer] = scale * _rank_divisor(ranks[layer], use_rslora)
+    non_finite = [name for name, own in tensors.items() if not _is_finite(own, modules[name], transformer)]
     if non_finite:
         raise ValueError(
             f"The adapter has NaN or infinite values, in the dtype of its layers, in {len(non_finite)} of "
             f"{len(tensors)} layers, such as {non_finite[:NAMES_SHOWN]}: its file is damaged or its training diverged."
         )
-    return LoraAdapter(tensors, ranks, alphas, settings is not None and settings.use_rslora)
+    return LoraAdapter(tensors, ranks, alphas, use_rslora)
 
 
-def _group_by_layer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return {layer: {part: tensor}} of a file's tensors."""
-    if not state_dict:
-        raise ValueError("The file has no tensors; accepted are those of a LoRA or DoRA of the transformer.")
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for key, tensor in state_dict.items():
-        match = _KEY.fullmatch(key) if isinstance(key, str) else None
-        if match is None:
-            unknown.append(str(key))
-        else:
-            tensors.setdefault(match["layer"], {})[match["part"].removesuffix(".weight")] = tensor
-    if unknown:
-        raise ValueError(
-            f"The file has {len(unknown)} tensors of {len(state_dict)} that do not belong to a LoRA or DoRA of the "
-            f"transformer, such as {sorted(unknown)[:NAMES_SHOWN]}; accepted are transformer.LAYER.lora_A.weight, "
-            ".lora_B.weight, .lora_B.bias and .lora_magnitude_vector."
-        )
-    return tensors
+def layer_alphas(
+    layers: Mapping[str, Mapping[str, torch.Tensor]], metadata: Mapping[str, Any] | None
+) -> dict[str, float]:
+    """Return the alpha of each layer, with which the weights change by alpha / rank * B A.
+
+    Args:
+        layers: tensors of each layer, see `LoraAdapter`.
+        metadata: settings of the LoraConfig; None: alpha is the rank.
+
+    Raises:
+        ValueError: if the settings are wrong, or have other ranks than the tensors.
+    """
+    settings = None if metadata is None else _read_settings(metadata)
+    alphas = {}
+    for name, tensors in layers.items():
+        rank = len(tensors["lora_A"])
+        if settings is not None and (given := _layer_value(settings.rank_pattern, name, settings.r)) != rank:
+            raise ValueError(f"{name} has the rank {rank}, and the rank {given} in the metadata.")
+        alpha = _file_alpha(name, tensors, settings)
+        alphas[name] = alpha * math.sqrt(rank) if settings is not None and settings.use_rslora else alpha
+    return alphas
+
+
+def _file_alpha(name: str, tensors: Mapping[str, torch.Tensor], settings: "_FileSettings | None") -> float:
+    """Return the alpha of a layer in a file: its tensor `alpha`, or that of the metadata, or else the rank."""
+    alpha: float = len(tensors["lora_A"])
+    if settings is not None:
+        alpha = _layer_value(settings.alpha_pattern, name, settings.lora_alpha)
+    if "alpha" not in tensors:
+        return alpha
+    stored = read_alpha(name, tensors["alpha"])
+    if settings is not None and stored != alpha:
+        raise ValueError(f"{name}.alpha in the file is {stored:g}, but the alpha in the metadata is {alpha:g}.")
+    return stored
+
+
+def _rank_divisor(rank: int, use_rslora: bool) -> float:
+    """Number by which peft divides alpha."""
+    return math.sqrt(rank) if use_rslora else rank
 
 
 def _base_layers(transformer: PRXTransformer2DModel) -> dict[str, nn.Module]:
@@ -183,24 +222,28 @@ def _base_layers(transformer: PRXTransformer2DModel) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not name.startswith(inside_adapters)}
 
 
-def _find_mismatch(layer: nn.Module | None, tensors: Mapping[str, Any], parts: set[str]) -> str | None:
+def _find_mismatch(layer: nn.Module | None, tensors: Mapping[str, Any], parts: set[str], count: int) -> str | None:
     """Return what does not fit in the adapter of one layer, or None.
 
     Args:
         layer: the layer of that name in the transformer, or None.
         tensors: tensors of the adapter for this layer.
         parts: names of tensors that any layer of the adapter has; all layers must have the same ones.
+        count: number of parts of the layer's rows, of which the tensors adapt one.
     """
     if layer is None:
         return "is not in the transformer"
     if not {"lora_A", "lora_B", *parts} <= tensors.keys():
         return f"has only {sorted(tensors)} in the file"
-    in_features, out_features = (getattr(layer, name, None) for name in ("in_features", "out_features"))
-    if in_features is None:
+    in_features, out_features = (getattr(layer, name, 0) for name in ("in_features", "out_features"))
+    if not in_features:
         return f"is a {type(layer).__name__}, not a linear layer"
-    if other := [part for part, tensor in tensors.items() if not _has_float_values(tensor)]:
+    if other := [part for part, tensor in tensors.items() if part != "alpha" and not _has_float_values(tensor)]:
         return f"has no floating-point values in {other}"
-    shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+    if count > 1 and (other := sorted(tensors.keys() - {"lora_A", "lora_B", "alpha"})):
+        return f"is a part of a layer, which takes no {other}"
+    shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items() if part != "alpha"}
+    out_features = out_features // count
     rank = max(1, *shapes["lora_A"][:1]) if shapes["lora_A"] else 1
     expected = {
         "lora_A": (rank, in_features),
@@ -260,7 +303,7 @@ def _check_layer_names(settings: Mapping[str, Any]) -> None:
     """Raise a ValueError if a setting holds a regular expression: one from a stranger could take forever."""
     for setting in (*_LAYER_SETTINGS, "rank_pattern", "alpha_pattern"):
         names = settings.get(setting) or []
-        for name in names if isinstance(names, (list, dict)) else [names]:
+        for name in names if isinstance(names, (list, tuple, set, dict)) else [names]:
             literal = _pattern_to_name(str(name)) if setting.endswith("pattern") else str(name)
             if _LAYER_NAME.fullmatch(literal) is None:
                 raise ValueError(

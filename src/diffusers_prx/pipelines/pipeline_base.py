@@ -62,6 +62,7 @@ from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise
 from .picture_settings import attach_settings, find_seeds
 from .pipeline_output import PRXPipelineOutput
+from .single_file import PRXSingleFileLoaderMixin
 from .words import (
     LONG_PROMPTS,
     LongPrompts,
@@ -134,7 +135,7 @@ class _Guidance:
         return f"`guidance_scale` {guidance_scale:g}" if self.guider is None else type(self.guider).__name__
 
 
-class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin):
+class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoaderMixin):
     """The shared part of `PRXPipeline`, `PRXPixelPipeline` and their editing pipelines; use one of these."""
 
     # diffusers looks for these names, in this order
