@@ -302,7 +302,7 @@ class SingleFileMixin:
             is_folder = os.path.isfile(os.path.join(config, cls.config_name))
             folder = subfolder or (None if is_folder else "transformer")
             stored = cls.load_config(str(config), subfolder=folder, revision=config_revision, **hub)
-            settings = {key: value for key, value in stored.items() if not key.startswith("_")} | given
+            settings = cls.extract_init_dict(stored)[0] | given
         elif CONFIG_KEY in header:
             settings = json.loads(header[CONFIG_KEY]) | given
         else:

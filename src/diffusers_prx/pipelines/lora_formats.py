@@ -89,9 +89,9 @@ def group_by_layer(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, di
 
 def is_peft_file(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """True if the names are those of peft's `save_pretrained`, which writes alpha into another file."""
-    return all(str(key).startswith(PEFT_PREFIX) for key in state_dict) and not any(
-        str(key).endswith(".alpha") for key in state_dict
-    )
+    names = [str(key) for key in state_dict]
+    is_peft = bool(names) and all(name.startswith(PEFT_PREFIX) for name in names)
+    return is_peft and not any(name.endswith(".alpha") for name in names)
 
 
 def find_targets(names: Iterable[str], prefix: str, linear_layers: Iterable[str]) -> dict[str, Target]:
@@ -138,15 +138,16 @@ def fuse_parts(
         `lora_A` (sum of r, in_features), `lora_B` (out_features, sum of r), and the factor on their product.
     """
     first = next(iter(parts))
-    scale = scales[first] if len(set(scales.values())) == 1 else 1.0
+    has_one_scale = len(set(scales.values())) == 1
+    scale = scales[first] if has_one_scale else 1.0
     rows = len(parts[first]["lora_B"])
     down = torch.cat([own["lora_A"] for own in parts.values()])
-    dtype = down.dtype if scale == scales[first] else torch.float32
+    dtype = down.dtype if has_one_scale else torch.float32
     up = torch.zeros(first.count * rows, len(down), dtype=dtype)
     column = 0
     for target, own in parts.items():
         block = up[target.index * rows : (target.index + 1) * rows, column : column + len(own["lora_A"])]
-        block.copy_(own["lora_B"] if scale == scales[target] else own["lora_B"].float() * scales[target])
+        block.copy_(own["lora_B"] if has_one_scale else own["lora_B"].float() * scales[target])
         column += block.shape[1]
     return {"lora_A": down, "lora_B": up}, scale
 
