@@ -40,6 +40,7 @@ USED_WITHOUT_IMPORT = {
     "types-pyyaml": "stubs that mypy reads",
     "build": "run by these tests",
     "torchao": "loaded by the quantization of diffusers",
+    "gguf": "diffusers reads .gguf files with it",
     "hatchling": "the build backend",
     "pre-commit": "run by git",
     "pre-commit-hooks": "run by pre-commit",

@@ -27,6 +27,14 @@ STEPS = 6
 SMALL = {"max_train_steps": STEPS, "checkpointing_steps": 1, "use_ema": True, "ema_update_every": 1}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_not_ignored():
+    """A shell that starts the tests in the background ignores SIGINT for them, and a run keeps that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def text_encoder(tmp_path_factory) -> Path:
     return runs.save_text_encoder(tmp_path_factory.mktemp("text_encoder"))

@@ -55,11 +55,12 @@ def test_auto_is_the_type_that_the_cpu_computes_fast(monkeypatch, capability, mi
     assert resolved(weights_dtype="bf16") == ("bf16", muon)
 
 
-def test_run_records_the_type_that_it_computes_in(text_encoder, tmp_path, monkeypatch):
+def test_run_records_the_type_that_it_computes_in(text_encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     run = runs.start(runs.settings(tmp_path, text_encoder, mixed_precision="auto", optimizer="muon"))
     assert (run.cfg.mixed_precision, run.accelerator.mixed_precision) == ("no", "no")
     assert run.optimizer.optimizer.newton_schulz_dtype == torch.float32
+    assert "`mixed_precision` is auto: float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -26,7 +26,6 @@ from ..techniques.optimizers import muon_weights, trainable_parameters
 from ..techniques.teachers import build_teacher
 from .network_configs import meta_autoencoder, meta_teacher, text_config
 from .networks import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
-from .precision import computes_bf16
 from .stages import Stage
 
 BYTES = {"float32": 4, "bf16": 2}
@@ -211,9 +210,7 @@ def describe_plan(
 
 
 def _computation(cfg: TrainingConfig) -> str:
-    if cfg.mixed_precision != "no":
-        return cfg.mixed_precision
-    return "float32" if computes_bf16() else "float32 (bf16 is slow on this CPU)"
+    return "float32" if cfg.mixed_precision == "no" else cfg.mixed_precision
 
 
 def _stage_rows(stage: Stage, figures: CaptionStatistics | None, processes: int) -> list[tuple[str, str]]:

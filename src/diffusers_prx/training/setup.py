@@ -76,8 +76,10 @@ def set_up_run(cfg: TrainingConfig, card_template: Path) -> Run:
         >>> run = set_up_run(cfg, Path("model_cards/template.md"))
         >>> train(run)
     """
-    cfg = resolve_precision(cfg)
+    is_auto, cfg = cfg.mixed_precision == "auto", resolve_precision(cfg)
     accelerator = start_accelerator(cfg)
+    if is_auto and cfg.mixed_precision == "no":
+        accelerator.print("`mixed_precision` is auto: float32, because this CPU is slow in bf16")
     machine = {
         "processes": accelerator.num_processes,
         "sharded_over": shard_count(cfg, accelerator.num_processes),  # refused before anything is loaded
