@@ -1,5 +1,6 @@
 """Tiny training runs for tests: seconds each, in this process, with all parts of a real run."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -217,6 +218,15 @@ def nets(scheduler: Any, vae: Any = None, randomize: bool = True, **changes: Any
     if randomize:
         tiny.randomize(transformer)
     return Nets(transformer, text_encoder, tokenizer, vae, scheduler, transformer.config["patch_size"])
+
+
+def add_other_reference(nets: Nets) -> None:
+    """Keep a frozen copy of the transformer as the reference of post-training, and change the transformer a little."""
+    nets.reference = copy.deepcopy(nets.transformer).requires_grad_(False)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in nets.transformer.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
 
 
 def batch(size: int = 4, resolution: int = 16) -> dict[str, Any]:

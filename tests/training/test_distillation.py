@@ -31,11 +31,7 @@ def make(objective: str, prediction: str = "x_prediction", **changes) -> tuple[N
         train_text_encoder=False, objective=objective, **changes,
     )  # fmt: skip
     nets = runs.nets(SCHEDULERS[prediction](shift=3.0))
-    nets.reference = copy.deepcopy(nets.transformer).requires_grad_(False)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in nets.transformer.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    runs.add_other_reference(nets)
     return nets, cfg
 
 

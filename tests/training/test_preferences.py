@@ -1,6 +1,5 @@
 """Preference tuning (Flow-DPO): the loss against its formula, runs on pairs, exact resume, two processes."""
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -29,11 +28,7 @@ def make(prediction: str) -> tuple[Nets, TrainingConfig]:
     """Return networks whose reference differs from the trained transformer, and a configuration."""
     cfg = runs.config(prediction_type=prediction, **PAIRS | {"dataset_name": "pairs"})
     nets = runs.nets(SCHEDULERS[prediction](shift=2.0))
-    nets.reference = copy.deepcopy(nets.transformer).requires_grad_(False)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in nets.transformer.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    runs.add_other_reference(nets)
     return nets, cfg
 
 

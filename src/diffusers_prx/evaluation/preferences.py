@@ -72,7 +72,7 @@ def load_scorer(name: str) -> Scorer:
             or `module:function` (a `Scorer` of your own).
 
     Raises:
-        ValueError: there is no such scorer.
+        ValueError: the name is not that of a scorer.
 
     Example:
         >>> scorer = load_scorer("clip=yuvalkirstain/PickScore_v1")
@@ -172,7 +172,7 @@ def make_pairs(settings: PairSettings, prompts: Sequence[RankedPrompt], output_d
             pairs["caption"].append(rows[first].text)
     found = len(pairs["caption"])
     if not found:
-        raise ValueError(f"The images of each of {len(prompts)} prompts have equal scores: there are no pairs.")
+        raise ValueError(f"The images of each of {len(prompts)} prompts have equal scores, so none makes a pair.")
     with atomic_write(output_dir / PAIRS_FILE) as file:
         pq.write_table(pa.table(pairs), file)
     return f"{found} pairs in {output_dir / PAIRS_FILE}; {len(prompts) - found} prompts left out with equal scores"

@@ -23,7 +23,7 @@ from ..data.precomputed import cached_latents, cached_text
 from ..techniques.discriminator import adversarial_losses
 from .networks import Nets
 from .rng import StepRandom
-from .step import StepOutput, encode_captions, encode_images
+from .step import StepOutput, draw_latents, draw_timesteps, encode_captions, encode_images
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def distill_step(batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: St
         latents = cached_latents(batch)
     else:
         latents = encode_images(batch["pixels_uint8"].float() / 127.5 - 1, nets)
-    clean = latents.draw(None if latents.std is None else rng.normal("latents", latents.std.shape[1:]))  # (B, C, h, w)
+    clean = draw_latents(latents, rng)  # (B, C, h, w)
     size = len(clean)
     if "text" in batch:
         text, text_mask, truncated = cached_text(batch, [False] * size)  # (B, L, E)
@@ -76,8 +76,7 @@ def distill_step(batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: St
 
     # draw the noise, the student's noise levels, and those at which the discriminator compares
     noise = cfg.noise_scale * rng.normal("noise", clean.shape[1:])  # (B, C, h, w)
-    generators = rng.generators("timestep")
-    timestep = torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in generators])  # (B,)
+    timestep = draw_timesteps(nets, rng)  # (B,)
     level = (rng.uniform("level") * cfg.distill_steps).long()  # (B,)
     judged = torch.sigmoid(cfg.ladd_noise_mean + cfg.ladd_noise_std * rng.normal("judged_timestep"))  # (B,)
     judged_noise = cfg.noise_scale * rng.normal("judged_noise", clean.shape[1:])  # (B, C, h, w)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..config.training_config import TrainingConfig
 from .networks import Nets
 from .rng import StepRandom
-from .step import StepOutput, encode_captions, encode_images
+from .step import StepOutput, draw_timesteps, encode_captions, encode_images
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def preference_step(batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng:
     clean = latents.draw(latent_noise)  # (2B, C, h, w)
     text, text_mask, truncated = encode_captions(batch["captions"], nets, cfg, clean.device)  # (B, L, E)
     noise = cfg.noise_scale * rng.normal("noise", clean.shape[1:])  # (B, C, h, w)
-    generators = rng.generators("timestep")
-    timestep = torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in generators])  # (B,)
+    timestep = draw_timesteps(nets, rng)  # (B,)
 
     mask = None if text_mask is None else twice(text_mask)
     inputs = PreferenceInputs(clean, twice(noise), twice(timestep), twice(text), mask)

@@ -83,8 +83,7 @@ def train_step(
     # encode the images, or use precomputed latents
     pixels_pm1: Any = batch["pixels_uint8"].float() / 127.5 - 1 if "pixels_uint8" in batch else None  # (B, 3, H, W)
     latents = cached_latents(batch) if "latent_mean" in batch else encode_images(pixels_pm1, nets)
-    latent_noise = None if latents.std is None else rng.normal("latents", latents.std.shape[1:])
-    clean = latents.draw(latent_noise)  # (B, C, h, w)
+    clean = draw_latents(latents, rng)  # (B, C, h, w)
 
     # drop captions for guidance; encode the others, or use precomputed text
     dropped = (rng.uniform("caption_dropout") < cfg.caption_dropout).tolist()
@@ -96,8 +95,7 @@ def train_step(
 
     # draw timesteps and noise
     if timestep is None:
-        generators = rng.generators("timestep")
-        timestep = torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in generators])  # (B,)
+        timestep = draw_timesteps(nets, rng)  # (B,)
     noise = cfg.noise_scale * rng.normal("noise", clean.shape[1:])  # (B, C, h, w)
 
     # draw the route
@@ -207,6 +205,16 @@ def weighted_sum(losses: dict[str, torch.Tensor], cfg: TrainingConfig) -> torch.
     weights = {"flow": 1.0, "contrastive": -cfg.contrastive_weight, "alignment": cfg.repa_weight}
     weights |= {"lpips": cfg.lpips_weight, "dino": cfg.dino_weight}
     return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+
+
+def draw_latents(latents: EncodedImages, rng: StepRandom) -> torch.Tensor:
+    """Draw a sample (B, C, h, w) of the distribution of latents."""
+    return latents.draw(None if latents.std is None else rng.normal("latents", latents.std.shape[1:]))
+
+
+def draw_timesteps(nets: Nets, rng: StepRandom) -> torch.Tensor:
+    """Draw the noise level of each sample from the scheduler's distribution, (B,)."""
+    return torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in rng.generators("timestep")])
 
 
 @torch.no_grad()
