@@ -22,12 +22,12 @@ from torch.distributed import ProcessGroup
 from ..compat import has_cache, randn_tensor, unwrap_compiled
 from ..models.token_routing import TokenRoute, sample_route
 from ..models.transformer_prx import check_saving
-from ..prompt_cleaning import CAPTION_CLEANINGS, CLEANERS, CaptionCleaning
+from ..prompt_cleaning import CAPTION_CLEANINGS
 from ..resolution_bins import RESOLUTION_BINS
 from ..schedulers.diffusers_compat import PREDICTION_TYPES, check_scheduler, cut_schedule, is_stock, set_schedule
 from ..schedulers.scheduling_prx import check_count, check_number
-from ..text import encode_text, find_truncated, tokenize_prompts, tokenize_windows, trim_tokens
-from .check_finite import FiniteCheck, check_finite_input, check_finite_output
+from .call_arguments import CallArguments
+from .check_finite import FiniteCheck
 from .check_inputs import (
     DEFAULT_GUIDANCE_SCALE,
     check_cached_steps,
@@ -48,12 +48,8 @@ from .check_inputs import (
 from .conditioning import (
     Conditioning,
     PromptEmbeddings,
-    TextBranch,
     encode_conditioning,
     encode_timesteps,
-    stack_texts,
-    trim_branch,
-    with_full_mask,
 )
 from .editing import Edit, KnownLatents, make_edit
 from .guidance import check_guide_transformer, check_network_changes, network_changes
@@ -62,22 +58,15 @@ from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise
 from .picture_settings import attach_settings, find_seeds
 from .pipeline_output import PRXPipelineOutput
+from .prompt_encoding import PRXPromptMixin
 from .single_file import PRXSingleFileLoaderMixin
 from .words import (
-    LONG_PROMPTS,
     LongPrompts,
     PromptEnhancer,
     Regions,
-    WeightedPrompt,
     check_regions,
-    clean_spans,
-    describe_regions,
     enhance_prompts,
-    join_regions,
-    join_windows,
-    parse_weights,
     region_tokens,
-    weigh_tokens,
 )
 
 logger = logging.get_logger(__name__)
@@ -120,6 +109,7 @@ class _Guidance:
         process_group: two processes that share the two branches, or None.
         generator: source of the routes of self-guidance.
         guide_transformer: weaker network that predicts in place of the negative prompt, or None.
+        start_scale: `guidance_scale` of the first step, or the guider's.
     """
 
     self_guidance_scale: float
@@ -127,6 +117,21 @@ class _Guidance:
     process_group: ProcessGroup | None
     generator: torch.Generator | list[torch.Generator] | None
     guide_transformer: Any
+    start_scale: float
+
+    @classmethod
+    def of(cls, call: CallArguments) -> "_Guidance":
+        scale = float(call.guidance_scale)
+        if call.guider is not None:  # one that has several scales keeps them to itself
+            scale = float(call.guider.config.get("guidance_scale", scale))
+        return cls(
+            float(call.self_guidance_scale),
+            copy.deepcopy(call.guider),
+            call.guidance_group,
+            call.generator,
+            call.guide_transformer,
+            scale,
+        )
 
     def describe(self, guidance_scale: float) -> str:
         """Return the setting that guided, for error messages."""
@@ -135,14 +140,34 @@ class _Guidance:
         return f"`guidance_scale` {guidance_scale:g}" if self.guider is None else type(self.guider).__name__
 
 
-class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoaderMixin):
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What follows from the arguments of a call.
+
+    Args:
+        do_guidance: True if the call needs negative prompts.
+        batch_size: B, prompts times images per prompt.
+        image_size: (height, width) of the result, in pixels.
+        render_size: (height, width) to draw at, in pixels.
+        lora_scale: factor of the adapters' weights.
+        callback_inputs: names of the tensors that the step callback receives.
+    """
+
+    do_guidance: bool
+    batch_size: int
+    image_size: tuple[int, int]
+    render_size: tuple[int, int]
+    lora_scale: float
+    callback_inputs: list[str]
+
+
+class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRXSingleFileLoaderMixin):
     """The shared part of `PRXPipeline`, `PRXPixelPipeline` and their editing pipelines; use one of these."""
 
     # diffusers looks for these names, in this order
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
     default_prediction_type: ClassVar[str]
     default_resolution: ClassVar[int]
-    default_caption_cleaning: ClassVar[CaptionCleaning]
 
     model_cpu_offload_seq: Any
     transformer: Any
@@ -198,16 +223,6 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
     def is_stock_compatible(self) -> bool:
         """True if stock diffusers' pipeline of this name draws the same with this configuration."""
         raise NotImplementedError
-
-    @property
-    def max_tokens(self) -> int:
-        """Number of text tokens, unless a call sets `tokenizer_max_length`."""
-        raise NotImplementedError
-
-    @property
-    def caption_cleaning(self) -> CaptionCleaning:
-        """Cleaning of prompts: that of the captions in training (see `prompt_cleaning`)."""
-        return self.config.get("caption_cleaning") or self.default_caption_cleaning
 
     def _check_output_type(self, output_type: str) -> None:
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -325,203 +340,6 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
             if isinstance(component, torch.nn.Module):
                 check_saving(name, unwrap_compiled(component))
         DiffusionPipeline.save_pretrained(storable_copy(self), str(save_directory), *args, **kwargs)
-
-    # --- text
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        device: torch.device | None = None,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = "",
-        num_images_per_prompt: int = 1,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        negative_prompt_attention_mask: torch.Tensor | None = None,
-        tokenizer_max_length: int | None = None,
-        skip_text_cleaning: bool | None = None,
-        long_prompts: LongPrompts = "cut",
-        prompt_enhancer: PromptEnhancer | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Encode prompts and negative prompts, or complete embeddings that were encoded before.
-
-        Args:
-            prompt: one prompt or a list of P prompts; or pass `prompt_embeds`.
-            device: device of the result; the pipeline's when None.
-            do_classifier_free_guidance: False to leave out negative prompts.
-            negative_prompt: one for all prompts, or a list of P.
-            num_images_per_prompt: rows per prompt, in the order p0, p0, p1, p1.
-            prompt_embeds, negative_prompt_embeds: (P, L, D), in place of texts.
-            prompt_attention_mask, negative_prompt_attention_mask: (P, L) of these, true where a token counts.
-            tokenizer_max_length: number of text tokens; the pipeline's own when None.
-            skip_text_cleaning, long_prompts, prompt_enhancer: see the call.
-
-        Returns:
-            Embeddings (B, L, D) and bool mask (B, L) of the prompts, with B = P * `num_images_per_prompt`, then the
-            same of the negative prompts, or None and None without guidance. Both have the same L; positions that are
-            padding in all rows are cut away.
-
-        Raises:
-            ValueError: if an argument is not as described, the pipeline has no `text_encoder` or `tokenizer` for a
-                text, or embeddings are not finite.
-
-        Example:
-            >>> embeds, mask, negative_embeds, negative_mask = pipe.encode_prompt("a red cat")
-            >>> image = pipe(
-            ...     prompt_embeds=embeds, prompt_attention_mask=mask,
-            ...     negative_prompt_embeds=negative_embeds, negative_prompt_attention_mask=negative_mask,
-            ... ).images[0]
-        """
-        encoded = self._encode_prompts(
-            enhance_prompts(prompt, prompt_enhancer),
-            self._execution_device if device is None else device,
-            do_classifier_free_guidance,
-            negative_prompt,
-            num_images_per_prompt,
-            (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask),
-            tokenizer_max_length,
-            skip_text_cleaning,
-            long_prompts,
-        )
-        return (
-            encoded.prompt_embeds,
-            encoded.prompt_mask,
-            encoded.negative_prompt_embeds,
-            encoded.negative_prompt_mask,
-        )
-
-    def _encode_prompts(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        do_guidance: bool,
-        negative_prompt: str | list[str] | None,
-        num_images_per_prompt: int,
-        given: tuple[torch.Tensor | None, ...],
-        max_length: int | None,
-        skip_text_cleaning: bool | None,
-        long_prompts: LongPrompts,
-        prompt_weights: bool = False,
-        regions: list[str] | None = None,
-        members: torch.Tensor | None = None,
-    ) -> PromptEmbeddings:
-        """Encode the texts of a call, B rows each; see `encode_prompt`.
-
-        Args:
-            given: embeddings and mask in place of prompts, then in place of negative prompts, or None each.
-            prompt_weights: True to read weights of words.
-            regions: R prompts of regions, or None.
-            members: bool (R, N), image tokens of each region.
-        """
-        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
-        check_flag("skip_text_cleaning", skip_text_cleaning)
-        if long_prompts not in LONG_PROMPTS:
-            raise ValueError(f"`long_prompts` is {long_prompts!r}; accepted are {list(LONG_PROMPTS)}.")
-        text_width = None if self.transformer is None else self.transformer.config["context_in_dim"]
-        embeds, mask, negative_embeds, negative_mask = given
-        check_embeds("prompt", embeds, mask, text_width)
-        check_embeds("negative_prompt", negative_embeds, negative_mask, text_width)
-        check_prompts(False, prompt, negative_prompt, embeds, negative_embeds)
-        texts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        num_prompts = len(texts) if embeds is None else len(embeds)
-        if do_guidance and negative_embeds is None:
-            if isinstance(negative_prompt, list):
-                texts += negative_prompt
-            else:
-                texts += [negative_prompt or ""] * num_prompts
-        parts: list[TextBranch] = []
-        areas: TextBranch | None = None
-        if texts or regions:
-            both = texts + (regions or [])
-            encoded = self._encode_texts(both, device, max_length, skip_text_cleaning, long_prompts, prompt_weights)
-            stop = len(texts)
-            parts = [encoded.rows(start, start + num_prompts) for start in range(0, stop, num_prompts)]
-            areas = encoded.rows(stop, len(both))
-        if embeds is not None:
-            check_finite_input("prompt_embeds", embeds)
-            parts.insert(0, with_full_mask(embeds.to(device), mask))
-        if do_guidance and negative_embeds is not None:
-            check_finite_input("negative_prompt_embeds", negative_embeds)
-            parts.append(with_full_mask(negative_embeds.to(device), negative_mask))
-        stacked = trim_branch(stack_texts(parts))  # (P or 2P, L, D)
-        stacked = stacked.map(lambda x: x.repeat_interleave(num_images_per_prompt, dim=0))  # (B or 2B, L, D)
-        rows = num_prompts * num_images_per_prompt
-        positive, negative = stacked.rows(0, rows), stacked.rows(rows, 2 * rows)  # (B, L, D) each
-        if regions and members is not None and areas is not None:
-            positive = join_regions(positive, areas, members)  # (B, K, D)
-        if not do_guidance:
-            return PromptEmbeddings(positive.embeds, positive.mask, prompt_weights=positive.value_weights)
-        return PromptEmbeddings(
-            positive.embeds,
-            positive.mask,
-            negative.embeds,
-            negative.mask,
-            positive.value_weights,
-            negative.value_weights,
-        )
-
-    def _encode_texts(
-        self,
-        texts: list[str],
-        device: torch.device,
-        max_length: int | None,
-        skip_text_cleaning: bool | None,
-        long_prompts: LongPrompts,
-        prompt_weights: bool,
-    ) -> TextBranch:
-        """Clean, tokenize and encode texts (B, L, D)."""
-        for name in ("text_encoder", "tokenizer"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"The pipeline has no `{name}`, but there are {len(texts)} prompts to encode. Load it with one, or"
-                    " pass `prompt_embeds` and, with guidance, `negative_prompt_embeds`."
-                )
-        cleaning = self.caption_cleaning
-        if skip_text_cleaning:
-            cleaning = "light"
-        elif skip_text_cleaning is not None and cleaning == "light":
-            cleaning = "full_v1"  # as in diffusers
-        clean = CLEANERS[cleaning]
-        # encode equal texts once: a negative prompt is usually the same for the whole batch
-        unique = list(dict.fromkeys(texts))
-        rows = [unique.index(text) for text in texts]
-        weighted = [parse_weights(text) if prompt_weights else WeightedPrompt(text) for text in unique]
-        plain = [prompt.text for prompt in weighted]
-        for text in plain:
-            if text.strip() and not clean(text):
-                fix = "" if cleaning == "light" else " Pass `skip_text_cleaning=True` to keep it."
-                logger.warning(
-                    f"Cleaning (`caption_cleaning` is {cleaning!r}) removes the whole prompt {_shorten(text)}, which"
-                    f" is drawn as an empty prompt.{fix}"
-                )
-        max_length = self.max_tokens if max_length is None else check_count("tokenizer_max_length", max_length)
-        input_ids, mask = tokenize_prompts(self.tokenizer, plain, max_length, clean)
-        truncated = find_truncated(self.tokenizer, plain, mask, clean)
-        owners, weights = list(range(len(unique))), None
-        if prompt_weights or (long_prompts == "windows" and any(truncated)):
-            input_ids, mask, offsets, owners = tokenize_windows(self.tokenizer, plain, max_length, clean)
-            if long_prompts == "cut":
-                first = [owners.index(row) for row in range(len(unique))]
-                input_ids, mask, offsets, owners = input_ids[first], mask[first], offsets[first], sorted(set(owners))
-            if prompt_weights:
-                weights = weigh_tokens(offsets, owners, [clean_spans(prompt, clean) for prompt in weighted])
-        if long_prompts == "cut" and any(truncated):
-            count = sum(truncated[row] for row in rows)
-            logger.warning(
-                f'{count} of {len(texts)} prompts are truncated to {max_length} tokens; `long_prompts="windows"` keeps'
-                " them whole."
-            )
-        input_ids, mask = trim_tokens(input_ids, mask)
-        mask = mask.to(device)
-        embeds = encode_text(self.text_encoder, input_ids.to(device), mask)
-        check_finite_output("text_encoder", self.text_encoder, embeds)
-        if weights is not None:
-            weights = weights[:, : mask.shape[1]].to(device)
-        encoded = TextBranch(embeds, mask, weights)
-        if len(owners) > len(unique):
-            encoded = encoded.map(lambda x: join_windows(x, owners, len(unique)))
-        return encoded.map(lambda x: x[rows])
 
     # --- latents
 
@@ -705,156 +523,29 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
             >>> image = pipe("A rusty, vintage tram on a sandy beach", guidance_scale=5.0).images[0]
             >>> images = pipe(["a cat", "a dog"], num_images_per_prompt=2, height=512, width=704).images
         """
-        return self._draw(
-            None,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            output_type=output_type,
-            return_dict=return_dict,
-            use_resolution_binning=use_resolution_binning,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            tokenizer_max_length=tokenizer_max_length,
-            skip_text_cleaning=skip_text_cleaning,
-            sigmas=sigmas,
-            self_guidance_scale=self_guidance_scale,
-            guider=guider,
-            guidance_group=guidance_group,
-            attention_kwargs=attention_kwargs,
-            guide_transformer=guide_transformer,
-            long_prompts=long_prompts,
-            prompt_weights=prompt_weights,
-            regions=regions,
-            prompt_enhancer=prompt_enhancer,
-            settings_in_image=settings_in_image,
-        )
+        return self._draw(CallArguments.collect(locals()))
 
     @torch.no_grad()
-    def _draw(
-        self,
-        edit: Edit | None,
-        *,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int,
-        timesteps: Sequence[float] | None,
-        guidance_scale: float,
-        num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        prompt_attention_mask: torch.Tensor | None,
-        negative_prompt_attention_mask: torch.Tensor | None,
-        output_type: str,
-        return_dict: bool,
-        use_resolution_binning: bool | None,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None,
-        callback_on_step_end_tensor_inputs: list[str] | None,
-        tokenizer_max_length: int | None,
-        skip_text_cleaning: bool | None,
-        sigmas: Sequence[float] | None,
-        self_guidance_scale: float,
-        guider: BaseGuidance | None,
-        guidance_group: ProcessGroup | None,
-        attention_kwargs: dict[str, Any] | None,
-        guide_transformer: Any,
-        long_prompts: LongPrompts,
-        prompt_weights: bool,
-        regions: Regions | None,
-        prompt_enhancer: PromptEnhancer | None,
-        settings_in_image: bool,
-    ) -> PRXPipelineOutput | tuple[Any]:
-        """Run one call: of text to image, or of an editing pipeline with its `edit`. Arguments as in `__call__`."""
+    def _draw(self, call: CallArguments, edit: Edit | None = None) -> PRXPipelineOutput | tuple[Any]:
+        """Run one call: of text to image, or of an editing pipeline with its `edit`."""
         # 1. Check the arguments.
-        self._check_components()
-        do_guidance = self._check_guidance(
-            guidance_scale, guider, guidance_group, self_guidance_scale, guide_transformer
-        )
-        callback_inputs = self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_output_type(output_type)
-        lora_scale = check_adapters(self.transformer, attention_kwargs)
-        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
-        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
-        check_flag("return_dict", return_dict)
-        check_flag("use_resolution_binning", use_resolution_binning)
-        check_flag("skip_text_cleaning", skip_text_cleaning)
-        check_flag("prompt_weights", prompt_weights)
-        check_flag("settings_in_image", settings_in_image)
-        check_regions(regions)
-        if prompt_weights and prompt is None:
-            raise ValueError("`prompt_weights` needs `prompt`: leave it out with `prompt_embeds`.")
-        text_width = self.transformer.config["context_in_dim"]
-        check_embeds("prompt", prompt_embeds, prompt_attention_mask, text_width)
-        check_embeds("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, text_width)
-        num_prompts = check_prompts(do_guidance, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        batch_size = num_prompts * num_images_per_prompt
-        check_generator(generator, batch_size, self._execution_device)
-        image_size, render_size = self._image_sizes(height, width, use_resolution_binning)
-        if edit is not None:
-            edit.check_count(num_prompts)
+        plan = self._check_call(call, edit)
 
         # 2. Prepare the state of this call. Copies, so that calls in several threads do not touch each other.
         strength = 1.0 if edit is None else edit.strength
-        scheduler = self._copy_scheduler(num_inference_steps, timesteps, sigmas, strength)
+        scheduler = self._copy_scheduler(call.num_inference_steps, call.timesteps, call.sigmas, strength)
         num_steps = len(scheduler.timesteps)
-        guidance = _Guidance(
-            float(self_guidance_scale), copy.deepcopy(guider), guidance_group, generator, guide_transformer
-        )
-        if guider is not None:  # one that has several scales keeps them to itself
-            guidance_scale = guider.config.get("guidance_scale", guidance_scale)
-        self._call.begin(float(guidance_scale), num_steps)
+        guidance = _Guidance.of(call)
+        self._call.begin(guidance.start_scale, num_steps)
         finite_check = self._call.finite_check
-        seeds = find_seeds(generator, batch_size)
+        seeds = find_seeds(call.generator, plan.batch_size)
 
         # 3. Encode the prompts.
-        device = self._execution_device
-        prompt = enhance_prompts(prompt, prompt_enhancer)
-        members = None
-        if regions is not None:
-            token_size = self.vae_scale_factor * self.transformer.config["patch_size"]
-            grid = (render_size[0] // token_size, render_size[1] // token_size)
-            members = region_tokens(regions, grid, image_size, render_size)  # (R, N)
-        embeddings = self._encode_prompts(
-            prompt,
-            device,
-            do_guidance,
-            negative_prompt,
-            num_images_per_prompt,
-            (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask),
-            tokenizer_max_length,
-            skip_text_cleaning,
-            long_prompts,
-            bool(prompt_weights),
-            [text for text, _ in regions or []],
-            members,
-        )
-        if embeddings.prompt_embeds.shape[-1] != text_width:
-            raise ValueError(
-                f"`text_encoder` returns embeddings of width {embeddings.prompt_embeds.shape[-1]}; the transformer"
-                f" takes {text_width} (`context_in_dim`)."
-            )
+        call = dataclasses.replace(call, prompt=enhance_prompts(call.prompt, call.prompt_enhancer))
+        embeddings = self._encode_call(call, plan)
 
         # 4. Draw the noise. An edit mixes it with its images.
-        channels = self.transformer.config["in_channels"]
-        noise = self.prepare_latents(
-            batch_size, channels, *render_size, embeddings.prompt_embeds.dtype, device, generator, latents
-        )  # (B, C, h, w), float32
-        noise = share_noise(noise, self.transformer, guidance_group)
+        noise = self._draw_noise(call, plan, embeddings.prompt_embeds.dtype)  # (B, C, h, w), float32
         known = None if edit is None else self._encode_edit(edit, noise)
         latents = noise if known is None else known.at(strength)  # (B, C, h, w)
 
@@ -862,7 +553,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
         if has_cache(self.transformer):
             self.transformer._reset_stateful_cache()  # the call before may have ended in an error
         finite_check.record("latents", latents)
-        with scale_adapters(self.transformer, lora_scale), self.progress_bar(total=num_steps) as progress_bar:
+        with scale_adapters(self.transformer, plan.lora_scale), self.progress_bar(total=num_steps) as progress_bar:
             conditioning = self._encode_conditioning(embeddings, latents, guidance)
             times = encode_timesteps(self.transformer, scheduler.sigmas[:-1], latents)
             for i, t in enumerate(scheduler.timesteps):
@@ -872,10 +563,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
                 if known is not None:
                     latents = known.restore(latents, scheduler.sigmas[i + 1])  # (B, C, h, w)
                 finite_check.record("latents", latents)
-                if callback_on_step_end is not None:
-                    latents, changed = self._run_callback(
-                        callback_on_step_end, callback_inputs, i, t, latents, embeddings, guidance
-                    )
+                if call.callback_on_step_end is not None:
+                    latents, changed = self._run_callback(call, plan, i, t, latents, embeddings, guidance)
                     if changed is not embeddings:
                         embeddings = changed
                         conditioning = self._encode_conditioning(embeddings, latents, guidance)
@@ -887,40 +576,47 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
 
         # 6. Decode.
         images: Any = latents
-        if output_type != "latent":
-            images = self._decode(latents)  # (B, 3, H, W)
-            if render_size != image_size:
-                images = self.image_processor.resize_and_crop_tensor(images, image_size[1], image_size[0])
-            images = self.image_processor.denormalize(images)  # (B, 3, H, W) in [0, 1]
-            if edit is not None:
-                images = edit.paste(images)
-            images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * batch_size)
-        if output_type == "pil" and settings_in_image is not False:
-            attach_settings(
-                self,
-                images,
-                prompt,
-                negative_prompt if do_guidance else None,
-                seeds,
-                strength=None if edit is None else strength,
-                num_inference_steps=num_inference_steps,
-                sigmas=sigmas,
-                timesteps=timesteps,
-                guidance_scale=guidance_scale,
-                guider=guider,
-                self_guidance_scale=self_guidance_scale if self_guidance_scale > 1 else None,
-                guide_transformer=True if guide_transformer is not None else None,
-                height=image_size[0],
-                width=image_size[1],
-                attention_kwargs=attention_kwargs,
-                long_prompts=long_prompts if long_prompts != "cut" else None,
-                prompt_weights=prompt_weights or None,
-                regions=describe_regions(regions),
-            )
+        if call.output_type != "latent":
+            images = self._decode_images(latents, call.output_type, plan, edit)
+        if call.output_type == "pil" and call.settings_in_image is not False:
+            height, width = plan.image_size
+            settings = call.describe() | {"guidance_scale": guidance.start_scale, "height": height, "width": width}
+            settings["strength"] = None if edit is None else strength
+            negative_prompt = call.negative_prompt if plan.do_guidance else None
+            attach_settings(self, images, call.prompt, negative_prompt, seeds, **settings)
         self.maybe_free_model_hooks()
-        return PRXPipelineOutput(images=images) if return_dict else (images,)
+        return PRXPipelineOutput(images=images) if call.return_dict else (images,)
 
     # --- parts of the call
+
+    def _check_call(self, call: CallArguments, edit: Edit | None) -> _Plan:
+        """Check the arguments of a call; return what follows from them."""
+        self._check_components()
+        do_guidance = self._check_guidance(
+            call.guidance_scale, call.guider, call.guidance_group, call.self_guidance_scale, call.guide_transformer
+        )
+        callback_inputs = self._check_callback(call.callback_on_step_end, call.callback_on_step_end_tensor_inputs)
+        self._check_output_type(call.output_type)
+        lora_scale = check_adapters(self.transformer, call.attention_kwargs)
+        check_count("num_inference_steps", call.num_inference_steps)
+        num_images_per_prompt = check_count("num_images_per_prompt", call.num_images_per_prompt)
+        for name in ("return_dict", "use_resolution_binning", "settings_in_image"):
+            check_flag(name, getattr(call, name))
+        call.text_settings.check()
+        check_regions(call.regions)
+        if call.prompt_weights and call.prompt is None:
+            raise ValueError("`prompt_weights` needs `prompt`: leave it out with `prompt_embeds`.")
+        embeds, mask, negative_embeds, negative_mask = call.given_embeddings
+        text_width = self.transformer.config["context_in_dim"]
+        check_embeds("prompt", embeds, mask, text_width)
+        check_embeds("negative_prompt", negative_embeds, negative_mask, text_width)
+        num_prompts = check_prompts(do_guidance, call.prompt, call.negative_prompt, embeds, negative_embeds)
+        batch_size = num_prompts * num_images_per_prompt
+        check_generator(call.generator, batch_size, self._execution_device)
+        image_size, render_size = self._image_sizes(call.height, call.width, call.use_resolution_binning)
+        if edit is not None:
+            edit.check_count(num_prompts)
+        return _Plan(do_guidance, batch_size, image_size, render_size, lora_scale, callback_inputs)
 
     def _check_components(self) -> None:
         for name in ("transformer", "scheduler"):
@@ -990,12 +686,58 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
         check_cached_steps(self.transformer, len(scheduler.timesteps))
         return scheduler
 
+    def _encode_call(self, call: CallArguments, plan: _Plan) -> PromptEmbeddings:
+        """Encode the prompts of a call and of its regions, B rows."""
+        members = None
+        if call.regions is not None:
+            token_size = self.vae_scale_factor * self.transformer.config["patch_size"]
+            height, width = plan.render_size
+            grid = (height // token_size, width // token_size)
+            members = region_tokens(call.regions, grid, plan.image_size, plan.render_size)  # (R, N)
+        embeddings = self._encode_prompts(
+            call.prompt,
+            self._execution_device,
+            plan.do_guidance,
+            call.negative_prompt,
+            call.num_images_per_prompt,
+            call.given_embeddings,
+            call.text_settings,
+            [text for text, _ in call.regions or []],
+            members,
+        )
+        text_width = self.transformer.config["context_in_dim"]
+        if embeddings.prompt_embeds.shape[-1] != text_width:
+            raise ValueError(
+                f"`text_encoder` returns embeddings of width {embeddings.prompt_embeds.shape[-1]}; the transformer"
+                f" takes {text_width} (`context_in_dim`)."
+            )
+        return embeddings
+
+    def _draw_noise(self, call: CallArguments, plan: _Plan, dtype: torch.dtype) -> torch.Tensor:
+        """Draw the noise of a call, (B, C, h, w), float32; the first process's in a group."""
+        channels, device = self.transformer.config["in_channels"], self._execution_device
+        noise = self.prepare_latents(
+            plan.batch_size, channels, *plan.render_size, dtype, device, call.generator, call.latents
+        )
+        return share_noise(noise, self.transformer, call.guidance_group)
+
     def _encode_edit(self, edit: Edit, noise: torch.Tensor) -> KnownLatents:
         """Encode the images of an edit, each once, and return them with the noise (B, C, h, w) of the call."""
         latents = edit.images.to(noise)  # (N, C, h, w), or (N, 3, H, W) in [0, 1]
         if not edit.is_latent:
             latents = self._encode(latents * 2 - 1)  # (N, C, h, w)
         return KnownLatents.expand(latents, noise, edit.latent_mask(self.vae_scale_factor))
+
+    def _decode_images(self, latents: torch.Tensor, output_type: str, plan: _Plan, edit: Edit | None) -> Any:
+        """Decode latents (B, C, h, w) to images of the size and type asked for, inside the images of an edit."""
+        images = self._decode(latents)  # (B, 3, H, W)
+        height, width = plan.image_size
+        if plan.render_size != plan.image_size:
+            images = self.image_processor.resize_and_crop_tensor(images, width, height)
+        images = self.image_processor.denormalize(images)  # (B, 3, H, W) in [0, 1]
+        if edit is not None:
+            images = edit.paste(images)
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
 
     def _encode_conditioning(
         self, embeddings: PromptEmbeddings, latents: torch.Tensor, guidance: _Guidance
@@ -1140,22 +882,24 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
 
     def _run_callback(
         self,
-        callback: Callable[..., dict[str, Any] | None],
-        names: list[str],
+        call: CallArguments,
+        plan: _Plan,
         step: int,
         timestep: torch.Tensor,
         latents: torch.Tensor,
         embeddings: PromptEmbeddings,
         guidance: _Guidance,
     ) -> tuple[torch.Tensor, PromptEmbeddings]:
-        """Call a step callback; return the latents and embeddings to continue with."""
+        """Call the step callback; return the latents and embeddings to continue with."""
+        assert call.callback_on_step_end is not None
         old_scale = self._call.guidance_scale
         tensors = {
             "latents": latents,
             "prompt_embeds": embeddings.prompt_embeds,
             "negative_prompt_embeds": embeddings.negative_prompt_embeds,
         }
-        returned = callback(self, step, timestep, {name: tensors[name] for name in names})
+        given = {name: tensors[name] for name in plan.callback_inputs}
+        returned = call.callback_on_step_end(self, step, timestep, given)
         returned = {} if returned is None else returned
         check_callback_result(returned, tensors)
         guided = embeddings.negative_prompt_embeds is not None or guidance.guide_transformer is not None
@@ -1169,7 +913,3 @@ class PRXPipelineBase(DiffusionPipeline, PRXLoraLoaderMixin, PRXSingleFileLoader
             if returned.get(name) is not None
         }
         return latents, dataclasses.replace(embeddings, **changed) if changed else embeddings
-
-
-def _shorten(text: str, length: int = 80) -> str:
-    return repr(text) if len(text) <= length else f"{text[:length]!r}..."

@@ -7,6 +7,7 @@ import torch
 from diffusers.guiders import BaseGuidance
 from torch.distributed import ProcessGroup
 
+from .call_arguments import CallArguments
 from .check_inputs import DEFAULT_GUIDANCE_SCALE
 from .editing import ImageInput
 from .pipeline_base import PRXPipelineBase
@@ -93,41 +94,8 @@ class PRXInpaintBase(PRXPipelineBase):
             >>> image = pipe("a blue cat on a beach", image=photo, mask_image=mask).images[0]
         """
         edit = self._make_edit(image, strength, height, width, mask_image, padding_mask_crop)
-        return self._draw(
-            edit,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            height=edit.size[0],
-            width=edit.size[1],
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            output_type=output_type,
-            return_dict=return_dict,
-            use_resolution_binning=False,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            tokenizer_max_length=tokenizer_max_length,
-            skip_text_cleaning=skip_text_cleaning,
-            sigmas=sigmas,
-            self_guidance_scale=self_guidance_scale,
-            guider=guider,
-            guidance_group=guidance_group,
-            attention_kwargs=attention_kwargs,
-            guide_transformer=guide_transformer,
-            long_prompts=long_prompts,
-            prompt_weights=prompt_weights,
-            regions=regions,
-            prompt_enhancer=prompt_enhancer,
-            settings_in_image=settings_in_image,
-        )
+        call = CallArguments.collect(locals(), height=edit.size[0], width=edit.size[1], use_resolution_binning=False)
+        return self._draw(call, edit)
 
 
 class PRXInpaintPipeline(PRXInpaintBase, PRXPipeline):
