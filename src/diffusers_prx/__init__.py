@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_prx_img2img import PRXImg2ImgPipeline, PRXPixelImg2ImgPipeline
     from .pipelines.pipeline_prx_inpaint import PRXInpaintPipeline, PRXPixelInpaintPipeline
     from .pipelines.pipeline_prx_pixel import PRXPixelPipeline
+    from .pipelines.presets import apply_preset
     from .pipelines.prompt_enhancer import PromptEnhancer
     from .schedulers.fast import fast_scheduler, fast_sigmas
     from .schedulers.scheduling_prx import PRXFlowMatchScheduler, PRXSchedulerOutput, PRXXPredictionScheduler
@@ -42,6 +43,7 @@ _MODULES = {
     "PRXTransformer2DModel": "models.transformer_prx",
     "PRXXPredictionScheduler": "schedulers.scheduling_prx",
     "PromptEnhancer": "pipelines.prompt_enhancer",
+    "apply_preset": "pipelines.presets",
     "fast_scheduler": "schedulers.fast",
     "fast_sigmas": "schedulers.fast",
     "read_settings": "pipelines.picture_settings",
@@ -63,6 +65,7 @@ __all__ = [
     "PRXXPredictionScheduler",
     "PromptEnhancer",
     "__version__",
+    "apply_preset",
     "fast_scheduler",
     "fast_sigmas",
     "read_settings",

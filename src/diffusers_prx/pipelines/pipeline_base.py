@@ -58,6 +58,7 @@ from .lora import PRXLoraLoaderMixin, check_adapters, scale_adapters
 from .parallel import gather_branches, share_noise
 from .picture_settings import attach_settings, find_seeds
 from .pipeline_output import PRXPipelineOutput
+from .presets import check_preset_steps, complete_preset_steps
 from .prompt_encoding import PRXPromptMixin
 from .single_file import PRXSingleFileLoaderMixin
 from .words import (
@@ -182,6 +183,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
         prediction_type: str | None,
         token_route: tuple[int, int, float] | None,
         caption_cleaning: str | None,
+        preset_steps: dict[str, int] | None,
     ) -> None:
         """Check and register the settings that are not components. Call it after `register_modules`."""
         if prediction_type is None:
@@ -200,7 +202,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
         self.register_to_config(
             default_sample_size=default_sample_size, noise_scale=noise_scale, prediction_type=prediction_type
         )
-        # diffusers warns of these two entries, which its own pipelines lack: register them only where they are needed
+        # diffusers warns of these entries, which its own pipelines lack: register them only where they are needed
         if token_route is not None:
             self.register_to_config(token_route=check_token_route(token_route, self.transformer))
         if caption_cleaning not in (None, *CAPTION_CLEANINGS):
@@ -209,6 +211,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
             )
         if caption_cleaning not in (None, self.default_caption_cleaning):
             self.register_to_config(caption_cleaning=caption_cleaning)
+        if preset_steps is not None:
+            self.register_to_config(preset_steps=check_preset_steps(preset_steps))
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call = _CallState()
 
@@ -223,6 +227,11 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
     def is_stock_compatible(self) -> bool:
         """True if stock diffusers' pipeline of this name draws the same with this configuration."""
         raise NotImplementedError
+
+    @property
+    def preset_steps(self) -> dict[str, int]:
+        """Number of steps of each preset of `apply_preset`: those of the configuration, or of the prediction type."""
+        return complete_preset_steps(self.config.get("preset_steps"), self.config["prediction_type"])
 
     def _check_output_type(self, output_type: str) -> None:
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:

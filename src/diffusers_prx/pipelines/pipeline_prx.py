@@ -17,9 +17,9 @@ class PRXPipeline(PRXPipelineBase):
 
     It loads pipelines that this package or stock diffusers saved, and the published checkpoints.
 
-    Three ways to sample. Errors are those of the latents to 200 Euler steps, on the small network of the quickstart;
-    the speed is over diffusers' pipeline at 256 pixels on two CPU cores; docs/draw/speed.md says how both were
-    measured.
+    Three ways to sample, which `apply_preset` sets up. Errors are those of the latents to 200 Euler steps, on the
+    small network of the quickstart; the speed is over diffusers' pipeline at 256 pixels on two CPU cores;
+    docs/draw/speed.md says how both were measured.
 
     - exact, the default: 28 Euler steps; the text's keys and values and the modulation are computed once per call.
       Error 0.025, 1.2 to 1.45 times as fast.
@@ -45,6 +45,8 @@ class PRXPipeline(PRXPipelineBase):
             half-open range of blocks and fraction of the tokens. `self_guidance_scale` of the call needs it.
         caption_cleaning: cleaning of prompts, that of the captions in training: "full", "full_v1" or "light" (see
             `prompt_cleaning`). None: "full_v1", as in diffusers' pipeline of this name.
+        preset_steps: numbers of steps of some of the presets "exact", "fast" and "fastest" (see `apply_preset`). The
+            others take 28, 14 and 7 steps if the network predicts velocity, 28, 9 and 7 if it predicts the image.
 
     Raises:
         ValueError: if an argument is not as described, or the scheduler is for another prediction.
@@ -75,12 +77,13 @@ class PRXPipeline(PRXPipelineBase):
         prediction_type: str | None = None,
         token_route: tuple[int, int, float] | None = None,
         caption_cleaning: str | None = None,
+        preset_steps: dict[str, int] | None = None,
     ):
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
         )
-        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
+        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning, preset_steps)
         if vae is not None and transformer is not None:
             channels = vae_latents.latent_channels(vae)
             if channels != transformer.config["in_channels"]:

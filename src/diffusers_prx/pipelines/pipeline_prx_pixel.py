@@ -30,6 +30,8 @@ class PRXPixelPipeline(PRXPipelineBase):
             half-open range of blocks and fraction of the tokens. `self_guidance_scale` of the call needs it.
         caption_cleaning: cleaning of prompts, that of the captions in training: "full", "full_v1" or "light" (see
             `prompt_cleaning`). None: "light", as in diffusers' pipeline of this name.
+        preset_steps: numbers of steps of some of the presets "exact", "fast" and "fastest" (see `apply_preset`). The
+            others take 28, 14 and 7 steps if the network predicts velocity, 28, 9 and 7 if it predicts the image.
 
     Raises:
         ValueError: if an argument is not as described, or the scheduler is for another prediction.
@@ -57,6 +59,7 @@ class PRXPixelPipeline(PRXPipelineBase):
         prediction_type: str | None = None,
         token_route: tuple[int, int, float] | None = None,
         caption_cleaning: str | None = None,
+        preset_steps: dict[str, int] | None = None,
     ):
         super().__init__()
         prompt_max_tokens = check_count("prompt_max_tokens", prompt_max_tokens)
@@ -64,7 +67,7 @@ class PRXPixelPipeline(PRXPipelineBase):
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(prompt_max_tokens=prompt_max_tokens)
-        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
+        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning, preset_steps)
         if transformer is not None and transformer.config["in_channels"] != 3:
             raise ValueError(
                 f"`transformer` takes {transformer.config['in_channels']} channels (`in_channels`); pixels have 3. Use"
