@@ -15,6 +15,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import tiny
 from diffusers_prx.config.training_config import TrainingConfig
+from diffusers_prx.evaluation.scorers import RankedPrompt
 from diffusers_prx.training import trainer
 from diffusers_prx.training.checkpoints import read_tensors
 from diffusers_prx.training.folder_lock import HELD_LOCKS
@@ -158,6 +159,11 @@ def save_vgg16(folder: Path) -> Path:
         index += 2 if width else 1
     torch.save(weights, folder / "vgg16.pth")
     return folder / "vgg16.pth"
+
+
+def brightness(images: list[np.ndarray], prompts: list[RankedPrompt]) -> list[float]:
+    """Score images by their mean; a scorer of rewards by its name `runs:brightness`."""
+    return [image.mean() / 255 for image in images]
 
 
 def copy_checkpoint(run: Run, step: int, folder: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from diffusers_prx.cli import exit_on_error, parse_flags, path
 from diffusers_prx.data.scenes import LEVELS
-from diffusers_prx.evaluation.preferences import PairSettings, RankedPrompt, make_pairs, scene_prompts
+from diffusers_prx.evaluation.preferences import PairSettings, make_pairs, scene_prompts
+from diffusers_prx.evaluation.scorers import RankedPrompt
 from diffusers_prx.files import expand_path
 
 

@@ -197,3 +197,10 @@ def clear_dinov3_positions() -> None:
 
     for columns in range(2, 34):
         get_patches_center_coordinates(1, columns, torch.float32, torch.device("cpu"))
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Let torch.compile make up to `limit` variants of a function before it gives up."""
+    import torch._dynamo  # takes a second, and only compiled runs need it
+
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, limit)

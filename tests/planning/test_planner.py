@@ -129,6 +129,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "mean velocity": {"objective": "mean_velocity", "distill_teacher_steps": 8, "caption_dropout": 0.1},
     "LADD": {"objective": "ladd", "caption_dropout": 0.1},
     "DPO": {"objective": "dpo", "rejected_image_column": "rejected", "caption_dropout": 0.1, "dataset_name": "pairs"},
+    "rewards": {
+        "objective": "nft",
+        "reward_scorers": {"runs:brightness": 1.0},
+        "reward_images_per_prompt": 3,
+        "reward_steps": 2,
+        "reward_guidance_scale": 2.0,
+        "reward_kl_weight": 0.1,
+    },
 }
 
 

@@ -259,6 +259,13 @@ def check_objective(cfg: TrainingSettings) -> None:
         "mean_velocity": ("distill_guidance_scale", "distill_steps", "distill_teacher_steps"),
         "ladd": ("distill_steps", "ladd_blocks", "ladd_noise_mean", "ladd_noise_std"),
         "dpo": ("dpo_beta", "rejected_image_column"),
+        "nft": (
+            "reward_scorers",
+            "reward_images_per_prompt",
+            "reward_steps",
+            "reward_guidance_scale",
+            "reward_kl_weight",
+        ),
     }
     for name in dict.fromkeys(name for names in used.values() for name in names):
         takers = [objective for objective, names in used.items() if name in names]
@@ -280,11 +287,13 @@ def check_objective(cfg: TrainingSettings) -> None:
             f"`train_text_encoder` is set, but the teacher of `objective` {cfg.objective} needs it "
             "unchanged: remove it."
         )
-    if cfg.objective in ("mean_velocity", "ladd") and cfg.num_validation_samples:
+    if cfg.objective in ("mean_velocity", "ladd", "nft") and cfg.num_validation_samples:
         raise ValueError(
             f"`num_validation_samples` is {cfg.num_validation_samples}, but the validation loss is that of flow "
             f"matching, which `objective` {cfg.objective} does not train: set it to 0 and use `validation_prompts`."
         )
+    if cfg.objective == "nft":
+        check_rewards(cfg)
     if cfg.objective == "dpo":
         if cfg.rejected_image_column is None:
             raise ValueError("`objective` is dpo, which needs pairs of images: pass `rejected_image_column`.")
@@ -307,9 +316,29 @@ def check_objective(cfg: TrainingSettings) -> None:
         )
 
 
+def check_rewards(cfg: TrainingSettings) -> None:
+    """Validate the settings of rewards."""
+    if not cfg.reward_scorers:
+        raise ValueError("`objective` is nft, which needs scores: pass `reward_scorers`, for example {scenes: 1.0}.")
+    for name, weight in cfg.reward_scorers.items():
+        if not is_weight(weight):
+            raise ValueError(f"`reward_scorers` has the weight {weight!r} for {name}: it must be positive and finite.")
+    if cfg.precomputed_dir:
+        raise ValueError(
+            f"`precomputed_dir` is {cfg.precomputed_dir}, but `objective` nft draws its images itself: remove it."
+        )
+    if "scenes" in cfg.reward_scorers:
+        others = [source.name for source in data_sources_of(cfg) if source.name != "scenes"]
+        if others or cfg.caption_weights or cfg.scenes_caption != "long":
+            raise ValueError(
+                "`reward_scorers` has scenes, which compares with whole scenes: it needs `dataset_name` scenes with "
+                "the `scenes_caption` long, and no `caption_weights`."
+            )
+
+
 def check_teacher(cfg: TrainingSettings, first_stage: TrainingSettings) -> None:
     """Validate that a run that begins with post-training begins with a trained model."""
-    if first_stage.needs_reference and (cfg.pretrained_model_name_or_path is None or cfg.transformer_config):
+    if first_stage.objective != "flow" and (cfg.pretrained_model_name_or_path is None or cfg.transformer_config):
         raise ValueError(
             f"`objective` is {first_stage.objective}, which starts from a trained model: pass "
             "`pretrained_model_name_or_path`, and no `transformer_config`."

@@ -54,6 +54,7 @@ class Range:
 
 
 AT_LEAST_ONE = Range("at least 1", 1)
+AT_LEAST_TWO = Range("at least 2", 2)
 NON_NEGATIVE = Range("at least 0", 0)
 POSITIVE = Range("greater than 0", 0, exclude_low=True)
 FRACTION = Range("in [0, 1]", 0, 1)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from ..prompt_cleaning import CaptionCleaning
 from .fields import (
     AT_LEAST_ONE,
+    AT_LEAST_TWO,
     FIXED_ON_RESUME,
     FRACTION,
     FRACTION_ABOVE_ZERO,
@@ -537,11 +538,12 @@ class TrainingSettings:
 
     # post-training: distillation and preferences
     objective: Annotated[
-        Literal["flow", "guidance_distillation", "mean_velocity", "ladd", "dpo"],
+        Literal["flow", "guidance_distillation", "mean_velocity", "ladd", "dpo", "nft"],
         "What a step trains. flow: flow matching. guidance_distillation: one "
         "evaluation predicts what the teacher predicts with guidance (arXiv 2210.03142). mean_velocity: each of "
         "`distill_steps` evaluations covers several steps of the guided teacher. ladd: adversarial distillation "
-        "(arXiv 2403.12015). dpo: prefer one image of a pair (Flow-DPO, arXiv 2501.13918). The teacher or reference "
+        "(arXiv 2403.12015). dpo: prefer one image of a pair (Flow-DPO, arXiv 2501.13918). nft: draw images and learn "
+        "from their scores (DiffusionNFT, arXiv 2509.16117). The teacher or reference "
         "is the model that the run starts from; later stages take the weights that the stage before has trained.",
         PER_STAGE,
     ] = "flow"
@@ -588,6 +590,26 @@ class TrainingSettings:
         POSITIVE,
         PER_STAGE,
     ] = 2000.0
+    reward_scorers: Annotated[
+        dict,
+        "Scorers of the images that `nft` draws, with their weights: {scenes: 1.0, clip=NAME: 0.5, module:function: "
+        "2.0}. See `evaluation.scorers.load_scorer`.",
+        PER_STAGE,
+    ] = field(default_factory=dict)
+    reward_images_per_prompt: Annotated[
+        int, "Number of images that `nft` draws of each caption and compares with each other.", AT_LEAST_TWO, PER_STAGE
+    ] = 8
+    reward_steps: Annotated[int, "Number of Euler steps in which `nft` draws.", AT_LEAST_ONE, PER_STAGE] = 12
+    reward_guidance_scale: Annotated[
+        float, "Guidance scale with which `nft` draws; 1 is off and takes half the time.", AT_LEAST_ONE, PER_STAGE
+    ] = 1.0
+    reward_kl_weight: Annotated[
+        float,
+        "Weight of the squared difference between the velocities of model and reference in `nft`. Higher values keep "
+        "the model closer to the reference; 0 needs no reference.",
+        NON_NEGATIVE,
+        PER_STAGE,
+    ] = 0.0
 
     # validation
     validation_steps: Annotated[
@@ -658,7 +680,7 @@ class TrainingSettings:
     @property
     def needs_reference(self) -> bool:
         """True if the step compares with the frozen model that the run or the stage starts from."""
-        return self.objective != "flow"
+        return self.objective != "flow" and (self.objective != "nft" or self.reward_kl_weight > 0)
 
     def changes(self, name: str) -> bool:
         """True if a setting differs from its default."""

@@ -1,8 +1,7 @@
 """Pairs of a preferred and a rejected image of one prompt: a model draws several, scorers rank them."""
 
-import importlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,31 +10,13 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from ..data.scenes import CAPTIONS, Scene, ScenesDataset, get_level, one_of
+from ..data.scenes import CAPTIONS, ScenesDataset, get_level, one_of
 from ..files import atomic_write
-from .clip_score import load_clip_score
 from .generation import PictureFolder, default_resolution, draw_missing, load_pipeline, pipeline_draw
-from .scene_checker import attribute_scores, read_scene, scene_matches
+from .scorers import RankedPrompt, load_scorer, total_scores
 
-# (images, uint8 (B, H, W, 3); prompts) -> one score per image, higher is better
-Scorer = Callable[[Sequence[np.ndarray], Sequence["RankedPrompt"]], Sequence[float]]
 PAIRS_FILE = "pairs.parquet"
-SCENES_SCORER, CLIP_PREFIX = "scenes", "clip="
-
-
-@dataclass(frozen=True)
-class RankedPrompt:
-    """Prompt whose images are ranked.
-
-    Args:
-        text: the prompt.
-        scene: scene that it describes, or None.
-    """
-
-    text: str
-    scene: Scene | None = None
 
 
 @dataclass(frozen=True)
@@ -61,55 +42,6 @@ class PairSettings:
     seed: int = 0
     resolution: int | None = None
     batch_size: int = 16
-
-
-def load_scorer(name: str) -> Scorer:
-    """Return a scorer by name.
-
-    Args:
-        name: `scenes` (share of attributes that are right in images of the built-in scenes, and 1 more if all are),
-            `clip=NAME` (cosine of image and prompt by a CLIP of transformers, such as PickScore, a folder or Hub id),
-            or `module:function` (a `Scorer` of your own).
-
-    Raises:
-        ValueError: the name is not that of a scorer.
-
-    Example:
-        >>> scorer = load_scorer("clip=yuvalkirstain/PickScore_v1")
-        >>> scores = scorer([image], [RankedPrompt("a red cat")])
-    """
-    if name == SCENES_SCORER:
-        return score_scenes
-    if name.startswith(CLIP_PREFIX):
-        metric = load_clip_score(name.removeprefix(CLIP_PREFIX))
-
-        def score(images: Sequence[np.ndarray], prompts: Sequence[RankedPrompt]) -> list[float]:
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (B, 3, H, W)
-            return metric.score(pixels, [prompt.text for prompt in prompts]).tolist()
-
-        return score
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"`scorers` has {name!r}; accepted: {SCENES_SCORER}, {CLIP_PREFIX}NAME, and module:function ({error})."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"`scorers` has {name!r}, which is not a function.")
-    return found
-
-
-def score_scenes(images: Sequence[np.ndarray], prompts: Sequence[RankedPrompt]) -> list[float]:
-    """Score images of built-in scenes: the mean share of right attributes, plus 1 if all are right."""
-    scores = []
-    for image, prompt in zip(images, prompts, strict=True):
-        if prompt.scene is None:
-            raise ValueError(f"`scorers` has scenes, but {prompt.text!r} is not the caption of a scene.")
-        found = read_scene(image, prompt.scene.level)
-        right = float(scene_matches(found, prompt.scene))
-        scores.append(right + float(np.mean(list(attribute_scores(found, prompt.scene).values()))))
-    return scores
 
 
 def scene_prompts(level: str, count: int, seed: int, caption: str = "long") -> list[RankedPrompt]:
@@ -141,7 +73,7 @@ def make_pairs(settings: PairSettings, prompts: Sequence[RankedPrompt], output_d
         >>> settings = PairSettings("outputs/quickstart", {"scenes": 1.0})
         >>> make_pairs(settings, scene_prompts("easy", 100, seed=1), Path("outputs/pairs"), "cpu")
     """
-    scorers = {name: (load_scorer(name), weight) for name, weight in settings.scorers.items()}
+    scorers = {name: load_scorer(name) for name in settings.scorers}
     pipeline = load_pipeline(settings.model).to(device)
     side = settings.resolution or default_resolution(pipeline)
     draw = pipeline_draw(
@@ -159,12 +91,7 @@ def make_pairs(settings: PairSettings, prompts: Sequence[RankedPrompt], output_d
     pairs: dict[str, list[Any]] = {"image_win": [], "image_lose": [], "caption": []}
     for first in range(0, len(rows), count):
         images = [pictures.read(prompt) for prompt in numbered[first : first + count]]
-        total = np.zeros(count)
-        for name, (scorer, weight) in scorers.items():
-            scores = np.asarray(scorer(images, rows[first : first + count]), dtype=np.float64)
-            if scores.shape != (count,):
-                raise ValueError(f"The scorer {name} returned {scores.shape} scores; accepted: one per image.")
-            total += weight * scores
+        total = total_scores(scorers, settings.scorers, images, rows[first : first + count])
         best, worst = int(total.argmax()), int(total.argmin())
         if total[best] > total[worst]:
             pairs["image_win"].append(_png(images[best]))

@@ -30,6 +30,7 @@ from ..training.network_configs import meta_teacher, meta_text_encoder, text_con
 from ..training.networks import Nets, count_uncheckpointed_blocks, new_discriminator, new_projector
 from ..training.preference_step import PreferenceInputs, preference_losses, twice
 from ..training.preflight import meta_networks
+from ..training.reward_step import RewardInputs, draw_images, reward_losses
 from ..training.step import StepInputs, alignment, compute_losses, weighted_sum
 
 
@@ -287,8 +288,30 @@ class MicroBatch:
         rows = (inputs.noise, inputs.timestep, inputs.text, inputs.text_mask)
         return PreferenceInputs(torch.cat((inputs.clean, rejected)), *map(twice, rows))
 
+    def decode_images(self) -> torch.Tensor:
+        """Decode the images that the reward step draws, (B * K, 3, H, W)."""
+        batch, *shape = self.latents_shape()
+        with torch.no_grad():
+            return decode(self.nets.vae, torch.randn(batch * self.cfg.reward_images_per_prompt, *shape))
+
+    def reward_loss(self) -> torch.Tensor:
+        """Return the loss of a reward step, with drawn images and without their scores."""
+        cfg, (batch, *shape) = self.cfg, self.latents_shape()
+        count = cfg.reward_images_per_prompt
+        text = self.encode_captions().repeat_interleave(count, dim=0)  # (B * K, L, E)
+        mask = torch.ones(text.shape[:2], dtype=torch.bool)
+        noise, timestep = torch.randn(batch * count, *shape), torch.rand(batch * count)
+        negative_text = text[:, :1] if cfg.reward_guidance_scale > 1 else None  # (B * K, 1, E)
+        clean = draw_images(noise, text, mask, negative_text, self.nets, cfg)  # (B * K, C, h, w)
+        self.decode_images()
+        inputs = RewardInputs(clean, noise, timestep, timestep, text, mask)
+        losses, _ = reward_losses(inputs, self.nets, cfg)
+        return torch.stack(list(losses.values())).sum()
+
     def loss(self) -> torch.Tensor:
         """Return the loss of a whole step, including the encoding of its inputs."""
+        if self.cfg.objective == "nft":
+            return self.reward_loss()
         if self.cfg.objective == "dpo":
             return preference_losses(self.preference_inputs(), self.nets, self.cfg)[0]["dpo"]
         if self.cfg.objective != "flow":
@@ -318,7 +341,8 @@ class MicroBatch:
         nets, parts = self.nets, {}
         if not self.cached:
             if nets.vae is not None:
-                parts["autoencoder"] = count(self.encode_images)
+                drawn = self.cfg.objective == "nft"
+                parts["autoencoder"] = count(self.decode_images if drawn else self.encode_images)
             parts["text encoder"] = count(self.encode_captions)
         if nets.projector is not None:
             if not self.cached:

@@ -88,7 +88,7 @@ def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict
 
 
 # main loss of each objective
-MAIN_LOSSES = ("flow", "guidance_distillation", "mean_velocity", "generator", "dpo")
+MAIN_LOSSES = ("flow", "guidance_distillation", "mean_velocity", "generator", "dpo", "nft")
 
 
 def plot_loss(state: RunState, path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 
 from ..config.fields import config_fields
 from ..config.training_config import TrainingConfig
+from ..evaluation.scorers import Scorer, load_scorer
 from ..fingerprints import fingerprint, tokenizer_fingerprint
 from ..latents import latent_channels, load_vae, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
@@ -64,6 +65,7 @@ class Nets:
         reference: frozen copy of the transformer that post-training starts from; None if the transformer without its
             adapter is this model, or none is needed.
         discriminator: discriminator of LADD, or None.
+        scorers: scorers of drawn images by name.
     """
 
     transformer: Any
@@ -80,6 +82,7 @@ class Nets:
     dino: Any = None
     reference: Any = None
     discriminator: Any = None
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)  # see `fingerprint_of`
 
     def fingerprint_of(self, name: Literal["vae", "text_encoder"]) -> str:
@@ -460,6 +463,7 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int 
     if adversarial:
         cfg = _require_equal(adversarial, "ladd_blocks")
         nets.discriminator = new_discriminator(cfg, nets.transformer)
+    nets.scorers = {name: load_scorer(name) for cfg in stages for name in cfg.reward_scorers}
 
 
 def new_discriminator(cfg: TrainingConfig, transformer: PRXTransformer2DModel) -> Discriminator:

@@ -21,6 +21,7 @@ from .distributed import clip_gradients
 from .export import write_record
 from .lost_workers import batches_despite_lost_workers
 from .preference_step import preference_step
+from .reward_step import reward_step
 from .rng import StepRandom
 from .run import Run
 from .stages import Stage
@@ -171,7 +172,8 @@ def micro_step(run: Run, stage: Stage, batch: dict[str, Any]) -> StepOutput:
 
 def step_function(cfg: TrainingConfig) -> Callable[..., StepOutput]:
     """Return the step that a stage makes."""
-    return {"flow": train_step, "dpo": preference_step}.get(cfg.objective, distill_step)
+    steps = {"flow": train_step, "dpo": preference_step, "nft": reward_step}
+    return steps.get(cfg.objective, distill_step)
 
 
 def check_alignment(run: Run, stage: Stage, output: StepOutput) -> None:
