@@ -98,6 +98,24 @@ def test_guidance_distillation_predicts_the_guided_teacher(prediction):
     assert output.loss_per_sample.tolist() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_student_with_a_guidance_input_predicts_the_teacher_of_each_scale():
+    nets, cfg = make("guidance_distillation", "velocity", distill_guidance_max=6.0)
+    nets.transformer.add_guidance_embedder()
+    torch.nn.init.normal_(nets.transformer.guidance_embedder.out_layer.weight, std=0.5)
+    batch, draws = runs.batch(), rng()
+    output = distill_step(batch, nets, cfg, draws)
+    noise, scales = draws.normal("noise", (3, 16, 16)), (1 + 5 * draws.uniform("guidance")).tolist()
+    assert max(scales) - min(scales) > 1
+    wanted = []
+    for row, caption in enumerate(batch["captions"]):
+        t = nets.scheduler.sample_timesteps(1, generator=draws.generators("timestep")[row])
+        noisy = (1 - t) * (batch["pixels_uint8"][row : row + 1].float() / 127.5 - 1) + t * noise[row : row + 1]
+        guided = draw(nets, cfg, nets.reference, caption, noisy, [t.item()], 1, scales[row])
+        own = draw(nets, cfg, nets.transformer, caption, noisy, [t.item()], 1, scales[row])
+        wanted.append((((guided - own) / t) ** 2).mean().item())
+    assert output.loss_per_sample.tolist() == pytest.approx(wanted, rel=1e-4)
+
+
 def test_ladd_losses_and_their_gradients():
     """The hinge losses by their formulas; each changes its own network alone, and the teacher none."""
     nets, cfg = make("ladd", distill_steps=2, ladd_noise_mean=0.5)
@@ -241,6 +259,31 @@ def test_compiled_adapter_learns_what_the_plain_one_does(whole, tmp_path):
         assert entry["loss/mean_velocity"] == pytest.approx(wanted["loss/mean_velocity"], rel=1e-3)
 
 
+def test_result_with_a_guidance_input_draws_and_resumes(whole, tmp_path):
+    values = {
+        "pretrained_model_name_or_path": str(whole.output_dir), "transformer_config": {}, "train_text_encoder": False,
+        "objective": "guidance_distillation", "distill_guidance_max": 5.0, "max_train_steps": 4, "adam_epsilon": 1e-4,
+        "prediction_type": whole.cfg.prediction_type, "learning_rate": 1e-2,
+    }  # fmt: skip
+    run = runs.train(runs.settings(tmp_path / "run", **values))
+    runs.copy_checkpoint(run, 2, tmp_path / "resumed")
+    resumed = runs.train(
+        run.cfg.to_dict() | {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "latest"}
+    )
+    runs.assert_same(*(runs.saved_state(each.output_dir / "checkpoint-4") for each in (resumed, run)))
+    pipe = PRXPixelPipeline.from_pretrained(run.output_dir)
+    low, high = (
+        pipe(runs.CAPTIONS[0], num_inference_steps=1, guidance_scale=scale, output_type="pt",
+             generator=torch.Generator().manual_seed(0)).images
+        for scale in (1.0, 5.0)
+    )  # fmt: skip
+    assert (low - high).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="guidance_embeds"):
+        runs.start(
+            runs.settings(tmp_path / "again", **values | {"pretrained_model_name_or_path": str(run.output_dir)})
+        )
+
+
 def _train(values: dict) -> None:
     torch.set_num_threads(1)
     runs.train(values)
@@ -259,6 +302,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     ("changes", "name"),
     [
         ({"distill_teacher_steps": 27}, "distill_teacher_steps"),
+        ({"distill_guidance_max": 4.0}, "distill_guidance_max"),
         ({"train_text_encoder": True}, "train_text_encoder"),
         ({"caption_dropout": 0.2}, "caption_dropout"),
         ({"route_ratio": 0.5}, "route_ratio"),

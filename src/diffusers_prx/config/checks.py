@@ -255,7 +255,7 @@ def check_techniques(cfg: TrainingSettings) -> None:
 def check_objective(cfg: TrainingSettings) -> None:
     """Validate the settings of post-training."""
     used = {
-        "guidance_distillation": ("distill_guidance_scale",),
+        "guidance_distillation": ("distill_guidance_scale", "distill_guidance_max"),
         "mean_velocity": ("distill_guidance_scale", "distill_steps", "distill_teacher_steps"),
         "ladd": ("distill_steps", "ladd_blocks", "ladd_noise_mean", "ladd_noise_std"),
         "dpo": ("dpo_beta", "rejected_image_column"),
@@ -294,6 +294,15 @@ def check_objective(cfg: TrainingSettings) -> None:
         )
     if cfg.objective == "nft":
         check_rewards(cfg)
+    if cfg.distill_guidance_max is not None:
+        for name in ("lora_rank", "num_validation_samples"):
+            if getattr(cfg, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(cfg, name)}, but with `distill_guidance_max` the transformer has a new "
+                    "input: remove one of them."
+                )
+        if cfg.changes("distill_guidance_scale"):
+            raise ValueError("Both `distill_guidance_scale` and `distill_guidance_max` are given: pass one of them.")
     if cfg.objective == "dpo":
         if cfg.rejected_image_column is None:
             raise ValueError("`objective` is dpo, which needs pairs of images: pass `rejected_image_column`.")

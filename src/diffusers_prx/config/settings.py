@@ -553,6 +553,13 @@ class TrainingSettings:
         AT_LEAST_ONE,
         PER_STAGE,
     ] = 4.0
+    distill_guidance_max: Annotated[
+        float | None,
+        "With `guidance_distillation`, draw the teacher's scale for each sample from 1 to this, and make it an input "
+        "of the student (`guidance_embeds` of the transformer), whose `guidance_scale` can then be chosen when it "
+        "draws. null: `distill_guidance_scale` for all.",
+        AT_LEAST_ONE,
+    ] = None
     distill_steps: Annotated[
         int,
         "Number of evaluations that the student of `mean_velocity` or `ladd` draws with. It learns the noise levels "

@@ -53,13 +53,14 @@ from .token_routing import TokenRoute
 
 NORM_EPS = 1e-6
 TIME_EMBEDDING_SIZE = 256
+GUIDANCE_FACTOR = 100.0  # scales of 1 to 10 then use the range of the timesteps, 0 to 1000
 
 # devices with float64 and complex numbers, unlike MPS and NPUs
 FLOAT64_DEVICES = ("cpu", "cuda")
 
 # Configuration that diffusers' PRXTransformer2DModel does not have. A model that uses it is stored under another class
 # name, so that diffusers raises an error instead of loading the model without these weights.
-OWN_OPTIONS = ("resolution_tokens", "fusion_range")
+OWN_OPTIONS = ("resolution_tokens", "fusion_range", "guidance_embeds")
 STOCK_CLASS_NAME, OWN_CLASS_NAME = "PRXTransformer2DModel", "PRXExtendedTransformer2DModel"
 
 
@@ -522,8 +523,9 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     """PRX, the text-to-image transformer of Photoroom (https://github.com/Photoroom/PRX).
 
     Configuration and state-dict keys are those of the class of the same name in diffusers, so that each loads what the
-    other saved. Only `resolution_tokens` and `fusion_range` do not exist in diffusers; models with one of them are
-    stored as PRXExtendedTransformer2DModel. A new model is initialized for training from scratch (`init_weights`).
+    other saved. `resolution_tokens`, `fusion_range` and `guidance_embeds` do not exist in diffusers; models with
+    any of them are stored as PRXExtendedTransformer2DModel. A new model is initialized for training from scratch
+    (`init_weights`).
 
     Args:
         in_channels: channels C of the latents, or 3 for pixels.
@@ -544,6 +546,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         resolution_tokens: put an embedding of H and one of W before the text, as two tokens.
         fusion_range: half-open range of blocks whose output a linear layer fuses with their input (SPRINT, arXiv
             2510.21986), with or without a `route` around them; None for no fusion.
+        guidance_embeds: take the guidance scale as an input, `guidance` (arXiv 2210.03142); one evaluation then
+            predicts what a guided teacher predicts with two.
 
     Raises:
         ValueError: if the sizes do not fit each other.
@@ -591,6 +595,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         resolution_embeds: bool = False,
         resolution_tokens: bool = False,
         fusion_range: tuple[int, int] | None = None,
+        guidance_embeds: bool = False,
     ):
         super().__init__()
         if hidden_size % num_heads != 0:
@@ -633,6 +638,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self.resolution_token_embedder = (
             PRXResolutionTokens(hidden_size, time_max_period) if resolution_tokens else None
         )
+        self.guidance_embedder = PRXMLPEmbedder(TIME_EMBEDDING_SIZE, hidden_size) if guidance_embeds else None
         self.blocks = nn.ModuleList([PRXBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = PRXFinalLayer(hidden_size, patch_values)
         self.fusion = PRXFusion(hidden_size) if fusion_range is not None else None
@@ -666,6 +672,27 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 nn.init.zeros_(module.linear.weight)
             elif isinstance(module, PRXFusion):
                 nn.init.normal_(module.mask_token, std=0.02)
+
+    def add_guidance_embedder(self) -> None:
+        """Make the guidance scale an input of a trained model, whose predictions stay the same until it is trained.
+
+        Raises:
+            ValueError: if it is one already.
+
+        Example:
+            >>> transformer.add_guidance_embedder()
+            >>> velocity = transformer(latents, timestep, embeds, guidance=torch.tensor([4.0])).sample
+        """
+        if self.guidance_embedder is not None:
+            raise ValueError("The model has `guidance_embeds` already.")
+        weight = self.final_layer.linear.weight
+        embedder = PRXMLPEmbedder(TIME_EMBEDDING_SIZE, self.config.hidden_size)
+        nn.init.normal_(embedder.in_layer.weight, std=0.02)
+        nn.init.zeros_(embedder.in_layer.bias)
+        nn.init.zeros_(embedder.out_layer.weight)
+        nn.init.zeros_(embedder.out_layer.bias)
+        self.guidance_embedder = embedder.to(weight.device, weight.dtype)
+        self.register_to_config(guidance_embeds=True)
 
     @property
     def stored_class_name(self) -> str:
@@ -810,18 +837,24 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         return self._rotary_tables[key]
 
     def _embed_time(
-        self, timestep: torch.Tensor, height: int | None, width: int | None, dtype: torch.dtype
+        self,
+        timestep: torch.Tensor,
+        height: int | None,
+        width: int | None,
+        dtype: torch.dtype,
+        guidance: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Embed timesteps (T,) to the vectors (T, D) that modulate every block."""
+        """Embed timesteps (T,) and guidance scales (T,) or (1,) to the vectors (T, D) that modulate every block."""
+        waves = {"max_period": self.config.time_max_period, "flip_sin_to_cos": True, "downscale_freq_shift": 0.0}
         temb = get_timestep_embedding(
-            timestep,
-            TIME_EMBEDDING_SIZE,
-            max_period=self.config.time_max_period,
-            scale=self.config.time_factor,
-            flip_sin_to_cos=True,
-            downscale_freq_shift=0.0,
+            timestep, TIME_EMBEDDING_SIZE, scale=self.config.time_factor, **waves
         )  # (T, 256)
         temb = self.time_in(temb.to(dtype))  # (T, D)
+        if self.guidance_embedder is not None:  # as FLUX.1-dev and arXiv 2210.03142
+            assert guidance is not None
+            scales = guidance.to(timestep).reshape(-1)  # (T,)
+            embedded = get_timestep_embedding(scales, TIME_EMBEDDING_SIZE, scale=GUIDANCE_FACTOR, **waves)  # (T, 256)
+            temb = temb + self.guidance_embedder(embedded.to(dtype))  # (T, D)
         if self.resolution_embedder is not None:
             temb = temb + self.resolution_embedder(height, width, temb.device, dtype)  # (T, D)
         return temb
@@ -892,6 +925,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         height: int | None = None,
         width: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> PRXTimeContext:
         """Compute the modulation of all blocks for all timesteps of a run at once.
 
@@ -900,9 +934,10 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             height: H of the later `hidden_states`; needed with `resolution_embeds`.
             width: W, likewise.
             attention_kwargs: `{"scale": s}` multiplies the weights of LoRA adapters by s.
+            guidance: (1,), guidance scale; needed with `guidance_embeds`, and only then accepted.
 
         Raises:
-            ValueError: if the shape is not as described, or a needed size is missing.
+            ValueError: if the shape is not as described, or a needed size or scale is missing.
 
         Example:
             >>> times = transformer.encode_timesteps(scheduler.sigmas[:-1])
@@ -912,10 +947,20 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             raise ValueError(f"`timestep` must have the shape (T,), got {tuple(timestep.shape)}.")
         if self.resolution_embedder is not None and (height is None or width is None):
             raise ValueError("This model adds the size to the timestep: pass `height` and `width`.")
-        temb = self._embed_time(timestep, height, width, self.dtype)  # (T, D)
+        self._check_guidance(guidance, 1)
+        temb = self._embed_time(timestep, height, width, self.dtype, guidance)  # (T, D)
         blocks: Any = self.blocks
         modulations = tuple(torch.cat(block.modulation(temb), dim=1) for block in blocks)  # (T, 6, D) each
         return PRXTimeContext(modulations, self.final_layer.adaLN_modulation(temb).unflatten(-1, (2, -1)))
+
+    def _check_guidance(self, guidance: torch.Tensor | None, rows: int) -> None:
+        if self.guidance_embedder is None and guidance is not None:
+            raise ValueError("`guidance` is given, but this model has no `guidance_embeds`: leave it out.")
+        if self.guidance_embedder is not None and (guidance is None or tuple(guidance.shape) not in {(1,), (rows,)}):
+            shape = None if guidance is None else tuple(guidance.shape)
+            raise ValueError(
+                f"`guidance` must have the shape ({rows},) or (1,): this model has `guidance_embeds`, got {shape}."
+            )
 
     def _check_text(
         self,
@@ -1048,6 +1093,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         text_value_weights: torch.Tensor | None = None,
         skip_blocks: Collection[int] = (),
         identity_attention_blocks: Collection[int] = (),
+        guidance: torch.Tensor | None = None,
     ) -> PRXTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
         """Predict the velocity, or the clean image if trained for it, of noisy latents or pixels.
 
@@ -1070,6 +1116,8 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             skip_blocks: blocks, counted from 0, that leave the image tokens unchanged (skip-layer guidance).
             identity_attention_blocks: blocks in which an image token attends to the text and to itself only
                 (perturbed-attention guidance, arXiv 2403.17377).
+            guidance: (B,) or (1,), guidance scale of a model with `guidance_embeds`, which learned it as an input
+                (arXiv 2210.03142). Part of a `time_context`.
 
         Returns:
             `PRXTransformer2DModelOutput`, whose `sample` has the shape of `hidden_states`; or a tuple: (sample,), or
@@ -1093,6 +1141,10 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self._check_inputs(
             hidden_states, time, text, attention_mask, text_value_weights, route, feature_block, changed_blocks
         )
+        if time_context is None:
+            self._check_guidance(guidance, len(hidden_states))
+        elif guidance is not None:
+            raise ValueError("`guidance` is part of a `time_context`: pass it to `encode_timesteps`.")
         height, width = hidden_states.shape[-2:]
         patch_size, depth = self.config.patch_size, self.config.depth
 
@@ -1104,7 +1156,7 @@ class PRXTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         table = self._rotary(height // patch_size, width // patch_size, img.device)  # (N, d/2, 2)
 
         if time_context is None:
-            final_time: Any = self._embed_time(time, height, width, img.dtype)  # (B, D)
+            final_time: Any = self._embed_time(time, height, width, img.dtype, guidance)  # (B, D)
             times: list[Any] = [final_time] * depth
         else:
             times = [block[0].unbind() for block in time_context.blocks]  # 6 x (D,) each

@@ -166,19 +166,28 @@ def check_accepts(transformer: Any, argument: str, given: str) -> None:
         )
 
 
-def encode_timesteps(transformer: Any, sigmas: torch.Tensor, latents: torch.Tensor) -> list[dict[str, Any]]:
+def encode_timesteps(
+    transformer: Any, sigmas: torch.Tensor, latents: torch.Tensor, guidance_scale: float | None = None
+) -> list[dict[str, Any]]:
     """Return the time arguments of each step.
 
     Args:
         transformer: our transformer or stock diffusers'.
         sigmas: (n,) noise levels of the n steps.
         latents: (B, C, h, w), for device and size.
+        guidance_scale: scale that the transformer takes as an input; None if it does not.
     """
     sigmas = sigmas.to(latents.device)
+    guidance = {} if guidance_scale is None else {"guidance": sigmas.new_tensor([guidance_scale])}
     if supports_contexts(transformer):
-        contexts = transformer.encode_timesteps(sigmas, *latents.shape[-2:])
+        contexts = transformer.encode_timesteps(sigmas, *latents.shape[-2:], **guidance)
         return [{"time_context": contexts.at(step)} for step in range(len(sigmas))]
-    return [{"timestep": sigma[None]} for sigma in sigmas]
+    return [{"timestep": sigma[None], **guidance} for sigma in sigmas]
+
+
+def embeds_guidance(transformer: Any) -> bool:
+    """True if the transformer takes the guidance scale as an input."""
+    return bool(transformer.config.get("guidance_embeds"))
 
 
 def _merge_equal_rows(text: TextBranch) -> TextBranch:

@@ -48,6 +48,7 @@ from .check_inputs import (
 from .conditioning import (
     Conditioning,
     PromptEmbeddings,
+    embeds_guidance,
     encode_conditioning,
     encode_timesteps,
 )
@@ -465,7 +466,8 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
             timesteps: custom timesteps, 1000 * noise level, strictly decreasing.
             guidance_scale: weight w of classifier-free guidance (arXiv 2207.12598), negative + w (positive -
                 negative). 1 and 0 switch it off, and the transformer runs on half the batch. Other values below 1 are
-                an error, as in diffusers' PRX.
+                an error, as in diffusers' PRX. A transformer with `guidance_embeds` takes w as an input and needs no
+                negative prompt.
             num_images_per_prompt: images per prompt, in the order p0, p0, p1, p1.
             generator: one torch generator, or one per image, in that order.
             latents: initial noise (B, C, h, w), already scaled by `noise_scale`.
@@ -564,7 +566,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
         finite_check.record("latents", latents)
         with scale_adapters(self.transformer, plan.lora_scale), self.progress_bar(total=num_steps) as progress_bar:
             conditioning = self._encode_conditioning(embeddings, latents, guidance)
-            times = encode_timesteps(self.transformer, scheduler.sigmas[:-1], latents)
+            times = self._encode_times(scheduler, latents)
             for i, t in enumerate(scheduler.timesteps):
                 self._call.begin_step(i, t)
                 prediction = self._predict_guided(i, latents, scheduler, times[i], conditioning, guidance)
@@ -573,7 +575,10 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
                     latents = known.restore(latents, scheduler.sigmas[i + 1])  # (B, C, h, w)
                 finite_check.record("latents", latents)
                 if call.callback_on_step_end is not None:
+                    old_scale = self.guidance_scale
                     latents, changed = self._run_callback(call, plan, i, t, latents, embeddings, guidance)
+                    if self.guidance_scale != old_scale and embeds_guidance(self.transformer):
+                        times = self._encode_times(scheduler, latents)
                     if changed is not embeddings:
                         embeddings = changed
                         conditioning = self._encode_conditioning(embeddings, latents, guidance)
@@ -658,6 +663,16 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
     ) -> bool:
         """Check the arguments of guidance; return True if the call needs negative prompts."""
         do_guidance, in_group = check_guidance(guidance_scale) > 1, guidance_group is not None
+        if embeds_guidance(self.transformer):
+            others = {"guider": guider, "guidance_group": guidance_group, "guide_transformer": guide_transformer}
+            given = [name for name, value in others.items() if value is not None]
+            given += ["self_guidance_scale"] if self_guidance_scale != 1 else []
+            if given:
+                raise ValueError(
+                    f"`{given[0]}` is given, but the transformer takes the guidance scale as an input"
+                    " (`guidance_embeds`): leave it out."
+                )
+            return False
         if guider is not None:
             check_guider(guider, guidance_scale, has_cache(self.transformer))
             changes = network_changes(guider)
@@ -761,6 +776,11 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
         prompts = embeddings.branches(guide.dtype)[-1:]
         return dataclasses.replace(conditioning, guide=encode_conditioning(guide, prompts, *latents.shape[-2:]))
 
+    def _encode_times(self, scheduler: Any, latents: torch.Tensor) -> list[dict[str, Any]]:
+        """Return the time arguments of the transformer at each step."""
+        scale = max(1.0, self.guidance_scale) if embeds_guidance(self.transformer) else None
+        return encode_timesteps(self.transformer, scheduler.sigmas[:-1], latents, scale)
+
     def _predict_guided(
         self,
         step: int,
@@ -814,7 +834,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
             own = self._predict(latents, time, conditioning.branch(process_group.rank()))  # (B, C, h, w)
             return gather_branches(own, process_group)  # (2B, C, h, w)
         if "timestep" in time:
-            time = {"timestep": time["timestep"].expand(branches * len(latents))}  # (G * B,)
+            time = time | {"timestep": time["timestep"].expand(branches * len(latents))}  # (G * B,)
         # both branches in one call: diffusers' caches then reuse both or neither
         with transformer.cache_context("branches") if has_cache(transformer) else nullcontext():
             prediction = transformer(
@@ -912,6 +932,7 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
         returned = {} if returned is None else returned
         check_callback_result(returned, tensors)
         guided = embeddings.negative_prompt_embeds is not None or guidance.guide_transformer is not None
+        guided = guided or embeds_guidance(self.transformer)
         cached = has_cache(self.transformer)
         check_guidance_change(self._call.guidance_scale, old_scale, guided, guidance.guider, cached)
         latents = returned.get("latents", latents).to(latents)

@@ -151,6 +151,8 @@ def build_meta_networks(cfg: TrainingConfig) -> Nets:
         _add_techniques(nets, stage)
     if any(stage.needs_reference for stage in cfg.stage_configs()):
         nets.reference = meta_networks(cfg, "cpu", tables=True).transformer
+    if cfg.distill_guidance_max is not None:
+        transformer.add_guidance_embedder()
     frozen = (nets.text_encoder, nets.vae, nets.lpips, nets.reference)
     for module in frozen:
         if module is not None:
@@ -278,6 +280,7 @@ class MicroBatch:
             negative_text=inputs.text[:, :1],
             judged_timestep=inputs.timestep,
             judged_noise=inputs.noise,
+            guidance=None if self.cfg.distill_guidance_max is None else 1 + inputs.timestep,
         )
 
     def preference_inputs(self) -> PreferenceInputs:

@@ -40,6 +40,7 @@ class DistillationInputs:
         negative_text: encoded empty caption (B, T, E).
         judged_timestep: noise levels at which the discriminator compares, (B,).
         judged_noise: noise of these levels, (B, C, h, w).
+        guidance: guidance scales of the teacher that the student takes as an input, (B,), or None.
     """
 
     clean: torch.Tensor
@@ -51,6 +52,7 @@ class DistillationInputs:
     negative_text: torch.Tensor
     judged_timestep: torch.Tensor
     judged_noise: torch.Tensor
+    guidance: torch.Tensor | None = None
 
 
 def distill_step(batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: StepRandom) -> StepOutput:
@@ -81,7 +83,13 @@ def distill_step(batch: dict[str, Any], nets: Nets, cfg: TrainingConfig, rng: St
     judged = torch.sigmoid(cfg.ladd_noise_mean + cfg.ladd_noise_std * rng.normal("judged_timestep"))  # (B,)
     judged_noise = cfg.noise_scale * rng.normal("judged_noise", clean.shape[1:])  # (B, C, h, w)
 
-    inputs = DistillationInputs(clean, noise, timestep, level, text, text_mask, negative_text, judged, judged_noise)
+    guidance = None
+    if cfg.distill_guidance_max is not None:
+        guidance = 1 + (cfg.distill_guidance_max - 1) * rng.uniform("guidance")  # (B,)
+
+    inputs = DistillationInputs(
+        clean, noise, timestep, level, text, text_mask, negative_text, judged, judged_noise, guidance
+    )
     with rng.seeded("lora_dropout") if cfg.lora_dropout > 0 else nullcontext():
         losses, loss_per_sample = distillation_losses(inputs, nets, cfg)
     return StepOutput(torch.stack(list(losses.values())).sum(), losses, loss_per_sample.detach(), truncated)
@@ -109,7 +117,10 @@ def distillation_losses(
     else:
         timestep = inputs.timestep  # (B,)
         noisy = mix(inputs.clean, inputs.noise, timestep)  # (B, C, h, w)
-        guided = guided_prediction(noisy, timestep, inputs, nets, cfg.distill_guidance_scale)  # (B, C, h, w)
+        scale: Any = cfg.distill_guidance_scale
+        if inputs.guidance is not None:
+            scale = inputs.guidance[:, None, None, None]  # (B, 1, 1, 1)
+        guided = guided_prediction(noisy, timestep, inputs, nets, scale)  # (B, C, h, w)
         target = nets.scheduler.velocity(guided, noisy, timestep)  # (B, C, h, w)
     prediction = student(noisy, timestep, inputs, nets)  # (B, C, h, w)
     velocity = nets.scheduler.velocity(prediction, noisy, timestep)  # (B, C, h, w)
@@ -156,7 +167,8 @@ def mix(clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> tor
 
 def student(noisy: torch.Tensor, timestep: torch.Tensor, inputs: DistillationInputs, nets: Nets) -> torch.Tensor:
     """Return the student's prediction (B, C, h, w)."""
-    return nets.transformer(noisy, timestep, inputs.text, inputs.text_mask, return_dict=False)[0]
+    guidance = {} if inputs.guidance is None else {"guidance": inputs.guidance}
+    return nets.transformer(noisy, timestep, inputs.text, inputs.text_mask, return_dict=False, **guidance)[0]
 
 
 def step_to(
@@ -169,12 +181,16 @@ def step_to(
 
 @torch.no_grad()
 def guided_prediction(
-    noisy: torch.Tensor, timestep: torch.Tensor, inputs: DistillationInputs, nets: Nets, guidance_scale: float
+    noisy: torch.Tensor,
+    timestep: torch.Tensor,
+    inputs: DistillationInputs,
+    nets: Nets,
+    guidance_scale: float | torch.Tensor,
 ) -> torch.Tensor:
-    """Return the prediction of the teacher with guidance, (B, C, h, w)."""
+    """Return the prediction of the teacher with guidance of one scale, or (B, 1, 1, 1) scales, (B, C, h, w)."""
     with nets.reference_model() as teacher:
         positive = teacher(noisy, timestep, inputs.text, inputs.text_mask, return_dict=False)[0]  # (B, C, h, w)
-        if guidance_scale == 1:
+        if isinstance(guidance_scale, float) and guidance_scale == 1:
             return positive
         negative = teacher(noisy, timestep, inputs.negative_text, return_dict=False)[0]  # (B, C, h, w)
     return negative + guidance_scale * (positive - negative)

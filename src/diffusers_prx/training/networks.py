@@ -388,6 +388,7 @@ def build_nets(
     )
     if techniques:
         add_reference(nets, cfg)
+        add_guidance_input(nets, cfg)
         add_techniques(nets, cfg.stage_configs(), teacher_width)
     _prepare_for_training(nets, cfg)
     return nets
@@ -483,6 +484,28 @@ def add_reference(nets: Nets, cfg: TrainingConfig) -> None:
     """Add the frozen copy of the transformer that post-training compares with, if a stage needs it."""
     if cfg.lora_rank is None and any(stage.needs_reference for stage in cfg.stage_configs()):
         nets.reference = copy.deepcopy(nets.transformer).requires_grad_(False).eval()
+
+
+def add_guidance_input(nets: Nets, cfg: TrainingConfig) -> None:
+    """Make the guidance scale an input of the student if the run distills it.
+
+    Raises:
+        ValueError: the pretrained transformer has this input already, or not every stage trains it.
+    """
+    stages = cfg.stage_configs()
+    if nets.transformer.config["guidance_embeds"]:
+        raise ValueError(
+            "The pretrained transformer takes the guidance scale as an input (`guidance_embeds`), which only its "
+            "distillation trains: start from the model that it was distilled from."
+        )
+    if cfg.distill_guidance_max is None:
+        return
+    if others := [stage.objective for stage in stages if stage.objective != "guidance_distillation"]:
+        raise ValueError(
+            f"`distill_guidance_max` is set, but a stage has the `objective` {others[0]}; accepted: "
+            "guidance_distillation."
+        )
+    nets.transformer.add_guidance_embedder()
 
 
 def check_dino_size(cfg: TrainingConfig, patch_size: int) -> None:
