@@ -52,6 +52,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
 def alone(tmp_path_factory, networks) -> Run:
     """Finished run on one process."""
     changes = EVERYTHING | {"repa_teacher": str(networks["teacher"])}
+    changes |= {"validation_metrics": [f"mmd:{networks['teacher']}"], "validation_metrics_samples": 3}
     return runs.train(runs.settings(tmp_path_factory.mktemp("alone"), networks["text_encoder"], **changes))
 
 
@@ -119,6 +120,7 @@ def test_validation_equals_that_of_one_process(alone, together):
     """Three prompts and three held-out samples do not divide evenly."""
     record = json.loads((together[1] / "training.json").read_text())
     assert [entry["step"] for entry in record["validation_history"]] == [2, 4, 5]
+    assert all("validation/MMD (teacher)" in entry for entry in record["validation_history"])
     for entry, wanted in zip(record["validation_history"], alone.state.validation_history):
         assert entry == pytest.approx(wanted, rel=1e-4)
     for step in (2, 4, 5):

@@ -24,6 +24,7 @@ def check_combinations(cfg: TrainingSettings) -> None:
     check_optimization(cfg)
     check_techniques(cfg)
     check_objective(cfg)
+    check_validation_metrics(cfg)
     check_upload(cfg)
 
 
@@ -290,7 +291,8 @@ def check_objective(cfg: TrainingSettings) -> None:
     if cfg.objective in ("mean_velocity", "ladd", "nft") and cfg.num_validation_samples:
         raise ValueError(
             f"`num_validation_samples` is {cfg.num_validation_samples}, but the validation loss is that of flow "
-            f"matching, which `objective` {cfg.objective} does not train: set it to 0 and use `validation_prompts`."
+            f"matching, which `objective` {cfg.objective} does not train: set it to 0 and use `validation_prompts`, "
+            "or `validation_metrics` that need no held-out images."
         )
     if cfg.objective == "nft":
         check_rewards(cfg)
@@ -342,6 +344,41 @@ def check_rewards(cfg: TrainingSettings) -> None:
             raise ValueError(
                 "`reward_scorers` has scenes, which compares with whole scenes: it needs `dataset_name` scenes with "
                 "the `scenes_caption` long, and no `caption_weights`."
+            )
+
+
+def check_validation_metrics(cfg: TrainingSettings) -> None:
+    """Validate that the data allow the metrics that are measured during training."""
+    if not cfg.validation_metrics:
+        return
+    every = cfg.validation_metrics_steps or cfg.validation_steps
+    if every % cfg.validation_steps:
+        raise ValueError(
+            f"`validation_metrics_steps` must be a multiple of `validation_steps` ({cfg.validation_steps}), got "
+            f"{cfg.validation_metrics_steps}."
+        )
+    sources = [source.name for source in data_sources_of(cfg)]
+    for name in cfg.validation_metrics:
+        if not isinstance(name, str):
+            raise ValueError(f"`validation_metrics` must be a list of names, got {cfg.validation_metrics}.")
+        kind, _, encoder = name.partition(":")
+        if kind == "scenes":
+            if encoder or "scenes" not in sources:
+                raise ValueError(
+                    f"`validation_metrics` has {name!r}; `scenes` grades the built-in scenes, but the data are "
+                    f"{sources}: pass `--dataset_name scenes`, or another metric."
+                )
+        elif kind == "emoji":
+            if not encoder or cfg.emoji_dir is None:
+                raise ValueError(
+                    f"`validation_metrics` has {name!r} and `emoji_dir` is {cfg.emoji_dir!r}: pass emoji:NETWORK with "
+                    "the folder of a network that reads the drawings, and `--emoji_dir`."
+                )
+        elif cfg.num_validation_samples < cfg.validation_metrics_samples:
+            raise ValueError(
+                f"`validation_metrics` has {name!r}, which compares with held-out images, but "
+                f"`num_validation_samples` is {cfg.num_validation_samples}: pass `--num_validation_samples "
+                f"{cfg.validation_metrics_samples}` (`validation_metrics_samples`) or more."
             )
 
 

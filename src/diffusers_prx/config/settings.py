@@ -630,6 +630,22 @@ class TrainingSettings:
         float, "Guidance scale of the validation images. 1: no guidance.", AT_LEAST_ONE
     ] = 4.0
     validation_inference_steps: Annotated[int, "Number of sampling steps of the validation images.", AT_LEAST_ONE] = 28
+    validation_metrics: Annotated[
+        list,
+        "Metrics of training/evaluate_prx.py that are measured during training: `scenes`, `emoji:NETWORK`, and `fid`, "
+        "`cmmd`, `dino_mmd`, `clip_score`, `fid:ENCODER` or `mmd:ENCODER` against the held-out images.",
+    ] = field(default_factory=list)
+    validation_metrics_steps: Annotated[
+        int | None,
+        "Number of steps between two measurements, a multiple of `validation_steps`; null: at every validation. The "
+        "last step is always measured.",
+        AT_LEAST_ONE,
+    ] = None
+    validation_metrics_samples: Annotated[
+        int,
+        "Number of images that are drawn for each group of prompts of `validation_metrics`.",
+        Range("at least 2", 2),
+    ] = 256
 
     # the run
     dry_run: Annotated[bool, "Print the plan of the run and stop before weights are loaded.", RUNTIME] = False

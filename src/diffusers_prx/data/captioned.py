@@ -22,12 +22,12 @@ class CaptionedImages(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-
-class ListedImages(CaptionedImages, Protocol):
-    """Source that also gives captions, sizes and hashes of its samples without decoding an image."""
-
     def captions(self, index: int) -> dict[str, str]:
         """Captions by column."""
+
+
+class ListedImages(CaptionedImages, Protocol):
+    """Source that also gives sizes and hashes of its samples, and like its captions without decoding an image."""
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels."""
@@ -56,6 +56,14 @@ def decode_sample(image: bytes | str | UnreadableSample | None, captions: dict[s
     if isinstance(image, UnreadableSample):
         raise image
     return {"image": read_image(image), "captions": texts, "caption": next(iter(texts.values()))}
+
+
+class DecodedImages(list[dict[str, Any]]):
+    """Decoded samples in memory, see `CaptionedImages`."""
+
+    def captions(self, index: int) -> dict[str, str]:
+        """Captions by column."""
+        return self[index]["captions"]
 
 
 class StoredImages(ABC):

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
+from ..data.captioned import CaptionedImages
 from ..data.emoji import EmojiDrawings
 from ..data.scenes import LEVELS, ScenesDataset, one_of
 from ..data.sources import load_source
@@ -226,20 +227,7 @@ def evaluate(
     state = PartialState(cpu=not torch.cuda.is_available())
     pipeline = load_pipeline(settings.model, settings.revision, settings.stock, settings.dtype).to(state.device)
     resolution = settings.resolution or default_resolution(pipeline)
-    least = LEVELS[settings.level].min_resolution
-    if settings.scenes and resolution < least:
-        raise ValueError(
-            f"`level` is {settings.level!r}, which needs at least {least} pixels, but the resolution is {resolution}."
-        )
-
-    # everything that is graded or measured, opened before the first picture is drawn
-    metrics = build_metrics(settings)
-    scenes = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
-    emoji = open_emoji(settings, resolution)
-    reference = open_reference(settings, resolution) if metrics else None
-    prompts, without_caption = ([], []) if reference is None else reference.prompts(settings.num_images)
-    if reference is not None and len(prompts) < settings.num_images:
-        logger.warning(f"The reference has {len(prompts)} captions, fewer than `num_images` {settings.num_images}.")
+    exam = open_exam(settings, resolution)  # before the first picture is drawn
 
     # the missing pictures; another machine or version draws new ones
     drawn = sampling_settings(settings, pipeline, resolution)
@@ -247,36 +235,113 @@ def evaluate(
     pictures = PictureFolder(output_dir / "pictures" / _key(drawn))
     if state.is_main_process:
         write_json(pictures.folder / DRAWN_FILE, drawn)
-    groups = {f"{split} scenes": group for split, group in scenes.items()}
-    groups |= {group.name: group.prompts for group in emoji.groups}
-    groups |= {"captions of the reference": prompts} if prompts else {}
-    draw_pictures(settings, pipeline, resolution, pictures, groups)
+    draw_pictures(settings, pipeline, resolution, pictures, exam.groups)
     del pipeline  # frees memory for the encoders
 
+    graded = grade_exam(exam, pictures, cache_dir, metric_batch_size, num_workers)
+    if graded is None:
+        return None
+    graded.report |= describe_run(settings, drawn, str(pictures.folder.relative_to(output_dir)), metric_batch_size)
+    graded.report["seconds_evaluation"] = round(time.perf_counter() - start, 1)
+    return graded
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Everything that the pictures of a model are graded and measured with.
+
+    Args:
+        settings: settings of the evaluation.
+        metrics: metrics by the user's names.
+        scenes: prompts of the built-in scenes by split; empty if none are graded.
+        emoji: data set, prompts and networks for emoji.
+        reference: reference images of the metrics; None without metrics.
+        prompts: captions of the reference that are drawn.
+        without_caption: number of reference samples without a caption.
+    """
+
+    settings: EvaluationSettings
+    metrics: dict[str, FeatureDistance | CLIPScore]
+    scenes: dict[str, list[Prompt]]
+    emoji: "EmojiExam"
+    reference: ReferenceImages | None
+    prompts: list[Prompt]
+    without_caption: int
+
+    @property
+    def groups(self) -> dict[str, list[Prompt]]:
+        """All prompts by the name of their group."""
+        groups = {f"{split} scenes": group for split, group in self.scenes.items()}
+        groups |= {group.name: group.prompts for group in self.emoji.groups}
+        return groups | ({"captions of the reference": self.prompts} if self.prompts else {})
+
+
+def open_exam(settings: EvaluationSettings, resolution: int, source: CaptionedImages | None = None) -> Exam:
+    """Open the data and networks of an evaluation.
+
+    Args:
+        settings: settings of the evaluation.
+        resolution: side length of the pictures in pixels.
+        source: reference images of the metrics; None: those of `settings.reference`.
+
+    Raises:
+        ValueError: if the resolution is too small for the scenes, or something is missing or invalid.
+    """
+    least = LEVELS[settings.level].min_resolution
+    if settings.scenes and resolution < least:
+        raise ValueError(
+            f"`level` is {settings.level!r}, which needs at least {least} pixels, but the resolution is {resolution}."
+        )
+    metrics = build_metrics(settings)
+    scenes = {split: scene_prompts(settings, split) for split in ("heldout", "novel")} if settings.scenes else {}
+    emoji = open_emoji(settings, resolution)
+    if not metrics:
+        return Exam(settings, metrics, scenes, emoji, None, [], 0)
+    reference = open_reference(settings, resolution) if source is None else ReferenceImages(source, resolution)
+    prompts, without_caption = reference.prompts(settings.num_images)
+    if len(prompts) < settings.num_images:
+        logger.warning(f"The reference has {len(prompts)} captions, fewer than `num_images` {settings.num_images}.")
+    reference.size = min(settings.num_reference or prompts[-1][0] + 1, reference.size)
+    return Exam(settings, metrics, scenes, emoji, reference, prompts, len(without_caption))
+
+
+def grade_exam(
+    exam: Exam, pictures: PictureFolder, cache_dir: Path, metric_batch_size: int, num_workers: int
+) -> Evaluation | None:
+    """Grade and measure stored pictures; all processes must call this.
+
+    Args:
+        exam: what is graded and measured.
+        pictures: folder with the pictures of all prompts.
+        cache_dir: folder for statistics of references.
+        metric_batch_size: images per batch of an encoder.
+        num_workers: processes that read images.
+
+    Returns:
+        Result on the main process; None on the others.
+    """
+    settings, state, reference = exam.settings, PartialState(), exam.reference
     report: dict[str, Any] = {}
     if reference is not None:
-        reference.size = min(settings.num_reference or prompts[-1][0] + 1, reference.size)
         loading = {"batch_size": metric_batch_size, "num_workers": num_workers}
-        report = measure(settings, metrics, reference, pictures, prompts, ReferenceCache(cache_dir), loading)
-        report["reference"]["samples_without_caption"] = len(without_caption)
+        cache = ReferenceCache(cache_dir)
+        report = measure(settings, exam.metrics, reference, pictures, exam.prompts, cache, loading)
+        report["reference"]["samples_without_caption"] = exam.without_caption
     if not state.is_main_process:
         return None
-
     graded: tuple[list[GradedScene], list[GradedScene]] = ([], [])
-    if scenes:
+    if exam.scenes:
         graded = (
-            grade_stored_images(settings, "heldout", pictures, scenes["heldout"]),
-            grade_stored_images(settings, "novel", pictures, scenes["novel"]),
+            grade_stored_images(settings, "heldout", pictures, exam.scenes["heldout"]),
+            grade_stored_images(settings, "novel", pictures, exam.scenes["novel"]),
         )
         report = {**scenes_report(settings, graded), **report}
     graded_emoji: dict[str, list[GradedEmoji]] = {}
-    if emoji.drawings is not None:
+    if exam.emoji.drawings is not None:
         report["emoji_accuracy"], graded_emoji = emoji_report(
-            emoji, pictures, cache_dir, metric_batch_size, state.device
+            exam.emoji, pictures, cache_dir, metric_batch_size, state.device
         )
-    report |= describe_run(settings, drawn, str(pictures.folder.relative_to(output_dir)), metric_batch_size)
-    report["seconds_evaluation"] = round(time.perf_counter() - start, 1)
-    return Evaluation(report, graded, graded_emoji, shown_pairs(reference, pictures, prompts))
+    return Evaluation(report, graded, graded_emoji, shown_pairs(reference, pictures, exam.prompts))
 
 
 def draw_pictures(

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object, tqdm
 from diffusers.utils import logging
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.captioned import ListedImages
+from ..data.captioned import CaptionedImages
 from ..data.images import UnreadableSample
 from ..data.samples import fit_image
 from ..files import read_hashed_tensors, write_hashed_tensors
@@ -34,7 +34,7 @@ class ReferenceImages(Dataset):
         size: number of samples; None: all.
     """
 
-    def __init__(self, source: ListedImages, resolution: int, size: int | None = None):
+    def __init__(self, source: CaptionedImages, resolution: int, size: int | None = None):
         self.source = source
         self.resolution = resolution
         self.size = len(source) if size is None else min(size, len(source))

@@ -404,7 +404,8 @@ class StudyRunner:
             record |= {name: training[name] for name in (*copied, "alignment_history")}
             record["seconds_per_step"] = training["seconds"] / max(1, training["steps"])
             record["training_loss"] = [[entry["step"], entry["loss/flow"]] for entry in training["history"]]
-            record["curve"] = [[entry["step"], entry["validation/loss"]] for entry in training["validation_history"]]
+            validated = [entry for entry in training["validation_history"] if "validation/loss" in entry]
+            record["curve"] = [[entry["step"], entry["validation/loss"]] for entry in validated]
         if code != 0:
             return failure_of(TRAINING, code, log)
         record["trained"] = True

@@ -7,8 +7,11 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
+import PIL.Image
 import torch
 
+from ..evaluation.evaluate import grade_exam, open_exam
+from ..evaluation.generation import PictureFolder
 from ..evaluation.image_grids import image_grid
 from ..hub.cards import validation_sheet
 from ..hub.publishing import EVALUATION_FILES, EXIT_NOT_UPLOADED, UploadError, kind_of, upload
@@ -21,6 +24,7 @@ from .run import Run
 from .stages import Stage
 from .step import StepOutput
 from .validation import losses_by_sample, validation_images, validation_loss
+from .validation_metrics import draw_exam, metric_settings, metric_values
 from .watchdog import EXIT_PREEMPTED, PREEMPTED_FILE
 
 # Names of counters in `RunState`.
@@ -75,30 +79,50 @@ def log(run: Run, losses: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor
 
 
 def validate(run: Run, stage: Stage) -> None:
-    """Compute the validation loss and images on all processes, with the averaged weights if there are any."""
+    """Compute validation loss, images and metrics on all processes, with the averaged weights if there are any."""
     cfg, accelerator, state = stage.cfg, run.accelerator, run.state
     rank, processes = accelerator.process_index, accelerator.num_processes
     run.trained.eval()
     state.validated = state.step
-    # `run.trained` instead of `run.model`, because DDP would prepare gradients; libraries may use the global generator
-    with run.averages.swapped_in(), torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():
-        if stage.held_out is not None:
-            batches = stage.held_out_batches(accelerator.device, rank, processes)
-            by_sample = run.communicator.merge(run.trained(losses_by_sample, run.nets, cfg, batches))
-            losses = validation_loss(by_sample)
-            state.validation_history.append({"step": state.step, **losses})
-            run.tracking.log(losses, state.step)
-        if cfg.validation_prompts:
-            images = run.communicator.merge(run.trained(validation_images, run.nets, cfg, rank, processes))
-            if accelerator.is_main_process:
-                sheet = validation_sheet(run.output_dir, state.step)
-                sheet.with_suffix("").mkdir(parents=True, exist_ok=True)
-                for index, image in images.items():
-                    image.save(sheet.with_suffix("") / f"{index}.png")
-                grid = image_grid([image for _, image in sorted(images.items())])
-                grid.save(sheet)
-                run.tracking.image("validation/images", grid, state.step)
+    found: dict[str, float] = {}
+    exam, pictures = None, run.output_dir / "validation" / "pictures_of_metrics"
+    with torch.random.fork_rng(devices=[]):  # libraries may use the global generator
+        if run.metrics_are_due(stage):
+            exam = open_exam(metric_settings(cfg), cfg.resolution, stage.held_out)
+            run.remove(pictures)  # of an interrupted validation
+        # `run.trained` instead of `run.model`, because DDP would prepare gradients
+        with run.averages.swapped_in(), torch.no_grad(), accelerator.autocast():
+            if stage.held_out is not None:
+                batches = stage.held_out_batches(accelerator.device, rank, processes)
+                by_sample = run.communicator.merge(run.trained(losses_by_sample, run.nets, cfg, batches))
+                found = validation_loss(by_sample)
+            if cfg.validation_prompts:
+                images = run.communicator.merge(run.trained(validation_images, run.nets, cfg, rank, processes))
+                if accelerator.is_main_process:
+                    save_validation_images(run, images)
+            if exam is not None:
+                run.trained(draw_exam, run.nets, cfg, exam, PictureFolder(pictures), rank, processes)
+        if exam is not None:
+            run.communicator.gather(None)  # until all pictures are drawn
+            evaluation = grade_exam(exam, PictureFolder(pictures), run.output_dir / "validation" / "references", 32, 0)
+            values = None if evaluation is None else metric_values(evaluation.report)
+            found |= run.communicator.gather(values)[0]
+            run.remove(pictures)
+    if found:
+        state.validation_history.append({"step": state.step, **found})
+        run.tracking.log(found, state.step)
     run.trained.train()
+
+
+def save_validation_images(run: Run, images: dict[int, PIL.Image.Image]) -> None:
+    """Save validation images, by the index of their prompt, one by one and as a grid."""
+    sheet = validation_sheet(run.output_dir, run.state.step)
+    sheet.with_suffix("").mkdir(parents=True, exist_ok=True)
+    for index, image in images.items():
+        image.save(sheet.with_suffix("") / f"{index}.png")
+    grid = image_grid([image for _, image in sorted(images.items())])
+    grid.save(sheet)
+    run.tracking.image("validation/images", grid, run.state.step)
 
 
 def save(run: Run, stage: Stage) -> None:

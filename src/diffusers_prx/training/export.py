@@ -102,9 +102,9 @@ def plot_loss(state: RunState, path: Path) -> None:
     for name, entries in shown.items():
         losses = [entry[f"loss/{name}"] for entry in entries]
         axes.plot([entry["step"] for entry in entries], losses, lw=1, label=f"training, {name.replace('_', ' ')}")
-    if state.validation_history:
-        steps = [entry["step"] for entry in state.validation_history]
-        axes.plot(steps, [entry["validation/loss"] for entry in state.validation_history], "o-", label="validation")
+    if validated := [entry for entry in state.validation_history if "validation/loss" in entry]:
+        steps = [entry["step"] for entry in validated]
+        axes.plot(steps, [entry["validation/loss"] for entry in validated], "o-", label="validation")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -27,6 +27,7 @@ from ..techniques.teachers import build_teacher
 from .network_configs import meta_autoencoder, meta_teacher, text_config
 from .networks import check_dino_size, check_fit, check_positions, new_transformer, pipeline_class_of
 from .stages import Stage
+from .validation_metrics import check_metrics
 
 BYTES = {"float32": 4, "bf16": 2}
 INDENT = 14
@@ -84,7 +85,9 @@ def meta_networks(cfg: TrainingConfig, device: str = "meta", tables: bool = Fals
 
 
 def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
-    """Validate that files for auxiliary losses, precomputed data and the upload exist, without loading them.
+    """Validate that files for auxiliary losses, precomputed data, metrics and the upload exist.
+
+    Only the encoders of metrics are loaded, and released again.
 
     Args:
         cfg: configuration of the run.
@@ -105,6 +108,8 @@ def check_techniques(cfg: TrainingConfig, aligns: bool) -> None:
             raise ValueError(f"`lpips_backbone` is {stage.lpips_backbone!r}, which is not a file.")
         if stage.precomputed_dir is not None:
             require_complete(stage.precomputed_folder)
+        if stage.validation_metrics:
+            check_metrics(stage)
     if cfg.push_to_hub:
         require_token()
 

@@ -1,5 +1,6 @@
 """The state of a training run on one process."""
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,11 +97,24 @@ class Run:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
+    def remove(self, folder: Path) -> None:
+        """Remove a folder that all processes share, before any of them continues."""
+        self.communicator.gather(None)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.communicator.gather(None)
+
     def validation_is_due(self, stage: Stage) -> bool:
         """True if the current step must still be validated; a signal may have stopped the run before."""
         step = self.state.step
         due = step % stage.cfg.validation_steps == 0 or step == stage.stop_step
         return due and self.state.validated < step
+
+    def metrics_are_due(self, stage: Stage) -> bool:
+        """True if the validation at the current step measures `validation_metrics`."""
+        cfg, step = stage.cfg, self.state.step
+        due = step % (cfg.validation_metrics_steps or cfg.validation_steps) == 0 or step == stage.stop_step
+        return bool(cfg.validation_metrics) and due
 
     def has_derived_reference(self, stage: Stage) -> bool:
         """True if the stage compares with weights that the run itself has trained, which its checkpoints must hold."""

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..config.data_sources import DataSource, data_sources_of
 from ..config.training_config import TrainingConfig
 from ..data.buckets import Buckets, Size, compute_buckets, image_sizes, sort_into_buckets, study_buckets
-from ..data.captioned import JoinedSource, PreferencePairs
+from ..data.captioned import DecodedImages, JoinedSource, PreferencePairs
 from ..data.captions import choose_caption
 from ..data.iterable import LaneProgress, StreamedBatches, StreamedImages, build_stream_loader
 from ..data.mixing import MixedSource, combine
@@ -452,7 +452,7 @@ def _streamed_stage(cfg: TrainingConfig, steps: tuple[int, int], rank: int, proc
             "be read: pass a smaller number, or repair the data."
         )
     stream_positions = [stream.initial_progress() for _ in range(stream.workers)]
-    return Stage(cfg, *steps, None, held_out or None, stream=stream, stream_positions=stream_positions)
+    return Stage(cfg, *steps, None, DecodedImages(held_out) or None, stream=stream, stream_positions=stream_positions)
 
 
 def _columns(cfg: TrainingConfig, source: DataSource) -> dict[str, Any]:
