@@ -17,7 +17,7 @@ import zoo
 from diffusers_prx import latents
 
 SCALED = {"kl": tiny.vae_kl, "dc": tiny.vae_dc, "tiny": zoo.vae_tiny}
-ALL = {**SCALED, "flux2": zoo.vae_flux2, "none": lambda: None}
+ALL = {**SCALED, "flux2": zoo.vae_flux2, "rae": zoo.vae_rae, "none": lambda: None}
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,36 @@ def test_flux2_statistics_stay_in_training_mode(pixels):
 
 
 @torch.no_grad()
+def test_rae_latents(pixels):
+    """Its images are in [0, 1], and it normalizes its latents itself."""
+    vae = zoo.vae_rae()
+    encoded = latents.encode(vae, pixels)
+    assert encoded.std is None
+    torch.testing.assert_close(encoded.mean, vae.encode((pixels + 1) / 2).latent)
+    assert latents.vae_scale_factor(vae) == 4
+    assert encoded.mean.shape == (2, latents.latent_channels(vae), 4, 4) == (2, 64, 4, 4)
+    images = latents.decode(vae, encoded.mean)
+    torch.testing.assert_close(images, vae.decode(encoded.mean).sample * 2 - 1)
+    assert images.shape == pixels.shape
+    assert latents.fixed_image_size(vae) == 16
+    assert latents.fixed_image_size(tiny.vae_kl()) is None
+
+
+@pytest.mark.parametrize("side", [8, 32])
+def test_rae_of_another_size_is_refused(side):
+    """It would resize the image, and decode any number of latents to its own size."""
+    vae = zoo.vae_rae()
+    with pytest.raises(ValueError, match=r"`pixels_pm1`.*16 x 16"):
+        latents.encode(vae, torch.zeros(1, 3, side, side))
+    with pytest.raises(ValueError, match=r"`latents`.*4 x 4"):
+        latents.decode(vae, torch.zeros(1, 64, side // 4, side // 4))
+
+
+def test_rae_without_rows_and_columns_is_refused():
+    assert_refused(zoo.vae_rae(reshape_to_2d=False), "reshape_to_2d")
+
+
+@torch.no_grad()
 def test_without_a_vae_latents_are_pixels(pixels):
     encoded = latents.encode(None, pixels)
     assert torch.equal(encoded.draw(torch.ones_like(pixels)), pixels)
@@ -138,8 +168,10 @@ def test_round_trip_equals_the_own_methods_of_the_vae(name, pixels):
     assert encoded.mean.shape == (2, latents.latent_channels(vae), side, side)
     own = pixels
     if vae is not None:
-        codes = vae.encode(pixels, return_dict=False)[0]
+        low, width = (0, 1) if name == "rae" else (-1, 2)  # range of its pixels
+        codes = vae.encode((pixels + 1) / 2 * width + low, return_dict=False)[0]
         own = vae.decode(codes if isinstance(codes, torch.Tensor) else codes.mode()).sample
+        own = (own - low) / width * 2 - 1
     torch.testing.assert_close(latents.decode(vae, encoded.draw()), own, rtol=1e-5, atol=1e-5)
     if encoded.std is not None:
         assert (latents.decode(vae, encoded.draw(normal(encoded.mean))) - own).abs().max() > 1e-3
@@ -173,6 +205,7 @@ def test_compiled_vae_is_unwrapped():
 def test_has_one_scale(name):
     assert latents.has_one_scale(ALL[name]())
     assert not latents.has_one_scale(zoo.vae_flux2())
+    assert not latents.has_one_scale(zoo.vae_rae())
 
 
 CALLS = [

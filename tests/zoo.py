@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AutoencoderKLFlux2, AutoencoderRAE, AutoencoderTiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -68,6 +68,26 @@ def vae_tiny(seed: int = 0, **changes: Any) -> AutoencoderTiny:
         "num_decoder_blocks": (1, 1),
     }
     return AutoencoderTiny(**settings | changes).eval()
+
+
+def vae_rae(seed: int = 0, size: int = 16, **changes: Any) -> AutoencoderRAE:
+    """4x compression, 64 channels, each with its own statistics; images of `size` pixels only."""
+    torch.manual_seed(seed)
+    settings = {
+        "encoder_hidden_size": 64,
+        "encoder_num_hidden_layers": 1,
+        "encoder_input_size": 14 * size // 4,
+        "decoder_hidden_size": 32,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+        "patch_size": 4,
+        "latents_mean": torch.randn(64, 1, 1),
+        "latents_std": torch.rand(64, 1, 1) + 0.5,
+    }
+    vae = AutoencoderRAE(**settings | changes)
+    tiny.randomize(vae)
+    return vae.eval()
 
 
 def t5_encoder() -> T5EncoderModel:

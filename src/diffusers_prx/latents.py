@@ -6,6 +6,7 @@ Everywhere in the package, `latents` are the input of the transformer: (z - shif
 |---|---|
 | AutoencoderKL, AutoencoderDC, AutoencoderTiny | `scaling_factor` and `shift_factor` of its configuration |
 | AutoencoderKLFlux2 | its batch-norm statistics, one of each per channel of z, patchified 2 x 2 |
+| AutoencoderRAE | its own statistics, which its `encode` and `decode` apply; it has one image size |
 | None: no VAE | 1 and 0: latents are pixels in [-1, 1] |
 """
 
@@ -15,11 +16,11 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderRAE, AutoencoderTiny
 
 from .compat import DiagonalGaussianDistribution, unwrap_compiled
 
-VAE_CLASSES: tuple[Any, ...] = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderTiny)
+VAE_CLASSES: tuple[Any, ...] = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderTiny, AutoencoderRAE)
 VAE: TypeAlias = Any  # one of VAE_CLASSES or None; diffusers' decorators hide the attributes from mypy
 
 
@@ -29,7 +30,7 @@ class EncodedImages:
 
     Args:
         mean: (B, C, h, w), float32.
-        std: (B, C, h, w), float32; None for a deterministic encoder: AutoencoderDC, AutoencoderTiny or no VAE.
+        std: (B, C, h, w), float32; None for a deterministic encoder: all but AutoencoderKL and AutoencoderKLFlux2.
 
     Example:
         >>> encoded = encode(vae, pixels_pm1)
@@ -110,6 +111,8 @@ def vae_scale_factor(vae: VAE) -> int:
     vae = _checked_vae(vae)
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
+    if isinstance(vae, AutoencoderRAE):
+        return int(vae.config["patch_size"])
     return 2 ** (len(vae.config["block_out_channels"]) - 1) * _patch_size(vae)
 
 
@@ -126,11 +129,30 @@ def latent_channels(vae: VAE) -> int:
     if vae is None:
         return 3
     vae = _checked_vae(vae)
+    if isinstance(vae, AutoencoderRAE):
+        return int(vae.config["encoder_hidden_size"])
     return int(vae.config["latent_channels"]) * _patch_size(vae) ** 2
 
 
+def fixed_image_size(vae: VAE) -> int | None:
+    """Return the side in pixels of the only images that the VAE takes and makes; None: any multiple of its scale.
+
+    Raises:
+        ValueError: as in `vae_scale_factor`.
+
+    Example:
+        >>> fixed_image_size(AutoencoderRAE.from_pretrained("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"))
+        256
+    """
+    if vae is None or not isinstance(vae := _checked_vae(vae), AutoencoderRAE):
+        return None
+    config = vae.config  # the encoder sees the image at `encoder_input_size`
+    return int(config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"]))
+
+
 def has_one_scale(vae: VAE) -> bool:
-    """True if all channels have the same scale and shift, as stock diffusers' pipeline assumes.
+    """True if all channels have the same scale and shift, and images are in [-1, 1], as stock diffusers' pipeline
+    assumes.
 
     Raises:
         ValueError: as in `vae_scale_factor`.
@@ -139,7 +161,7 @@ def has_one_scale(vae: VAE) -> bool:
         >>> has_one_scale(None)
         True
     """
-    return vae is None or not isinstance(_checked_vae(vae), AutoencoderKLFlux2)
+    return vae is None or not isinstance(_checked_vae(vae), (AutoencoderKLFlux2, AutoencoderRAE))
 
 
 def encode(vae: VAE, pixels_pm1: torch.Tensor) -> EncodedImages:
@@ -147,7 +169,7 @@ def encode(vae: VAE, pixels_pm1: torch.Tensor) -> EncodedImages:
 
     Args:
         vae: autoencoder, or None for pixel space.
-        pixels_pm1: (B, 3, H, W) in [-1, 1]; H and W are multiples of `vae_scale_factor`.
+        pixels_pm1: (B, 3, H, W) in [-1, 1]; H and W are multiples of `vae_scale_factor`, or `fixed_image_size`.
 
     Raises:
         ValueError: as in `vae_scale_factor`, or for images that are not as described.
@@ -164,6 +186,14 @@ def encode(vae: VAE, pixels_pm1: torch.Tensor) -> EncodedImages:
             f"`pixels_pm1` is {height} x {width}; for this `vae` ({type(vae).__name__}) both have to be multiples of"
             f" {factor}."
         )
+    size = fixed_image_size(vae)
+    if size is not None:
+        if (height, width) != (size, size):
+            raise ValueError(
+                f"`pixels_pm1` is {height} x {width}; this `vae` ({type(vae).__name__}) takes only {size} x {size}."
+            )
+        pixels_01 = pixels_pm1.to(vae.dtype) / 2 + 0.5
+        return EncodedImages(vae.encode(pixels_01, return_dict=False)[0].float(), None)
     shift, scale = _shift_and_scale(vae, pixels_pm1.device)
     patch_size = _patch_size(vae)
     codes = vae.encode(pixels_pm1.to(vae.dtype), return_dict=False)[0]
@@ -186,6 +216,15 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     _check_tensor("latents", latents, latent_channels(vae))
     if vae is None:
         return latents.float()
+    size = fixed_image_size(vae)
+    if size is not None:
+        side = size // vae_scale_factor(vae)
+        if latents.shape[-2:] != (side, side):
+            raise ValueError(
+                f"`latents` is {tuple(latents.shape)}; this `vae` ({type(vae).__name__}) takes only {side} x {side}."
+            )
+        pixels_01 = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()  # (B, 3, H, W)
+        return pixels_01 * 2 - 1
     shift, scale = _shift_and_scale(vae, latents.device)
     codes = F.pixel_shuffle(latents.float() / scale + shift, _patch_size(vae))
     return vae.decode(codes.to(vae.dtype), return_dict=False)[0].float()
@@ -230,6 +269,13 @@ def _checked_vae(vae: VAE) -> Any:
             f"`vae` is a {name}; accepted are {[vae_class.__name__ for vae_class in VAE_CLASSES]} and None."
         )
     if isinstance(vae, AutoencoderKLFlux2):
+        return vae
+    if isinstance(vae, AutoencoderRAE):
+        if not vae.config["reshape_to_2d"]:
+            raise ValueError(
+                f"The configuration of `vae` ({name}) has `reshape_to_2d` False; latents need rows and columns: set"
+                " it to True in the VAE's config.json."
+            )
         return vae
     # AutoencoderKL's default, 0.18215, fits only Stable Diffusion. AutoencoderTiny's always fits: it is trained to
     # encode to scaled latents.

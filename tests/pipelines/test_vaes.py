@@ -81,6 +81,22 @@ def test_stock_draws_the_same(name, tmp_path):
     assert np.abs(ours - theirs).max() < 1e-4
 
 
+def test_rae_draws_its_own_size(tmp_path):
+    vae = zoo.vae_rae(size=32)
+    pipe = tiny.latent_pipeline(vae, transformer=tiny.transformer(in_channels=64))
+    latents, images = (draw(pipe, width=32, output_type=kind) for kind in ("latent", "pt"))
+    assert latents.shape == (2, 64, 8, 8)
+    torch.testing.assert_close(images, vae.decode(latents).sample.clamp(0, 1), rtol=0, atol=1e-5)
+    assert images.std() > 0.01
+    with pytest.raises(ValueError, match=r"`width`.*32 x 32"):
+        draw(pipe, width=48)
+    assert not pipe.is_stock_compatible
+    pipe.save_pretrained(tmp_path)
+    loaded = PRXPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(draw(loaded, width=32), images, rtol=0, atol=1e-5)  # measured: 5e-7
+
+
 def test_stock_refuses_flux2(tmp_path):
     pipe = pipeline("flux2")
     assert not pipe.is_stock_compatible

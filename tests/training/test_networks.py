@@ -16,7 +16,7 @@ from diffusers_prx.latents import encode, load_vae
 from diffusers_prx.text import encode_text, load_text_encoder, tokenize_prompts
 from diffusers_prx.training.networks import build_nets, text_width
 
-VAES = {"kl": tiny.vae_kl, "flux2": zoo.vae_flux2, "dc": tiny.vae_dc, "tiny": zoo.vae_tiny}
+VAES = {"kl": tiny.vae_kl, "flux2": zoo.vae_flux2, "dc": tiny.vae_dc, "tiny": zoo.vae_tiny, "rae": zoo.vae_rae}
 
 
 # what is saved, its tokenizer, and the part of it that is the text encoder

@@ -33,6 +33,7 @@ LATENT_CHANNELS = {
     "black-forest-labs/FLUX.2-dev": 128,
     "REPA-E/e2e-flux-vae": 16,
     "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers": 32,
+    "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08": 768,
     None: 3,
 }
 TEXT_WIDTH = {"google/t5gemma-2b-2b-ul2": 2304, "Qwen/Qwen3-VL-Embedding-2B": 2048}
@@ -44,6 +45,7 @@ PARAMETERS = {
     "dc_ae": 1_170_576_928,
     "flux2_ae": 1_170_921_088,
     "qwen3vl": 1_170_232_896,
+    "rae": 1_173_215_488,
     "resolution_aware": BASELINE + 2 * (128 * 1792 + 1792 + 1792 * 1792 + 1792),
     "sprint": BASELINE + FUSION,
     "sprint_1024": PIXEL_1024 + FUSION,
@@ -134,7 +136,7 @@ def test_transformer_has_the_parameter_count_of_its_name(path):
     for stage in parse_config(flags(path)).stage_configs():
         assert not stage.route_ratio or stage.route_range[1] <= config["depth"]
         assert not stage.repa_weight or stage.repa_block < config["depth"]
-        pixels = config["patch_size"] * {3: 1, 16: 8, 128: 16, 32: 32}[config["in_channels"]]
+        pixels = config["patch_size"] * {3: 1, 16: 8, 128: 16, 32: 32, 768: 16}[config["in_channels"]]
         assert stage.resolution % pixels == 0
 
 
@@ -145,7 +147,8 @@ def test_transformer_has_the_parameter_count_of_its_name(path):
 def tools(tmp_path_factory) -> dict[str, str]:
     """Tiny networks in place of those that small recipes name, by that name."""
     folder = tmp_path_factory.mktemp("tools")
-    for name, vae in (("dc", tiny.vae_dc()), ("flux2", zoo.vae_flux2()), ("repa_e", tiny.vae_kl())):
+    vaes = {"dc": tiny.vae_dc(), "flux2": zoo.vae_flux2(), "repa_e": tiny.vae_kl(), "rae": zoo.vae_rae(size=32)}
+    for name, vae in vaes.items():
         vae.save_pretrained(folder / f"autoencoder_{name}")
     runs.save_teacher(folder / "scenes_teacher")
     found = {f"outputs/tools/{path.name}": str(path) for path in folder.iterdir()}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderRAE
 from PIL import Image
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
@@ -283,6 +283,31 @@ def test_psnr_is_that_of_the_saved_autoencoder(vae_folder):
             decoded = (decoded[0].permute(1, 2, 0).double().numpy() + 1) / 2
             values.append(-10 * np.log10(np.mean((np.clip(decoded, 0, 1) - image) ** 2)))
         assert report["psnr"][split] == pytest.approx(np.mean(values), abs=1e-3)
+
+
+def test_representation_autoencoder(tmp_path):
+    """Only its decoder is trained; every channel of its latents becomes standard."""
+    args = train_autoencoder.parse_args(["--output_dir", "unused", "--kind", "rae", "--steps", "3", *VAE_SIZE])
+    torch.manual_seed(0)
+    untrained = train_autoencoder.build_vae(args).eval()
+    before = untrained.state_dict()
+    batches = train_autoencoder.first_batches(args, "train", args.steps * args.batch_size)
+    with torch.no_grad():
+        codes = torch.cat([encode(untrained, train_autoencoder.to_pm1(batch)).mean for batch in batches])
+    vae = AutoencoderRAE.from_pretrained(train_vae(tmp_path, "rae")).eval()
+    with torch.no_grad():
+        latents = encode(vae, fresh_pixels(200)).mean
+    assert latents.shape == (200, 64, 8, 8)
+    wanted = {"latents_mean": codes.mean(dim=(0, 2, 3)), "latents_std": codes.std(dim=(0, 2, 3), correction=0)}
+    for name, value in wanted.items():
+        assert value.std() > 0.01
+        torch.testing.assert_close(torch.tensor(vae.config[name]).flatten(), value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vae.state_dict()[f"_{name}"].flatten(), value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents.std(), torch.tensor(1.0), rtol=0.1, atol=0)
+    for name, weight in vae.state_dict().items():
+        if name.startswith("encoder."):
+            assert torch.equal(weight, before[name])
+    assert not torch.equal(vae.decoder.decoder_pred.weight, before["decoder.decoder_pred.weight"])
 
 
 def test_autoencoder_of_a_seed(tmp_path):

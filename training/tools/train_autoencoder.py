@@ -3,11 +3,13 @@
 `python training/tools/train_autoencoder.py --kind kl --output_dir outputs/tools/autoencoder_kl`
 
 It replaces the study's autoencoders in runs without the Hub. `kl` is an AutoencoderKL, `dc` an AutoencoderDC, `flux2`
-an AutoencoderKLFlux2. `--dataset_name` accepts the same values as in training. The loss is L1 plus MSE, and a small KL
-divergence if the codes have a distribution. `--perceptual_network` adds the features of a frozen vision network
-(1 minus their cosine). Afterwards, the mean and standard deviation of the latents are measured and stored where each
-class keeps them, so that latents have a standard deviation of 1: `scaling_factor` and `shift_factor` (kl),
-`scaling_factor` (dc, which has no shift), batch-norm statistics of every patchified channel (flux2).
+an AutoencoderKLFlux2. `rae` is an AutoencoderRAE whose frozen encoder is a random vision transformer: it has the wide
+latents of RAE, but not the representations of a trained encoder. `--dataset_name` accepts the same values as in
+training. The loss is L1 plus MSE, and a small KL divergence if the codes have a distribution. `--perceptual_network`
+adds the features of a frozen vision network (1 minus their cosine). Afterwards, the mean and standard deviation of the
+latents are measured and stored where each class keeps them, so that latents have a standard deviation of 1:
+`scaling_factor` and `shift_factor` (kl), `scaling_factor` (dc, which has no shift), batch-norm statistics of every
+patchified channel (flux2), statistics of every channel (rae).
 
 `--align_to TEACHER` is a stand-in for the VAEs of REPA-E (arXiv 2504.10483), not REPA-E. There the alignment loss of a
 diffusion transformer tunes the VAE through the transformer, end to end. This tool trains no transformer: it aligns
@@ -31,7 +33,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderRAE
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -48,7 +50,8 @@ from diffusers_prx.techniques.losses import dino_perceptual_loss
 from diffusers_prx.techniques.teachers import VisionTeacher, load_teacher
 from diffusers_prx.training.export import commit_of_this_package
 
-KINDS = ("kl", "dc", "flux2")
+KINDS = ("kl", "dc", "flux2", "rae")
+RAE_HEAD, RAE_PATCH, RAE_LAYERS = 64, 14, 2  # head width and patch of its encoder; layers of encoder and decoder
 FLUX2_PATCH = 2
 NORM_GROUPS = 8
 KL_WEIGHT, ALIGN_WEIGHT, PERCEPTUAL_WEIGHT, PERCEPTUAL_SIZE = 1e-4, 0.5, 0.1, 128
@@ -59,10 +62,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the flags. Weights of losses that are switched off become 0."""
     parser = build_parser()
     args = parse_flags(parser, argv)
+    if args.latent_channels is None:
+        args.latent_channels = RAE_HEAD if args.kind == "rae" else 4
     if problem := find_problem(args):
         parser.error(problem)
     for name, default, works, needs in (
-        ("kl_weight", KL_WEIGHT, args.kind != "dc", "--kind kl or flux2: the codes of dc have no distribution"),
+        ("kl_weight", KL_WEIGHT, args.kind in ("kl", "flux2"), "--kind kl or flux2: other codes have no distribution"),
         ("align_weight", ALIGN_WEIGHT, args.align_to is not None, "--align_to"),
         ("perceptual_weight", PERCEPTUAL_WEIGHT, args.perceptual_network is not None, "--perceptual_network"),
         ("perceptual_size", PERCEPTUAL_SIZE, args.perceptual_network is not None, "--perceptual_network"),
@@ -86,8 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--latent_channels",
         type=int,
-        default=4,
-        help="Channels of the codes; the latents of flux2 have four times as many.",
+        help=f"Channels of the codes; the latents of flux2 have four times as many. Default: 4; rae: {RAE_HEAD}.",
     )
     add("--base_channels", type=int, default=16, help="Width at full resolution; doubled twice below.")
     layers = "Layers of every level, or for dc of each; 0 at the first level of dc saves the full resolution."
@@ -143,6 +147,8 @@ def find_problem(args: argparse.Namespace) -> str | None:
             f"--layers_per_block must be at least 1 for every level (dc: one number or {levels}, of which the first "
             f"may be 0), got {' '.join(map(str, layers))}"
         )
+    if args.kind == "rae" and args.latent_channels % RAE_HEAD:
+        return f"--latent_channels of rae must be a multiple of {RAE_HEAD}, got {args.latent_channels}"
     width = block_channels(args)[-1]
     if args.kind == "dc" and width % args.latent_channels:
         return f"--latent_channels must divide the deepest width {width} of dc, got {args.latent_channels}"
@@ -157,6 +163,21 @@ def block_channels(args: argparse.Namespace) -> tuple[int, ...]:
 
 def build_vae(args: argparse.Namespace) -> VAE:
     """Build a new autoencoder with scale 1 and shift 0."""
+    if args.kind == "rae":
+        width = RAE_HEAD * -(-args.base_channels // 8)
+        return AutoencoderRAE(
+            encoder_hidden_size=args.latent_channels,
+            encoder_patch_size=RAE_PATCH,
+            encoder_num_hidden_layers=RAE_LAYERS,
+            encoder_input_size=RAE_PATCH * (args.resolution // args.downsample),
+            decoder_hidden_size=width,
+            decoder_num_hidden_layers=RAE_LAYERS,
+            decoder_num_attention_heads=width // RAE_HEAD,
+            decoder_intermediate_size=2 * width,
+            patch_size=args.downsample,
+            latents_mean=torch.zeros(args.latent_channels, 1, 1),
+            latents_std=torch.ones(args.latent_channels, 1, 1),
+        )
     channels = block_channels(args)
     levels = len(channels)
     if args.kind == "dc":
@@ -318,6 +339,11 @@ def normalize_latents(vae: VAE, args: argparse.Namespace) -> dict[str, float]:
         divided = 1 + vae.config["batch_norm_eps"]
         vae.bn.running_mean.copy_(channel_mean * divided**0.5)
         vae.bn.running_var.copy_((channel_square - channel_mean**2) * divided)
+    elif isinstance(vae, AutoencoderRAE):
+        statistics = {"latents_mean": channel_mean, "latents_std": (channel_square - channel_mean**2).sqrt()}
+        for name, value in statistics.items():
+            getattr(vae, f"_{name}").copy_(value[:, None, None])  # (C, 1, 1)
+            vae.register_to_config(**{name: value[:, None, None].tolist()})
     elif isinstance(vae, AutoencoderKL):
         vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
     else:

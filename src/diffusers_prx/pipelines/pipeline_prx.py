@@ -3,7 +3,14 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, SchedulerMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderRAE,
+    AutoencoderTiny,
+    SchedulerMixin,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import latents as vae_latents
@@ -35,8 +42,8 @@ class PRXPipeline(PRXPipelineBase):
         text_encoder: T5GemmaEncoderModel, Qwen3VLTextModel, T5EncoderModel, CLIPTextModel, or another transformers
             model with a `last_hidden_state`.
         tokenizer: tokenizer of the text encoder. Its `model_max_length` is the number of text tokens.
-        vae: AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC or AutoencoderTiny. Without a VAE the only `output_type`
-            is "latent".
+        vae: AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderTiny or AutoencoderRAE, which has one image
+            size. Without a VAE the only `output_type` is "latent".
         default_sample_size: side of the images in pixels if the call gives no size; 512 when None.
         noise_scale: factor on the initial noise.
         prediction_type: prediction of the transformer, "velocity" or "x_prediction"; None: that of our scheduler, and
@@ -71,7 +78,7 @@ class PRXPipeline(PRXPipelineBase):
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        vae: AutoencoderKL | AutoencoderKLFlux2 | AutoencoderDC | AutoencoderTiny | None = None,
+        vae: AutoencoderKL | AutoencoderKLFlux2 | AutoencoderDC | AutoencoderTiny | AutoencoderRAE | None = None,
         default_sample_size: int | None = 512,
         noise_scale: float = 1.0,
         prediction_type: str | None = None,
@@ -107,6 +114,19 @@ class PRXPipeline(PRXPipelineBase):
     def max_tokens(self) -> int:
         """Number of text tokens: `model_max_length` of the tokenizer."""
         return self.tokenizer.model_max_length
+
+    def _image_sizes(
+        self, height: int | None, width: int | None, use_resolution_binning: bool | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        image_size, render_size = super()._image_sizes(height, width, use_resolution_binning)
+        size = vae_latents.fixed_image_size(self.vae)
+        if size is not None and render_size != (size, size):
+            raise ValueError(
+                f"`height` and `width` are {image_size[0]} and {image_size[1]}, but the `vae`"
+                f" ({type(self.vae).__name__}) makes only images of {size} x {size}: pass `height={size}` and"
+                f" `width={size}`."
+            )
+        return image_size, render_size
 
     def _check_output_type(self, output_type: str) -> None:
         super()._check_output_type(output_type)

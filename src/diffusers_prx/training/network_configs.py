@@ -6,7 +6,7 @@ only settings that determine shapes and differ from the defaults of the classes.
 
 from typing import Any
 
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderRAE
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
@@ -61,6 +61,16 @@ AUTOENCODERS: dict[str, tuple[Any, dict[str, Any]]] = {
             "downsample_block_type": "conv",
             "upsample_block_type": "interpolate",
             "scaling_factor": 0.41407,
+        },
+    ),
+    # DINOv2-B/14 with registers at 224 pixels, and the decoder ViT-XL of arXiv 2510.11690: images of 256 pixels
+    "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08": (
+        AutoencoderRAE,
+        {
+            "decoder_hidden_size": 1152,
+            "decoder_num_hidden_layers": 28,
+            "decoder_num_attention_heads": 16,
+            "decoder_intermediate_size": 4096,
         },
     ),
 }

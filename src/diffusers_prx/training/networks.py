@@ -26,7 +26,7 @@ from ..config.fields import config_fields
 from ..config.training_config import TrainingConfig
 from ..evaluation.scorers import Scorer, load_scorer
 from ..fingerprints import fingerprint, tokenizer_fingerprint
-from ..latents import latent_channels, load_vae, vae_scale_factor
+from ..latents import fixed_image_size, latent_channels, load_vae, vae_scale_factor
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
@@ -298,8 +298,13 @@ def check_fit(config: Mapping[str, Any], vae: Any, stages: Sequence[TrainingConf
             f"`in_channels` of the transformer is {config['in_channels']}, but the autoencoder or pixel space has "
             f"{channels} channels."
         )
-    multiple = config["patch_size"] * vae_scale_factor(vae)
+    multiple, size = config["patch_size"] * vae_scale_factor(vae), fixed_image_size(vae)
     for cfg in stages:
+        if size is not None and (cfg.resolution != size or cfg.aspect_ratio_buckets != "none"):
+            raise ValueError(
+                f"`resolution` is {cfg.resolution} and `aspect_ratio_buckets` is {cfg.aspect_ratio_buckets}, but "
+                f"{type(vae).__name__} takes only {size} x {size} pixels: pass `--resolution {size}` and no buckets."
+            )
         if cfg.resolution % multiple:
             raise ValueError(
                 f"`resolution` must be a multiple of {multiple} for these networks, got {cfg.resolution}."
