@@ -9,6 +9,7 @@
 | parquet file, pattern, or folder of them | images as bytes | yes | yes |
 | local tar, pattern, or folder of them | WebDataset | yes | yes |
 | remote tar or pattern: http(s)://, hf://, ... | WebDataset | no | yes |
+| folder with the index.json of MDS shards | the original trainer's data | yes, if not compressed | yes |
 | folder written by `save_to_disk` | `datasets` data set | yes | no |
 | any other name or folder | opened by `datasets.load_dataset` | yes | yes |
 
@@ -40,6 +41,7 @@ from .emoji_scenes import EmojiScenesDataset
 from .folders import FolderContents, FolderImages, folder_kind, list_folder, split_folder
 from .images import NO_FILES, AllowedFiles, UnreadableSample, image_value, to_rgb
 from .iterable import HubShards, ListedShards, Shards
+from .mds import MdsImages, MdsShards, is_mds, read_index
 from .scenes import CAPTIONS, ScenesDataset, one_of
 from .tars import TarImages, TarShards
 
@@ -275,7 +277,7 @@ class _DataFiles:
         contents: files of a folder.
     """
 
-    kind: Literal["tars", "parquet", "images", "saved", "tables", "hub"]
+    kind: Literal["tars", "parquet", "images", "mds", "saved", "tables", "hub"]
     name: str
     paths: Sequence[str] = ()
     contents: FolderContents | None = None
@@ -287,6 +289,8 @@ def _find_files(name: str, caption_columns: Sequence[str]) -> _DataFiles:
     if folder.is_dir():
         if any((folder / file).is_file() for file in SAVED_MARKERS):
             return _DataFiles("saved", name)
+        if is_mds(folder):
+            return _DataFiles("mds", name)
         contents = list_folder(folder)
         kind = folder_kind(folder, contents, caption_columns)
         if kind == "tables":
@@ -355,6 +359,9 @@ def _load_stored(
     if files.kind == "tars":
         _check_no_splits(name, split)
         return TarImages(files.paths, image_column, caption_columns, cache_dir)
+    if files.kind == "mds":
+        _check_no_splits(name, split)
+        return MdsImages(read_index(files.name), image_column, caption_columns)
     if files.kind == "images":
         return _folder_images(files, split, image_column, caption_columns)
     with _explain_errors(name):
@@ -450,6 +457,9 @@ def load_stream(
         _check_no_splits(name, split)
         paths = expand_pattern(files.name) if is_remote(files.name) else files.paths
         return TarShards(paths, image_column, caption_columns)
+    if files.kind == "mds":
+        _check_no_splits(name, split)
+        return MdsShards(read_index(files.name), image_column, caption_columns)
     with _explain_errors(name):
         if files.kind == "parquet":
             _check_no_splits(name, split)
