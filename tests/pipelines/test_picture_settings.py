@@ -17,7 +17,7 @@ def draw(pipe, prompt=PROMPTS, **kwargs):
     return pipe(prompt, **{"num_inference_steps": 2, "guidance_scale": 3.0} | kwargs).images
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
 def test_picture_draws_itself_again(ending, tmp_path):
     pipe = tiny.latent_pipeline()
     images = draw(pipe, negative_prompt=["one", "two"], generator=tiny.generators(7, 8), height=32, width=48)

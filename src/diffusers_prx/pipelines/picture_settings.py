@@ -104,11 +104,13 @@ def save_with_settings(image: Image.Image, path: str | os.PathLike, **kwargs: An
             "`image` has no settings: it must be a picture of a pipeline, drawn without `settings_in_image=False`."
         )
     text = json.dumps(settings)
-    exif = image.getexif()
-    exif.get_ifd(EXIF_PART)[USER_COMMENT] = ASCII + text.encode("ascii")
+    exif = Image.Exif()
+    exif.load(image.getexif().tobytes())
+    # assigned as a whole: Pillow 10 does not write what was only put into the result of `get_ifd`
+    exif[EXIF_PART] = exif.get_ifd(EXIF_PART) | {USER_COMMENT: ASCII + text.encode("ascii")}
     metadata = PngInfo()
     metadata.add_text(KEY, text)
-    image.save(path, **{"exif": exif, "pnginfo": metadata, **kwargs})
+    image.save(path, **{"exif": exif.tobytes(), "pnginfo": metadata, **kwargs})
 
 
 def read_settings(image: Image.Image | str | os.PathLike) -> dict[str, Any] | None:
