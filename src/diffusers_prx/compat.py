@@ -6,6 +6,7 @@ other file imports private names. When a new release of a library breaks an impo
 """
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -199,8 +200,8 @@ def clear_dinov3_positions() -> None:
         get_patches_center_coordinates(1, columns, torch.float32, torch.device("cpu"))
 
 
-def raise_recompile_limit(limit: int) -> None:
-    """Let torch.compile make up to `limit` variants of a function before it gives up."""
+def allow_compiled_variants(limit: int) -> AbstractContextManager:
+    """Let torch.compile make up to `limit` variants of a function within the context before it gives up."""
     import torch._dynamo  # takes a second, and only compiled runs need it
 
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, limit)
+    return torch._dynamo.config.patch(cache_size_limit=limit)

@@ -51,7 +51,9 @@ def test_card_without_evaluation(trained):
     assert f"{loss:.4f}, the mean over ten noise levels" in card.text
     assert f"| commit | {record['commit']} |" in card.text
     assert f"{record['parameters']:,} parameters" in card.text
-    assert "MB of safetensors, float32 |" in card.text
+    weights = [file for part in ("transformer", "text_encoder") for file in (trained / part).glob("*.safetensors")]
+    assert list(trained.glob("checkpoint-*/*.safetensors"))  # which do not count
+    assert f"| {sum(file.stat().st_size for file in weights) / 1e6:.1f} MB of safetensors, float32 |" in card.text
     assert (card.data.license, card.data.language) == ("apache-2.0", "en")
     pictures = [example["output"]["url"] for example in card.data.widget]
     assert [example["text"] for example in card.data.widget] == runs.CAPTIONS

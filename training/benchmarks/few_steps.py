@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         distance = distance_to_scenes(extractor, row.pictures["heldout"], samples["heldout"])
         print(
-            f"| {row.name} | {row.evaluations} | {right[0]:.3f} | {right[1]:.3f} | {distance:.1f} |"
+            f"| {row.name} | {row.evaluations} | {right[0]:.3f} | {right[1]:.3f} | {distance:.3f} |"
             f" {own / spread[0]:.3f} | {1000 * row.seconds / row.count:.1f} |"
         )
 

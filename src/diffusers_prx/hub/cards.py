@@ -146,7 +146,9 @@ def _stored_class(folder: Path) -> str:
 
 def _stored_weights(folder: Path) -> str:
     """Return size and types of the stored weights: "11.3 MB of safetensors, bf16"."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("[!.]*/*.safetensors")])
+    index = folder / "model_index.json"  # names the components; other folders are checkpoints of the run
+    parts = [name for name in json.loads(index.read_text()) if name[0] != "_"] if index.is_file() else []
+    files = sorted(file for part in [".", *parts] for file in (folder / part).glob("*.safetensors"))
     dtypes: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:

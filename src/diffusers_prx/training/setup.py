@@ -11,7 +11,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerFast
 
-from ..compat import raise_recompile_limit
 from ..config.checks import check_teacher
 from ..config.training_config import TrainingConfig
 from ..files import UNFINISHED
@@ -42,10 +41,6 @@ from .run import Run, alignment_is_over
 from .stages import CAPTIONS_FOR_TOKENIZER, Stage, build_stages, quiet_data
 from .tracking import Tracking
 from .watchdog import Watchdog
-
-# A block is compiled with and without gradients, a mask, padding to even lengths and, where an adapter's base is the
-# teacher, the adapter. dynamo's limit is 8.
-COMPILED_VARIANTS = 64
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,6 @@ def _build(
     nets.to(accelerator.device)
     modules = nets.trainable(cfg)
     if cfg.compile:
-        raise_recompile_limit(COMPILED_VARIANTS)
         nets.transformer.compile_repeated_blocks(fullgraph=True)
     trained = TrainableModules(modules)
     model = distribute(trained, cfg, accelerator, has_unused_parameters(nets, [stage.cfg for stage in stages]))

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..compat import allow_compiled_variants
 from ..config.training_config import TrainingConfig
 from ..techniques.alignment import gradient_cosine
 from ..techniques.optimizers import build_lr_scheduler
@@ -31,6 +33,9 @@ from .watchdog import GRACE_SECONDS, PREEMPTED_FILE
 # Routing costs quality below about this number of image tokens. PRX study: FID 18.20 without routing, 21.61 with TREAD
 # and 22.56 with SPRINT at 256 tokens; 17.42, 14.10 and 16.90 at 1,024 tokens.
 MIN_TOKENS_FOR_ROUTING = 512
+# A block is compiled with and without gradients, a mask, padding to even lengths and, where an adapter's base is the
+# teacher, the adapter. dynamo's limit is 8.
+COMPILED_VARIANTS = 64
 # Loggers whose messages are printed above the progress bar; the libraries have their own handlers.
 LOGGERS = [logging.getLogger(name) for name in ("", "diffusers", "transformers", "datasets", "huggingface_hub")]
 
@@ -54,7 +59,8 @@ def train(run: Run) -> None:
             disable=not run.accelerator.is_local_main_process,
             unit="step",
         )
-        with bar as progress, logging_redirect_tqdm(LOGGERS), run.watchdog:
+        variants = allow_compiled_variants(COMPILED_VARIANTS) if run.cfg.compile else nullcontext()
+        with bar as progress, logging_redirect_tqdm(LOGGERS), run.watchdog, variants:
             run.tracking.start(run.cfg)
             if run.accelerator.is_main_process:
                 (run.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
