@@ -84,3 +84,17 @@ def test_the_training_record_names_no_local_folder():
     record = (SMALL / "training.json").read_text()
     assert not re.search(r'"/\w+/', record)
     assert json.loads(record)["config"]["seed"] == 42
+
+
+def test_turbo_adapter_draws_right_in_four_evaluations():
+    """Measured for 128 captions: 1.000; the base alone has 0.969 in as many."""
+    turbo = ROOT / "model_cards" / "prx-scenes-turbo"
+    assert (turbo / "pytorch_lora_weights.safetensors").stat().st_size <= 2e6
+    pipe = PRXPixelPipeline.from_pretrained(SMALL)
+    pipe.load_lora_weights(turbo)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [long_caption(wanted(index), seed=7, index=index) for index in range(16)]
+    generator = [torch.Generator().manual_seed(index) for index in range(16)]
+    images = pipe(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generator).images
+    found = [scene_matches(read_scene(image, "easy"), wanted(index)) for index, image in enumerate(images)]
+    assert sum(found) >= 15

@@ -23,8 +23,6 @@ FOLDER = runs.ROOT / "training" / "recipes"
 # not of the study
 EXAMPLE_NAMES = ("quickstart", "scenes_small", "scenes_turbo", "emoji_small", "emoji_base")
 EXAMPLES = [FOLDER / f"{name}.yaml" for name in EXAMPLE_NAMES]
-    FOLDER / f"{name}.yaml" for name in ("quickstart", "scenes_small", "scenes_turbo", "emoji_small", "emoji_base")
-]
 FULL_SCALE = sorted(path for path in FOLDER.glob("*.yaml") if path not in EXAMPLES)
 FROM_SCRATCH = [path for path in FULL_SCALE if "pretrained_model_name_or_path" not in load_recipe(path)]
 CPU_RECIPES = sorted((FOLDER / "cpu").glob("*.yaml"))
