@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffusers_prx import fast_scheduler, fast_sigmas
+import diffusers_prx
+from diffusers_prx import apply_preset
 from diffusers_prx import latents as vae_latents
-from diffusers_prx.schedulers.diffusers_compat import set_schedule
+from diffusers_prx.schedulers.diffusers_compat import cut_schedule, set_schedule
 from model_cache import ModelCache, Stopped
 from settings import Request
 
@@ -51,15 +52,31 @@ class Update:
     images: tuple[Image.Image, ...] = ()
 
 
-def draw(request: Request, cache: ModelCache) -> Iterator[Update]:
-    """Draw a request; yield after every step, and every `HEARTBEAT_SECONDS` during longer ones.
+@dataclass(frozen=True)
+class Edit:
+    """A picture to change.
+
+    Args:
+        image: picture of the request's size.
+        mask: mask of this size, white where to draw anew; None to change the whole picture.
+        strength: noise level at which the change of a whole picture starts.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None
+    strength: float
+
+
+def draw(request: Request, cache: ModelCache, edit: Edit | None = None) -> Iterator[Update]:
+    """Draw a request, or change a picture; yield after every step, and every `HEARTBEAT_SECONDS` during longer ones.
 
     Raises:
         Exception: any error of the model cache or the pipeline, in the caller's thread.
     """
     reports: queue.Queue[Update | Exception] = queue.Queue()
     stop = threading.Event()
-    threading.Thread(target=_run_request, args=(request, cache, reports, stop), name="draw", daemon=True).start()
+    arguments = (request, cache, edit, reports, stop)
+    threading.Thread(target=_run_request, args=arguments, name="draw", daemon=True).start()
     begin = time.monotonic()
     latest = Update(0, request.steps, 0.0)
     try:
@@ -79,7 +96,11 @@ def draw(request: Request, cache: ModelCache) -> Iterator[Update]:
 
 
 def _run_request(
-    request: Request, cache: ModelCache, reports: "queue.Queue[Update | Exception]", stop: threading.Event
+    request: Request,
+    cache: ModelCache,
+    edit: Edit | None,
+    reports: "queue.Queue[Update | Exception]",
+    stop: threading.Event,
 ) -> None:
     try:
         while not _SLOTS.acquire(timeout=0.1):
@@ -87,7 +108,7 @@ def _run_request(
                 return
         try:
             with cache.lend(request.model, request.lora, request.lora_weight, stop) as pipeline:
-                _sample(request, pipeline, reports, stop)
+                _sample(request, pipeline, edit, reports, stop)
         finally:
             _SLOTS.release()
     except Stopped:
@@ -98,25 +119,33 @@ def _run_request(
 
 @torch.no_grad()
 def _sample(
-    request: Request, pipeline: Any, reports: "queue.Queue[Update | Exception]", stop: threading.Event
+    request: Request,
+    pipeline: Any,
+    edit: Edit | None,
+    reports: "queue.Queue[Update | Exception]",
+    stop: threading.Event,
 ) -> None:
     begin = time.monotonic()
-    pipeline, preset_sigmas = apply_preset(pipeline, request.preset, request.steps)
+    pipeline, arguments = editing_pipeline(pipeline, edit)
+    pipeline, preset_arguments = apply_preset(pipeline, request.preset, request.steps)
     height, width = request.height_width
     scheduler = copy.deepcopy(pipeline.scheduler)
-    set_schedule(scheduler, request.steps, sigmas=preset_sigmas)
+    set_schedule(scheduler, request.steps, sigmas=preset_arguments.get("sigmas"))
+    if arguments.get("strength", 1.0) < 1:
+        cut_schedule(scheduler, arguments["strength"])
     sigmas = scheduler.sigmas.tolist()
-    # the noise that the call itself would draw; the first preview needs it
-    noise = pipeline.prepare_latents(
-        request.images,
-        pipeline.transformer.config["in_channels"],
-        height,
-        width,
-        pipeline.text_encoder.dtype,
-        pipeline.transformer.device,
-        [torch.Generator().manual_seed(seed) for seed in request.seeds],
-    )
-    before = noise
+    steps = len(sigmas) - 1
+    before = None  # latents before a step; of a changed picture, the first ones are not known here
+    if edit is None:
+        before = pipeline.prepare_latents(
+            request.images,
+            pipeline.transformer.config["in_channels"],
+            height,
+            width,
+            pipeline.text_encoder.dtype,
+            pipeline.transformer.device,
+            request.generators(),
+        )
 
     def report_step(_: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> None:
         nonlocal before
@@ -124,37 +153,38 @@ def _sample(
             raise Stopped
         after = tensors["latents"]
         preview = None
-        if reports.empty():  # a slow connection gets fewer previews
+        if before is not None and reports.empty():  # a slow connection gets fewer previews
             clean = predicted_clean(before, after, sigmas[step], sigmas[step + 1])
             preview = preview_image(clean, getattr(pipeline, "vae", None), pipeline.vae_scale_factor)
         before = after
-        reports.put(Update(step + 1, request.steps, time.monotonic() - begin, preview))
+        reports.put(Update(step + 1, steps, time.monotonic() - begin, preview))
 
     images = pipeline(
-        request.prompt,
-        request.negative_prompt,
-        height,
-        width,
-        num_inference_steps=request.steps,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=height,
+        width=width,
         guidance_scale=request.guidance_scale,
         num_images_per_prompt=request.images,
-        latents=noise,
-        sigmas=preset_sigmas,
+        generator=request.generators(),
         callback_on_step_end=report_step,
+        **preset_arguments,
+        **arguments,
     ).images
-    reports.put(Update(request.steps, request.steps, time.monotonic() - begin, images=tuple(images)))
+    reports.put(Update(steps, steps, time.monotonic() - begin, images=tuple(images)))
 
 
-def apply_preset(pipeline: Any, preset: str, steps: int) -> tuple[Any, list[float] | None]:
-    """Return the pipeline with the solver of a preset, and the `sigmas` for its call.
-
-    The "fast" preset gets a second pipeline around the same networks: other requests keep their solver.
-    """
-    if preset != "fast":
-        return pipeline, None
-    pipeline = copy.copy(pipeline)
-    pipeline.register_modules(scheduler=fast_scheduler())
-    return pipeline, fast_sigmas(steps)
+def editing_pipeline(pipeline: Any, edit: Edit | None) -> tuple[Any, dict[str, Any]]:
+    """Return the pipeline that makes an edit, around the same networks, and the arguments of its call."""
+    if edit is None:
+        return pipeline, {}
+    kind = "Img2Img" if edit.mask is None else "Inpaint"
+    name = type(pipeline).__name__.replace("Pipeline", f"{kind}Pipeline")
+    pipeline = getattr(diffusers_prx, name).from_pipe(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    if edit.mask is None:
+        return pipeline, {"image": edit.image, "strength": edit.strength}
+    return pipeline, {"image": edit.image, "mask_image": edit.mask}
 
 
 def predicted_clean(before: torch.Tensor, after: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
@@ -174,7 +204,7 @@ def predicted_clean(before: torch.Tensor, after: torch.Tensor, sigma: float, sig
 
 
 def preview_image(clean: torch.Tensor, vae: Any, scale_factor: int) -> Image.Image:
-    """Decode clean latents (B, C, h, w) to one image of at most `MAX_PREVIEW_SIDE` pixels each, side by side.
+    """Decode clean latents (B, C, h, w) to one image of at most `MAX_PREVIEW_SIDE` pixels each, in rows of two.
 
     The latents are downsampled before decoding: decoding whole latents costs more than some steps.
     """
@@ -183,6 +213,8 @@ def preview_image(clean: torch.Tensor, vae: Any, scale_factor: int) -> Image.Ima
         size = [max(1, round(side / shrink)) for side in clean.shape[-2:]]
         clean = F.interpolate(clean, size=size, mode="area")
     pixels_pm1 = vae_latents.decode(vae, clean)  # (B, 3, H, W)
-    row = torch.cat(tuple(pixels_pm1), dim=-1).clamp(-1, 1)  # (3, H, B W)
-    pixels_255 = ((row + 1) * 127.5).round().to(torch.uint8)
+    columns = min(2, len(pixels_pm1))
+    tiles = F.pad(pixels_pm1, (0, 0, 0, 0, 0, 0, 0, -len(pixels_pm1) % columns))  # (rows * columns, 3, H, W)
+    grid = tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (3, rows H, columns W)
+    pixels_255 = ((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels_255.permute(1, 2, 0).cpu().numpy())

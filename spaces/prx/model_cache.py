@@ -20,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_prx
+from diffusers_prx.pipelines.presets import DEFAULT_STEPS, complete_preset_steps
 from diffusers_prx.resolution_bins import RESOLUTION_BINS
 from settings import NO_LORA, format_size
 
@@ -51,6 +52,7 @@ class ModelInfo:
         class_name: one of `PIPELINE_CLASSES`.
         sizes: sizes that it was trained at, see `format_size`.
         default_size: one of `sizes`.
+        preset_steps: number of steps of each preset.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelInfo:
     class_name: str
     sizes: tuple[str, ...]
     default_size: str
+    preset_steps: Mapping[str, int]
 
 
 def find_models() -> dict[str, ModelInfo]:
@@ -143,7 +146,13 @@ def read_model_info(name: str, source: str) -> ModelInfo:
         if os.path.isdir(source) and not os.path.isdir(os.path.join(source, component)):
             raise ValueError(f"model_index.json lists {component}, but there is no such folder: save the model again.")
     sizes = [format_size(*size) for size in RESOLUTION_BINS.get(side, {"1.0": (side, side)}).values()]
-    return ModelInfo(name, source, class_name, tuple(sizes), format_size(side, side))
+    prediction_type = config.get("prediction_type") or getattr(diffusers_prx, class_name).default_prediction_type
+    if prediction_type not in DEFAULT_STEPS:
+        raise ValueError(
+            f"`prediction_type` in model_index.json is {prediction_type!r}; accepted: {', '.join(DEFAULT_STEPS)}."
+        )
+    steps = complete_preset_steps(config.get("preset_steps"), prediction_type)
+    return ModelInfo(name, source, class_name, tuple(sizes), format_size(side, side), steps)
 
 
 def find_loras() -> dict[str, Path]:

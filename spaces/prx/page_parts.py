@@ -2,27 +2,26 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 
 import gradio as gr
 from PIL import Image
 
 from drawing import Update
-from model_cache import ModelInfo
 from settings import NO_LORA, Request
+from showcase import Showcase
 
 MAX_PIXELATED_SIDE = 128  # pixels; smaller pictures are scaled up without smoothing
 
-SCENE_PROMPTS = (
-    "a big red circle at the top left and a small blue square in the lower right corner on a white background.",
-    "a large green triangle in the upper right corner on a black background.",
-    "a small yellow cross at the bottom left and a large purple circle at the top right on a black background.",
-)
-PHOTO_PROMPTS = (
-    "A front-facing portrait of a lion in the golden savanna at sunset",
-    "A digital painting of a rusty, vintage tram on a sandy beach",
-    "A cup of coffee on a wooden table by a rainy window, soft morning light",
-)
+CODE = "https://github.com/Photoroom/PRX"
+PAPER = "https://huggingface.co/blog/Photoroom/prx-part2"
+PRESET_WORDS = {"exact": "Best", "fast": "Fast", "fastest": "Preview"}
+WAITING = '<p>Waiting for the model</p><progress aria-label="Waiting for the model"></progress>'
+EDIT_HINT = """<ol><li>Put a picture in, or keep this one.</li><li>Paint over what should change.</li>
+<li>Describe the whole picture as it should be.</li></ol>
+<p>The picture is cut to the size of the Draw tab, whose model and quality draw it.</p>"""
+COMPARE_HINT = "<p>The same words and seed, drawn in two ways: how much does the faster one lose?</p>"
 
 # Orange buttons and light gray hints of the default theme have a contrast below 4.5, which WCAG 2 asks for small text.
 THEME = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate").set(
@@ -49,7 +48,36 @@ CSS = """
 /* focus ring and progress bar: WCAG 2 asks for a contrast of 3 */
 body { --mark: #4338ca; }
 body.dark { --mark: #a5b4fc; }
-.preview-image img { width: min(100%, 512px); margin: 0 auto; display: block; border-radius: 8px; }
+.gradio-container > .main { width: 100%; max-width: 1140px; }
+.header h1 { margin: 0; font-size: 1.6rem; }
+.header p { margin: 0.1rem 0 0; font-size: 1rem; }
+.header a { text-decoration: underline; margin-left: 0.6rem; }
+/* prompt, picture and options: side by side, or in this order on a phone */
+.workspace { display: grid !important; grid-template: auto 1fr / repeat(2, minmax(0, 1fr)); align-items: start; }
+.workspace .answer { grid-area: 1 / 2 / span 2; }
+@media (max-width: 700px) {
+  .workspace { grid-template: none / minmax(0, 1fr); gap: 0.6rem; }
+  .workspace .answer { grid-area: auto; }
+}
+.workspace:not(:has(progress)) .stop { display: none !important; }
+.progress { min-height: 2.4rem; }
+.preview-image img { width: min(100%, 440px); margin: 0 auto; display: block; border-radius: 8px; }
+:is(.picture, .thumbnails) .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
+.picture .grid-container { max-width: 440px; margin: 0 auto; }
+.thumbnails .grid-container { max-width: 680px; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 0.4rem; }
+.thumbnails .grid-container { grid-auto-rows: auto; grid-template-rows: auto; }
+.thumbnails .grid-wrap { padding-top: 1.8rem; } /* below the label */
+.thumbnails .thumbnail-item { aspect-ratio: 1; height: auto; min-height: 0; }
+@media (max-width: 700px) { /* prompt and picture in the first screen of a phone */
+  .gradio-container > .main { padding: 0.4rem 0.8rem; }
+  .header h1 { font-size: 1.2rem; }
+  .header p { font-size: 0.85rem; }
+  .progress { min-height: 0; }
+  .progress:not(:has(p)) { display: none; }
+  .preview-image img { width: min(100%, 270px); }
+  .picture .grid-container { max-width: 270px; }
+}
+:is(.picture, .thumbnails) .caption-label { display: none; }
 img.pixelated, .pixelated img { image-rendering: pixelated; }
 .progress progress { width: 100%; height: 0.7rem; appearance: none; border: 0; border-radius: 6px; overflow: hidden; }
 .progress progress, .progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
@@ -72,9 +100,14 @@ img.pixelated, .pixelated img { image-rendering: pixelated; }
 """
 
 
-def example_prompts(model: ModelInfo) -> list[list[str]]:
-    """Return prompts as samples of a gr.Dataset; small models are trained on drawn scenes."""
-    return [[prompt] for prompt in (SCENE_PROMPTS if is_pixelated(model.default_size) else PHOTO_PROMPTS)]
+def header(showcase: Showcase) -> str:
+    """Return title, sentence and links of a model."""
+    links = {"Model": showcase.url, "Code": CODE, "Paper": PAPER}
+    anchors = [
+        f'<a href="{escape(url)}" target="_blank" rel="noopener">{name}</a>' for name, url in links.items() if url
+    ]
+    title, description = escape(showcase.title), escape(showcase.description)
+    return f"<h1>{title}</h1><p>{description} <span>{' '.join(anchors)}</span></p>"
 
 
 def is_pixelated(size: str) -> bool:
@@ -95,13 +128,13 @@ def status_line(text: str) -> str:
     return f'<p role="status">{escape(text)}</p>'
 
 
-def preview(update: Update, pixelated: bool, final: bool = False) -> str:
+def preview(update: Update, pixelated: bool) -> str:
     """Return the preview as an image with its data inside: the server would keep a file for every step."""
     if update.preview is None:
         return ""
-    kind, options = ("PNG", {}) if pixelated or final else ("JPEG", {"quality": 85})
+    kind, options = ("PNG", {}) if pixelated else ("JPEG", {"quality": 85})
     source = f"data:image/{kind.lower()};base64,{_encoded(update.preview, kind, **options)}"
-    description = "The picture" if final else f"The picture as predicted after step {update.step} of {update.steps}"
+    description = f"The picture as predicted after step {update.step} of {update.steps}"
     return f'<img class="{"pixelated" if pixelated else "smooth"}" src="{source}" alt="{description}">'
 
 
@@ -111,18 +144,47 @@ def _encoded(image: Image.Image, kind: str, **options: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def settings_table(request: Request) -> str:
+def settings_table(request: Request, has_link: bool = True) -> str:
     """Return the settings of one picture, and the link that draws it again."""
     rows = {
         "Prompt": request.prompt,
         "Negative": request.negative_prompt,
         "Model": request.model,
-        "LoRA": "" if request.lora == NO_LORA else f"{request.lora}, weight {request.lora_weight:g}",
+        "LoRA": _lora(request),
         "Size": f"{request.size} pixels",
-        "Preset": f"{request.preset}, {request.steps} steps",
+        "Quality": f"{PRESET_WORDS[request.preset]}, {request.steps} steps",
         "Guidance": f"{request.guidance_scale:g}",
         "Seed": str(request.seed),
     }
     cells = [f'<tr><th scope="row">{name}</th><td>{escape(text)}</td></tr>' for name, text in rows.items() if text]
     link = f'<a href="{escape(request.link())}" target="_blank" rel="noopener">Link that draws this picture again</a>'
-    return f"<table><caption hidden>Settings of the picture</caption>{''.join(cells)}</table><p>{link}</p>"
+    table = f"<table>{''.join(cells)}</table>{link if has_link else ''}"
+    return f"<details><summary>How it was made</summary>{table}</details>"
+
+
+def comparison_table(requests: Sequence[Request], seconds: Sequence[float]) -> str:
+    """Return what differs between two pictures, and the seconds that each took."""
+    rows = {
+        "Time": [f"{number:.1f} seconds" for number in seconds],
+        "Quality": [f"{PRESET_WORDS[request.preset]}, {request.steps} steps" for request in requests],
+        "Model": [request.model for request in requests],
+        "LoRA": [_lora(request) for request in requests],
+        "Guidance": [f"{request.guidance_scale:g}" for request in requests],
+        "Seed": [str(request.seed) for request in requests],
+    }
+    cells = [
+        f'<tr><th scope="row">{name}</th><td>{escape(left)}</td><td>{escape(right)}</td></tr>'
+        for name, (left, right) in rows.items()
+        if left or right
+    ]
+    head = '<tr><td></td><th scope="col">Left</th><th scope="col">Right</th></tr>'
+    return f"<table>{head}{''.join(cells)}</table>"
+
+
+def compared_seconds(left: float, right: float) -> str:
+    faster, ratio = ("Right", left / right) if right < left else ("Left", right / left)
+    return f"Done. Left took {left:.1f} seconds, right {right:.1f}: {faster.lower()} was {ratio:.1f} times as fast."
+
+
+def _lora(request: Request) -> str:
+    return "" if request.lora == NO_LORA else f"{request.lora}, weight {request.lora_weight:g}"

@@ -7,7 +7,11 @@ same limits.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
+
+import torch
+
+from diffusers_prx.pipelines.presets import PRESETS
 
 MAX_PROMPT = 1000  # characters; no PRX reads more than 256 tokens
 MAX_STEPS = 50
@@ -15,9 +19,8 @@ MAX_IMAGES = 4
 MAX_GUIDANCE = 15.0
 MAX_SEED = 2**31 - 1
 MAX_LORA_WEIGHT = 2.0
+MIN_STRENGTH = 0.05
 
-# presets of `PRXPipeline` -> their steps; "fast" has its own solver, the others use the model's
-PRESETS = {"exact": 28, "fast": 9, "fastest": 7}
 NO_LORA = "none"
 
 
@@ -45,6 +48,10 @@ class Request:
     @property
     def seeds(self) -> list[int]:
         return [(self.seed + image) % (MAX_SEED + 1) for image in range(self.images)]
+
+    def generators(self) -> list[torch.Generator]:
+        """Return a fresh generator for each image."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     def for_image(self, image: int) -> "Request":
         """Return the request that draws only one of the images."""
@@ -75,9 +82,7 @@ def parse_request(values: Mapping[str, Any], sizes: Mapping[str, Collection[str]
         ValueError: for a value that is not accepted, with the accepted ones. The message repeats at most 40 characters
             of the value.
     """
-    prompt = _text("The prompt", values.get("prompt"))
-    if not prompt.strip():
-        raise ValueError("The prompt is empty: describe what the picture should show.")
+    prompt = parse_prompt(values.get("prompt"))
     model = _choice("Model", values.get("model"), sizes)
     return Request(
         prompt=prompt,
@@ -92,6 +97,54 @@ def parse_request(values: Mapping[str, Any], sizes: Mapping[str, Collection[str]
         lora=_choice("LoRA", values.get("lora") or NO_LORA, [NO_LORA, *loras]),
         lora_weight=_number("LoRA weight", values.get("lora_weight", 1.0), 0.0, MAX_LORA_WEIGHT),
     )
+
+
+def parse_prompt(value: Any) -> str:
+    """Check the text of a prompt.
+
+    Raises:
+        ValueError: as `parse_request`.
+    """
+    prompt = _text("The prompt", value)
+    if not prompt.strip():
+        raise ValueError("The prompt is empty: describe what the picture should show.")
+    return prompt
+
+
+def parse_strength(value: Any) -> float:
+    """Check the noise level at which a change of a picture starts.
+
+    Raises:
+        ValueError: as `parse_request`.
+    """
+    return _number("How much to change", value, MIN_STRENGTH, 1.0)
+
+
+def read_picture_settings(
+    settings: Mapping[str, Any], model: str, preset_steps: Mapping[str, int], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the unchecked values of a request for the picture that has these settings.
+
+    Args:
+        settings: result of `diffusers_prx.read_settings`; pictures of the page also have their `link`.
+        model: name of the picture's model on the page.
+        preset_steps: steps of its presets.
+        defaults: values of a request.
+
+    Raises:
+        ValueError: if a LoRA drew the picture, and there is no link that gives its weight.
+    """
+    if isinstance(settings.get("link"), str):
+        return read_link(dict(parse_qsl(settings["link"].removeprefix("?"))), defaults) | {"model": model}
+    if settings.get("adapters"):
+        raise ValueError("The picture was drawn with a LoRA, whose weight it does not tell: set it yourself.")
+    scheduler, steps = settings.get("scheduler"), settings.get("num_inference_steps")
+    preset = "fastest" if steps == preset_steps["fastest"] else "exact"
+    if isinstance(scheduler, dict) and scheduler.get("class") == "UniPCMultistepScheduler":
+        preset = "fast"
+    values = {name: settings.get(name) for name in ("prompt", "negative_prompt", "guidance_scale", "seed")}
+    size = f"{settings.get('width')} x {settings.get('height')}"
+    return {**defaults, **values, "model": model, "size": size, "preset": preset, "steps": steps}
 
 
 def read_link(query: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:

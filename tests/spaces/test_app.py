@@ -37,7 +37,8 @@ import gradio as gr
 import app
 import page_parts
 import serving
-from model_cache import ModelCache
+import showcase
+from model_cache import ModelCache, find_models
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "spaces" / "prx"
@@ -67,6 +68,32 @@ def get(port: int, path: str, method: str = "GET", body: bytes = b"", headers: d
     status, body = response.status, response.read()
     connection.close()
     return status, body
+
+
+def read_url(port: int, url: str) -> Image.Image:
+    """Return the picture that an answer links to."""
+    image = Image.open(io.BytesIO(get(port, url.partition(str(port))[2])[1]))
+    image.load()
+    return image
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def form(*files: bytes, name: str = "files") -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="p.png"\r\n\r\n' % name.encode()
+    return b"".join(head + file + b"\r\n" for file in files) + b"--x--\r\n"
+
+
+def upload_png(port: int, image: Image.Image) -> str:
+    """Upload a picture; return its path on the server."""
+    status, body = get(port, "/gradio_api/upload?upload_id=x", "POST", form(encoded(image)), FORM)
+    assert status == 200, body
+    [path] = json.loads(body)
+    return path
 
 
 class Visitor:
@@ -116,29 +143,75 @@ def test_the_draw_endpoint_equals_the_pipeline_call(served):
     assert answer.kind == "answered", answer.message
     pictures = answer.data[2]["value"]
     assert [picture["caption"] for picture in pictures] == ["Seed 5", "Seed 6"]
-    path = pictures[0]["image"]["url"].partition(str(port))[2]
-    drawn = np.asarray(Image.open(io.BytesIO(get(port, path)[1])))
+    drawn = read_url(port, pictures[0]["image"]["url"])
+    assert diffusers_prx.read_settings(drawn)["seed"] == 5
     pipeline, _ = cache.get("pixels")
     generators = tiny.generators(5, 6)
     expected = pipeline(
         "a red cat", num_inference_steps=3, guidance_scale=3.0, num_images_per_prompt=2, generator=generators
     )
-    assert np.array_equal(drawn, np.asarray(expected.images[0]))
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected.images[0]))
+
+
+def test_the_edit_endpoint_equals_the_pipeline_call(served):
+    """Image to image without a painted layer, inpainting with one."""
+    port, cache, _ = served
+    before = Image.effect_noise((64, 64), 100).convert("RGB")
+    layer = Image.new("RGBA", (64, 64))
+    layer.paste("red", (0, 0, 32, 64))
+    files = [{"path": upload_png(port, image), "meta": {"_type": "gradio.FileData"}} for image in (before, layer)]
+    answers = []
+    for layers in ([], [files[1]]):
+        value = {"background": files[0], "layers": layers, "composite": None}
+        data = [value, 0.6, "a red cat", "", "pixels", SIZE, "exact", 3, 3.0, 5, 1]
+        answers.append(call_endpoint(port, "edit", json.dumps({"data": data}).encode()))
+    assert [answer.kind for answer in answers] == ["answered", "answered"], answers
+    whole, part = (read_url(port, answer.data[2]["value"][0]["image"]["url"]) for answer in answers)
+    small = before.resize((32, 32), Image.Resampling.BOX)
+    mask = layer.getchannel("A").resize((32, 32), Image.Resampling.BOX)
+    call = {"prompt": "a red cat", "image": small, "num_inference_steps": 3, "guidance_scale": 3.0}
+    pipeline, _ = cache.get("pixels")
+    edit = diffusers_prx.PRXPixelImg2ImgPipeline.from_pipe(pipeline)
+    expected = edit(**call, strength=0.6, generator=tiny.generators(5)).images[0]
+    assert np.array_equal(np.asarray(whole), np.asarray(expected))
+    inpaint = diffusers_prx.PRXPixelInpaintPipeline.from_pipe(pipeline)
+    expected = inpaint(**call, mask_image=mask, generator=tiny.generators(5)).images[0]
+    assert np.array_equal(np.asarray(part), np.asarray(expected))
+    assert np.array_equal(np.asarray(part)[:, 16:], np.asarray(small)[:, 16:])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        None, {}, "x", {"background": None}, {"background": {"path": "/etc/passwd"}},
+        {"background": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}},
+        {"background": {"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}}},
+        {"background": {"path": "{models}/gray.png", "meta": {"_type": "gradio.FileData"}}},
+        {"background": {"path": "{models}/gray.png"}},
+    ],
+)  # fmt: skip
+def test_an_edit_reads_uploaded_pictures_only(port, model_folder, picture):
+    GRAY.save(model_folder / "gray.png")
+    data = [picture, 0.6, "a red cat", "", "pixels", SIZE, "exact", 3, 3.0, 5, 1]
+    body = json.dumps({"data": data}).replace("{models}", str(model_folder))
+    answer = call_endpoint(port, "edit", body.encode())
+    assert answer.kind == "failed"
+    assert "root:" not in answer.message
 
 
 def test_the_compare_endpoint_draws_both_sides(port):
     data = ["a red cat", "", 3, "pixels", "exact", 3, 3.0, "latents", "fast", 4, 2.0]
     answer = call_endpoint(port, "compare", json.dumps({"data": data}).encode())
     assert answer.kind == "answered", answer.message
-    status, first, first_settings, second, second_settings = answer.data
-    assert "Done." in status
-    assert "<img" in first
-    assert "<img" in second
-    assert first != second
-    assert "exact, 3 steps" in first_settings
-    assert "fast, 4 steps" in second_settings
-    assert "seed=3" in first_settings
-    assert "seed=3" in second_settings
+    status, _, slider, table = answer.data
+    assert "times as fast" in status
+    left, right = (read_url(port, picture["url"]) for picture in slider["value"])
+    assert left.size == right.size == (32, 32)
+    assert left.tobytes() != right.tobytes()
+    assert "Best, 3 steps</td><td>Fast, 4 steps" in table
+    assert "pixels</td><td>latents" in table
+    assert "<td>3</td><td>3</td>" in table  # the seed
+    assert table.count(" seconds</td>") == 2
 
 
 @pytest.mark.parametrize(
@@ -166,14 +239,106 @@ def refusal_status(response: tuple[int, bytes]) -> int:
 
 
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
-FILE = b'--x\r\nContent-Disposition: form-data; name="files"; filename="%d.txt"\r\n\r\nx\r\n'
+GRAY = Image.new("L", (8, 8))
 
 
-@pytest.mark.parametrize("path", ["upload", "upload?upload_id=1", "component_server", "process_recording"])
-def test_uploads_are_refused(port, path):
-    for count in (1, 900):
-        body = b"".join(FILE % number for number in range(count)) + b"--x--\r\n"
-        assert refusal_status(get(port, f"/gradio_api/{path}", "POST", body, FORM)) == 404
+@pytest.mark.parametrize("path", ["component_server", "process_recording", "upload/x"])
+def test_other_routes_for_files_are_closed(port, path):
+    assert refusal_status(get(port, f"/gradio_api/{path}", "POST", form(encoded(GRAY)), FORM)) == 404
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        form(), form(b""), form(b"text"), form(b"<svg/>"), form(encoded(GRAY)[:-30]), form(encoded(GRAY, "GIF")),
+        form(encoded(GRAY, "TIFF")), form(encoded(GRAY), encoded(GRAY)), form(encoded(GRAY), name="file"),
+        form(encoded(Image.new("1", (5000, 4000)))), b"x", b"",
+        form(encoded(GRAY)).replace(b"--x--", b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--x--'),
+    ],
+)  # fmt: skip
+def test_an_upload_that_is_not_one_picture_is_refused(port, body):
+    assert refusal_status(get(port, "/gradio_api/upload", "POST", body, FORM)) == 400
+    assert refusal_status(get(port, "/gradio_api/upload", "POST", body, JSON)) == 400
+
+
+def test_size_and_number_of_uploads_are_limited(monkeypatch):
+    limited, received = limited_app()
+    monkeypatch.setattr(serving, "MAX_UPLOADED", 2 * len(form(encoded(GRAY))))
+    client = TestClient(limited)
+    assert client.post("/gradio_api/upload", content=b"x" * (serving.MAX_UPLOAD + 1), headers=FORM).status_code == 413
+    assert client.post("/gradio_api/upload", content=form(b"text"), headers=FORM).status_code == 400
+    answers = [client.post("/gradio_api/upload", content=form(encoded(GRAY)), headers=FORM) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert received == [form(encoded(GRAY))] * 2
+    monkeypatch.setattr(serving, "UPLOAD_SECONDS", -1.0)  # an hour later
+    assert client.post("/gradio_api/upload", content=form(encoded(GRAY)), headers=FORM).status_code == 200
+
+
+def test_links_to_the_page_show_what_it_draws(model_folder, tmp_path, monkeypatch):
+    """Open Graph: title and sentence of the card, and a picture of its examples."""
+    shutil.copytree(model_folder / "pixels", tmp_path / "shapes")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "shapes" / "red.png")
+    (tmp_path / "shapes" / "README.md").write_text(
+        "---\ndemo:\n  title: Red <b>\n  description: It draws red.\nwidget:\n"
+        "- {text: red, output: {url: red.png}}\n- {text: no, output: {url: ../../x.png}}\n- {text: none}\n---\n"
+    )
+    monkeypatch.setenv("PRX_MODELS", str(tmp_path))
+    monkeypatch.setenv("SPACE_HOST", "me-prx.hf.space")
+    models = find_models()
+    assert showcase.read_showcase(models["shapes"]).examples == (("red", str(tmp_path / "shapes" / "red.png")),)
+    page = app.build(models, ModelCache(models, {}))
+    _, url, _ = serving.launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    port = int(url.rstrip("/").rpartition(":")[2])
+    html = get(port, "/")[1].decode()
+    picture = get(port, "/share.png")
+    page.close()
+    metas = dict(re.findall(r'<meta\s+property="og:(\w+)"\s+content="([^"]*)"', html))
+    assert (metas["title"], metas["description"]) == ("Red &lt;b&gt;", "It draws red.")
+    assert metas["image"] == "https://me-prx.hf.space/share.png"
+    assert Image.open(io.BytesIO(picture[1])).getpixel((170, 150)) == (255, 0, 0)
+    assert "<b>" not in page_parts.header(showcase.read_showcase(models["shapes"]))
+
+
+def test_a_model_without_a_card_has_no_examples(cache, capsys):
+    shown = showcase.read_showcase(cache.models["pixels"])
+    assert shown.examples == ()
+    assert "pixels" in shown.title
+    assert "pixels" in capsys.readouterr().out
+
+
+def test_a_dropped_picture_restores_its_settings(served, tmp_path, monkeypatch):
+    _, cache, page = served
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (restore,) = (fn.fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "restore")
+    pipeline, _ = cache.get("pixels")
+    drawn = pipeline("a dog", num_inference_steps=2, guidance_scale=2.0, generator=tiny.generators(7)).images[0]
+    diffusers_prx.save_with_settings(drawn, tmp_path / "dog.png")
+    status, prompt, _, model, _, preset, steps, guidance, seed, _, keep = restore(str(tmp_path / "dog.png"))
+    assert "your picture" in status
+    assert (prompt, model, preset.value, steps, guidance, seed, keep) == ("a dog", "pixels", "exact", 2, 2.0, 7, True)
+    GRAY.save(tmp_path / "gray.png")
+    GRAY.save(tmp_path.parent / "gray.png")
+    for file in ("gray.png", "missing.png", "../gray.png"):
+        status, *values = restore(str(tmp_path / file))
+        assert "could not be restored" in status
+        assert len(values) == 10
+
+
+def test_the_enhance_button_is_there_with_a_language_model_only(cache):
+    def enhancer(prompts):
+        return [f"{prompt}, in detail" * 90 for prompt in prompts]
+
+    for given in (None, enhancer):
+        page = app.build(cache.models, cache, given)
+        (button,) = (block for block in page.blocks.values() if getattr(block, "value", "") == "Enhance the prompt")
+        assert button.visible == (given is not None)
+    (enhance,) = (fn.fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "enhance")
+    caption, status = enhance("a cat")
+    assert caption.startswith("a cat, in detail")
+    assert len(caption) == app.MAX_PROMPT
+    assert "cut" in status
+    with pytest.raises(gr.Error, match="prompt"):
+        enhance(" ")
 
 
 @pytest.mark.parametrize(
@@ -383,9 +548,9 @@ def test_a_full_queue_refuses_and_keeps_its_order(served, monkeypatch):
     transformer.__class__ = Blocked
     order: list[int] = []  # seeds, in the order of drawing; clients may be notified late
 
-    def recorded_draw(request, cache):
+    def recorded_draw(request, cache, edit):
         order.append(request.seed)
-        return original_draw(request, cache)
+        return original_draw(request, cache, edit)
 
     original_draw = app.draw
     monkeypatch.setattr(app, "draw", recorded_draw)
@@ -450,7 +615,7 @@ def test_loras_have_controls_on_both_tabs(cache):
     inputs = {fn.api_name: fn.inputs for fn in page.fns.values()}
     assert len(inputs["draw"]) == len(app.REQUEST_FIELDS)
     assert [control.label for control in inputs["draw"][-2:]] == ["LoRA", "LoRA weight"]
-    assert [control.label for control in inputs["compare"][-2:]] == ["LoRA (second)", "LoRA weight (second)"]
+    assert [control.label for control in inputs["compare"][-2:]] == ["LoRA (right)", "LoRA weight (right)"]
     assert len(inputs["compare"]) == 15
 
 
@@ -459,10 +624,10 @@ def zero_gpu(duration):
     only the class name arrives."""
 
     def decorate(task):
-        def call(request):
-            assert duration(request) > 0
+        def call(*arguments):
+            assert duration(*arguments) > 0
             try:
-                yield from task(pickle.loads(pickle.dumps(request)))
+                yield from task(*pickle.loads(pickle.dumps(arguments)))
             except gr.Error as error:
                 raise pickle.loads(pickle.dumps(error)) from None
             except Exception as error:

@@ -1,13 +1,14 @@
-"""The page in a real browser: type, draw, watch, stop, change the model, compare, open a link, on a phone."""
+"""The page in a real browser: draw, watch, stop, go back, restore, edit, compare, open a link, on a phone."""
 
 import io
 import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from space_tools import becomes_idle, count_calls
 
@@ -22,13 +23,15 @@ import serving
 import tiny
 from diffusers_prx import PRXPixelPipeline
 from drawing import Update
-from model_cache import LORA_FILE, ModelCache
+from model_cache import LORA_FILE, ModelCache, find_models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed: apt-get install chromium")
 
+ROOT = Path(__file__).resolve().parents[2]
 PHONE = {"width": 390, "height": 844}
 TIMEOUT = 60_000  # milliseconds
+expect.set_options(timeout=TIMEOUT)
 
 # contrast of two colors by WCAG 2, and the color behind an element
 CONTRAST = """
@@ -96,11 +99,13 @@ def browser():
 @contextmanager
 def opened(cache, browser, colors: str = "light"):
     """Serve a page and open it in light or dark mode; at the end, fail on errors and requests to other hosts."""
-    models = {name: cache.models[name] for name in ("pixels", "latents")}  # the page opens on the first
+    # the page opens on the first
+    models = {name: cache.models[name] for name in sorted(cache.models, key=lambda name: name == "latents")}
     served = app.build(models, cache)
     _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url, color_scheme=colors)
     context.set_default_timeout(TIMEOUT)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     problems: list[str] = []
     context.on("weberror", lambda error: problems.append(str(error.error)))
     context.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
@@ -120,78 +125,149 @@ def page(cache, browser):
 
 def fill(page, prompt: str, steps: int) -> None:
     page.get_by_label("Prompt", exact=True).first.fill(prompt)
-    page.get_by_label(re.compile("^number input for Steps")).first.fill(str(steps))
+    steps_control = page.get_by_label(re.compile("^number input for Steps")).first
+    if not steps_control.is_visible():
+        page.get_by_role("button", name="Advanced").click()
+    steps_control.fill(str(steps))
     page.keyboard.press("Tab")
 
 
 def picture_bytes(page) -> bytes:
     """Return the file of the first picture in the gallery."""
-    return page.request.get(page.locator(".gallery-container img").first.get_attribute("src")).body()
+    return page.request.get(page.locator(".picture img").first.get_attribute("src")).body()
+
+
+def drawn_link(page) -> str:
+    return page.locator("#made a").get_attribute("href")
+
+
+def paint(page) -> None:
+    """Paint over the middle of the picture in the editor."""
+    box = page.locator("canvas").first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 40, middle[1] + 40, steps=5)
+    page.mouse.up()
 
 
 def fits_width(page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_a_whole_visit(page, cache):
+def test_a_whole_visit(page, cache, tmp_path):
     transformer = count_calls(cache, "pixels", 0.05)
     page.goto("/")
+    draw = page.get_by_role("button", name="Draw", exact=True)
+    stop = page.get_by_role("button", name="Stop").first
+    expect(stop).to_be_hidden()
     # type, draw with the keyboard, watch
     bad = "a red cat ${alert(1)} {{7*7}} <img src=x onerror=alert(2)>"
     fill(page, bad, 8)
     page.get_by_label("Prompt", exact=True).first.press("Enter")
-    expect(page.locator(".preview-image img")).to_be_visible(timeout=TIMEOUT)
+    expect(page.locator(".preview-image img").first).to_be_visible(timeout=TIMEOUT)
+    expect(stop).to_be_visible()
     expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
-    expect(page.locator(".details td").first).to_have_text(bad)
-    link = page.locator(".details a").get_attribute("href")
-    picture = page.locator(".gallery-container img").first
-    expect(picture).to_be_visible()
-    drawn = picture_bytes(page)
+    expect(stop).to_be_hidden()
+    page.get_by_text("How it was made").first.click()
+    expect(page.locator("#made td").first).to_have_text(bad)
+    link, drawn = drawn_link(page), picture_bytes(page)
+    (tmp_path / "drawn.png").write_bytes(drawn)
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("button", name="Link copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()").endswith(link)
     for check in (LOW_CONTRAST, UNLABELED):
         assert page.evaluate(check) == []
+    # again: another seed, four pictures; then back to the first
+    page.get_by_label("4", exact=True).check()
+    draw.click()
+    expect(page.locator(".picture img").nth(3)).to_be_visible(timeout=TIMEOUT)
+    assert drawn_link(page) != link
+    page.locator(".thumbnails").last.get_by_role("button").nth(4).click()
+    expect(page.locator("#made a")).to_have_attribute("href", link)
+    assert picture_bytes(page) == drawn
     # stop
     fill(page, "a blue dog", 50)
-    page.get_by_role("button", name="Draw", exact=True).click()
+    draw.click()
     expect(page.get_by_text(re.compile("Step [0-9]+ of 50"))).to_be_visible(timeout=TIMEOUT)
     before = transformer.calls
-    page.get_by_role("button", name="Stop").click()
+    stop.click()
     expect(page.get_by_text("Stopped.")).to_be_visible(timeout=TIMEOUT)
     assert becomes_idle(transformer)
     assert transformer.calls < before + 30
     # an error is a sentence
     fill(page, "", 2)
-    page.get_by_role("button", name="Draw", exact=True).click()
+    draw.click()
     expect(page.get_by_text("The prompt is empty")).to_be_visible(timeout=TIMEOUT)
-    # another model, the dice, an example
+    expect(stop).to_be_hidden()
+    # another model; then the settings of the first picture
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="latents").click()
-    page.get_by_role("button", name="Roll the dice").first.click()
-    expect(page.get_by_label("Seed").first).not_to_have_value("0")
-    page.get_by_role("button", name=re.compile("green triangle")).click()
-    expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green triangle"))
-    fill(page, "a green triangle", 2)
-    page.get_by_role("button", name="Draw", exact=True).click()
-    expect(page.locator(".details").get_by_text("latents", exact=True)).to_be_visible(timeout=TIMEOUT)
+    expect(page.get_by_role("heading", name="latents")).to_be_visible()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "drawn.png")
+    expect(page.get_by_text("settings of your picture")).to_be_visible(timeout=TIMEOUT)
+    expect(page.get_by_role("heading", name="pixels")).to_be_visible()
+    draw.click()
+    expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
+    assert drawn_link(page) == link
+    assert picture_bytes(page) == drawn
+    # change the picture: paint over its middle
+    page.get_by_role("button", name="Change this picture").click()
+    panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Change", exact=True))
+    expect(panel.locator("canvas").first).to_be_visible(timeout=TIMEOUT)
+    expect(panel.get_by_label("Prompt", exact=True)).to_have_value(bad)
+    paint(page)
+    panel.get_by_role("button", name="Change", exact=True).click()
+    expect(panel.get_by_text("Done in")).to_be_visible(timeout=2 * TIMEOUT)  # a browser without a GPU is slow here
+    changed = Image.open(io.BytesIO(page.request.get(panel.locator(".picture img").get_attribute("src")).body()))
+    same = ImageChops.difference(changed.convert("RGB"), Image.open(io.BytesIO(drawn)).convert("RGB"))
+    assert same.getpixel((0, 0)) == same.getpixel((31, 31)) == (0, 0, 0)
+    assert same.crop((12, 12, 24, 24)).getbbox() is not None
     # compare
     page.get_by_role("tab", name="Compare").click()
     panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
     panel.get_by_label("Prompt", exact=True).fill("a lion")
-    for side in ("first", "second"):
+    panel.get_by_role("button", name="What is compared").click()
+    for side in ("left", "right"):
         panel.get_by_label(f"number input for Steps ({side})").fill("2")
-    panel.get_by_role("button", name="Compare").click()
-    expect(panel.get_by_text("Done.", exact=True)).to_be_visible(timeout=TIMEOUT)
-    expect(panel.locator(".preview-image img")).to_have_count(2)
+    panel.get_by_role("button", name="Compare", exact=True).click()
+    expect(panel.get_by_text("times as fast")).to_be_visible(timeout=TIMEOUT)
+    expect(panel.locator(".details td").filter(has_text="Fast, 2 steps")).to_be_visible()
     assert page.evaluate(LOW_CONTRAST) == []
     # the link, on a phone: the same picture, no horizontal scrolling
     page.set_viewport_size(PHONE)
     page.goto("/" + link)
     expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
-    expect(page.locator(".details td").first).to_have_text(bad)
-    assert page.locator(".details a").get_attribute("href") == link
+    assert drawn_link(page) == link
     assert picture_bytes(page) == drawn
-    assert fits_width(page)
-    page.get_by_role("tab", name="Compare").click()
-    assert fits_width(page)
+    for tab in ("Draw", "Edit", "Compare"):
+        page.get_by_role("tab", name=tab).click()
+        assert fits_width(page)
+
+
+@pytest.mark.parametrize("size", [{"width": 1280, "height": 900}, PHONE])
+def test_prompt_and_picture_are_in_the_first_screen(browser, size):
+    """With the examples of the repository's model, of which a click draws one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRX_MODELS", str(ROOT / "model_cards" / "prx-scenes-small"))
+        small = ModelCache(find_models(), {})
+    with opened(small, browser) as page:
+        page.set_viewport_size(size)
+        page.goto("/")
+        expect(page.get_by_role("heading", name="Shapes and colors")).to_be_visible()
+        examples = page.locator(".thumbnails").first.get_by_role("button")
+        expect(examples).to_have_count(6)
+        picture = page.locator(".picture img").first
+        expect(picture).to_be_visible(timeout=TIMEOUT)
+        page.evaluate("document.fonts.ready")
+        for element in (examples.last, page.get_by_label("Prompt", exact=True).first, picture):
+            box = element.bounding_box()
+            assert box["y"] + box["height"] <= size["height"]
+            assert box["x"] + box["width"] <= size["width"]
+        examples.nth(1).click()
+        expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green triangle"))
+        expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
+        assert "green+triangle" in drawn_link(page)
 
 
 def luminance(color) -> float:
@@ -236,6 +312,7 @@ def test_lora_and_weight_controls_work(cache, browser, tmp_path):
 
     with opened(ModelCache(cache.models, {"style": tmp_path / LORA_FILE}), browser) as page:
         page.goto("/")
+        page.get_by_label("Keep this seed").first.check()
 
         def draw(lora: str, weight: str) -> list[int]:
             fill(page, "a red cat", 2)
@@ -246,7 +323,7 @@ def test_lora_and_weight_controls_work(cache, browser, tmp_path):
             page.get_by_role("button", name="Draw", exact=True).click()
             expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
             expected = [] if lora == "none" else [f"style, weight {weight}"]
-            expect(page.locator(".details tr").filter(has_text="LoRA").locator("td")).to_have_text(expected)
+            expect(page.locator("#made tr").filter(has_text="LoRA").locator("td")).to_have_text(expected)
             picture = Image.open(io.BytesIO(picture_bytes(page)))  # its metadata name the LoRA
             return list(picture.convert("RGB").tobytes())
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from diffusers_prx.schedulers import PRXFlowMatchScheduler
@@ -16,9 +17,11 @@ from space_tools import becomes_idle, count_calls
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
-from drawing import Update, apply_preset, draw, predicted_clean, preview_image
+from diffusers_prx import PRXInpaintPipeline, PRXPixelImg2ImgPipeline, apply_preset
+from diffusers_prx.pipelines.presets import PRESETS
+from drawing import Edit, Update, draw, predicted_clean, preview_image
 from model_cache import ModelCache, Stopped, find_loras
-from settings import PRESETS, Request
+from settings import Request
 
 PROMPT = "a red cat on the beach"
 
@@ -48,21 +51,32 @@ def pixels(image) -> np.ndarray:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pictures_equal_the_pipeline_call(cache, model, preset):
     updates = list(draw(request(model, preset=preset, images=2), cache))
-    pipeline, levels = apply_preset(cache.get(model)[0], preset, 4)
-    expected = pipeline(
-        PROMPT,
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        num_images_per_prompt=2,
-        generator=tiny.generators(5, 6),
-        sigmas=levels,
-    ).images
+    pipeline, settings = apply_preset(cache.get(model)[0], preset, 4)
+    generators = tiny.generators(5, 6)
+    expected = pipeline(PROMPT, guidance_scale=3.0, num_images_per_prompt=2, generator=generators, **settings).images
     for image, other in zip(updates[-1].images, expected, strict=True):
         assert np.array_equal(pixels(image), pixels(other))
     steps = [update.step for update in updates]
     assert steps == sorted(steps)
     assert (steps[0], steps[-1]) == (0, 4)
     assert pixels(updates[-1].images[0]).std() > 5  # not uniformly gray
+
+
+def test_an_edit_equals_the_pipeline_call(cache):
+    before = last(draw(request(seed=1), cache)).images[0]
+    mask = Image.new("L", before.size)
+    mask.paste(255, (0, 0, 16, 32))
+    updates = list(draw(request(), cache, Edit(before, None, 0.6)))
+    whole = PRXPixelImg2ImgPipeline.from_pipe(cache.get("pixels")[0])
+    call = {"prompt": PROMPT, "image": before, "num_inference_steps": 4, "guidance_scale": 3.0}
+    expected = whole(strength=0.6, generator=tiny.generators(5), **call).images[0]
+    assert np.array_equal(pixels(updates[-1].images[0]), pixels(expected))
+    assert updates[-1].step == updates[-1].steps < 4 + 1
+    painted = last(draw(request("latents"), cache, Edit(before, mask, 0.6))).images[0]
+    part = PRXInpaintPipeline.from_pipe(cache.get("latents")[0])
+    expected = part(mask_image=mask, generator=tiny.generators(5), **call).images[0]
+    assert np.array_equal(pixels(painted), pixels(expected))
+    assert np.array_equal(pixels(painted)[:, 16:], pixels(before)[:, 16:])
 
 
 def test_each_image_can_be_drawn_alone(cache):
@@ -78,20 +92,19 @@ def test_the_predicted_clean_image_is_that_of_the_solver(preset):
     """On exactly solvable data: a step of Euler moves towards the prediction; every last step ends on it."""
     network = tiny.transformer(cls=tiny.GaussianData)
     pipeline = tiny.latent_pipeline(transformer=network, scheduler=PRXFlowMatchScheduler())
-    pipeline, levels = apply_preset(pipeline, preset, 6)
+    pipeline, settings = apply_preset(pipeline, preset, 6)
     noise = torch.randn(2, 4, 16, 16)
     scheduler = copy.deepcopy(pipeline.scheduler)
-    set_schedule(scheduler, 6, sigmas=levels)
+    set_schedule(scheduler, 6, sigmas=settings.get("sigmas"))
     sigmas = scheduler.sigmas
     states = [noise]
     pipeline(
         PROMPT,
-        num_inference_steps=6,
         guidance_scale=1,
         num_images_per_prompt=2,
         latents=noise,
-        sigmas=levels,
         output_type="latent",
+        **settings,
         callback_on_step_end=lambda _, step, timestep, tensors: states.append(tensors["latents"]) or {},
     )
     assert len(states) == 7
@@ -109,11 +122,13 @@ def test_the_predicted_clean_image_is_that_of_the_solver(preset):
 
 @torch.no_grad()
 def test_a_preview_is_small_and_shows_all_images():
-    gray = torch.zeros(2, 3, 1024, 512)
-    gray[1] = 1.0
+    gray = torch.zeros(3, 3, 1024, 512)
+    gray[1], gray[2] = 1.0, -1.0
     image = preview_image(gray, None, 1)
-    assert image.size == (2 * 128, 256)
-    assert (image.getpixel((0, 0)), image.getpixel((200, 0))) == ((128,) * 3, (255,) * 3)
+    assert image.size == (2 * 128, 2 * 256)
+    shades = [image.getpixel(corner)[0] for corner in ((0, 0), (200, 0), (0, 300), (200, 300))]
+    assert shades == [128, 255, 0, 128]  # the empty place of three pictures is gray
+    assert preview_image(gray[:2], None, 1).size == (2 * 128, 256)
     vae = tiny.vae_kl()
     latents = torch.randn(1, 4, 512, 256)
     assert preview_image(latents, vae, 2).size == (128, 256)

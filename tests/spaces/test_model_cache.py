@@ -40,6 +40,7 @@ def test_folders_with_a_pipeline_are_models(tmp_path, monkeypatch, capsys):
     assert models["one"].default_size == "512 x 512"
     assert "704 x 352" in models["one"].sizes
     assert len(models["quickstart"].sizes) == len(RESOLUTION_BINS[512])
+    assert (models["quickstart"].preset_steps["fast"], models["zoo"].preset_steps["fast"]) == (9, 14)
 
 
 BROKEN = {
@@ -55,6 +56,8 @@ BROKEN = {
     "side_text": '{"_class_name": "PRXPipeline", "default_sample_size": "32"}',
     "side_true": '{"_class_name": "PRXPipeline", "default_sample_size": true}',
     "side_large": '{"_class_name": "PRXPipeline", "default_sample_size": 1000000}',
+    "steps": '{"_class_name": "PRXPipeline", "preset_steps": {"slow": 3}}',
+    "prediction": '{"_class_name": "PRXPipeline", "prediction_type": "noise"}',
     "side_negative": '{"_class_name": "PRXPipeline", "default_sample_size": -32}',
 }
 

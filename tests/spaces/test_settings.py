@@ -5,7 +5,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from settings import MAX_PROMPT, MAX_SEED, NO_LORA, Request, parse_request, read_link
+from settings import MAX_PROMPT, MAX_SEED, NO_LORA, Request, parse_request, read_link, read_picture_settings
 
 SIZES = {"small": ("32 x 32",), "large": ("640 x 384", "512 x 512")}
 VALID = {
@@ -103,3 +103,29 @@ def test_every_field_is_checked():
     for name in Request.__dataclass_fields__:
         with pytest.raises(ValueError, match="accepted"):
             parse(**{name: object()})
+
+
+STEPS = {"exact": 28, "fast": 14, "fastest": 7}
+
+
+def test_settings_of_a_picture_make_its_request_again():
+    request = parse(lora="style", lora_weight=0.35, negative_prompt="día")
+    settings = {"link": request.link(), "adapters": ["style"]}
+    values = read_picture_settings(settings, "large", STEPS, VALID | {"lora": NO_LORA})
+    assert parse_request(values, SIZES, ["style"]) == request
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "preset"),
+    [("UniPCMultistepScheduler", 7, "fast"), ("PRXFlowMatchScheduler", 7, "fastest"), ("other", 20, "exact")],
+)
+def test_settings_of_a_pipeline_call_make_a_request(scheduler, steps, preset):
+    settings = {"prompt": "a dog", "negative_prompt": None, "seed": 3, "guidance_scale": 2.0, "height": 384}
+    settings |= {"width": 640, "num_inference_steps": steps, "scheduler": {"class": scheduler}}
+    request = parse_request(read_picture_settings(settings, "large", STEPS, VALID), SIZES, [])
+    expected = parse(prompt="a dog", seed=3, guidance_scale=2.0, steps=steps, preset=preset)
+    assert request == expected
+    with pytest.raises(ValueError, match="LoRA"):
+        read_picture_settings(settings | {"adapters": ["style"]}, "large", STEPS, VALID)
+    with pytest.raises(ValueError, match="Seed"):
+        parse_request(read_picture_settings(settings | {"seed": None}, "large", STEPS, VALID), SIZES, [])

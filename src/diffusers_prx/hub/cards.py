@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..config.data_sources import DataSource, data_sources_of
+from ..config.data_sources import DRAWN_SOURCES, DataSource, data_sources_of
 from ..config.fields import RUNTIME, field_names
 from ..config.training_config import TrainingConfig, complete_settings
 from ..evaluation.emoji_accuracy import EMOJI_SHARES
@@ -134,10 +134,23 @@ def _metadata(
         base_model=hub_id(cfg.pretrained_model_name_or_path),
         datasets=sorted({source for source in _sources(stages) if hub_id(source)}) or None,
         widget=examples or None,
+        demo=_demo_texts(stages),
         model_name=Path(load_from).name if report is not None else None,
         eval_results=None if report is None else evaluation_results(report),
         load_from=load_from,  # LOAD_FROM_KEY
     )
+
+
+def _demo_texts(stages: list[TrainingConfig]) -> dict[str, str] | None:
+    """Return what the demo says of a model: a title, and a sentence on what to ask for; None for unknown data."""
+    sources = set(_sources(stages))
+    if sources == {SCENES}:
+        description = "Say which shape you want, its size and color, where it is, and what is behind it."
+        return {"title": "Shapes and colors from words", "description": description}
+    if sources <= set(DRAWN_SOURCES):
+        description = "Say which emoji you want, its size, where it is, and what is behind it."
+        return {"title": "Emoji pictures from words", "description": description}
+    return None
 
 
 def _stored_class(folder: Path) -> str:
