@@ -93,6 +93,7 @@ img.pixelated, .pixelated img { image-rendering: pixelated; }
 :is(.progress, .preview-image, .details) > [data-testid="status-tracker"] { display: none; }
 /* opaque, or the thumbnails show through a large picture */
 .gallery-container .preview { background: var(--background-fill-primary); backdrop-filter: none; }
+[data-testid="slider"] .icon { color: black; } /* arrows on the line between two pictures */
 .tabs button.selected { color: var(--primary-700); }
 .dark .tabs button.selected { color: var(--primary-300); }
 .details a { text-decoration: underline; }
