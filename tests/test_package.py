@@ -292,15 +292,15 @@ def declared(metadata: Message, *extras: str) -> set[str]:
 def test_every_import_is_declared(metadata):
     core = {name for part in CORE for name in third_party_imports(SRC / "diffusers_prx" / part)}
     assert core <= declared(metadata), "only training needs the extras"
-    training = declared(metadata, "training", "wandb", "trackio")
+    training = declared(metadata, "training", "mds", "wandb", "trackio")
     assert third_party_imports(SRC) <= training
     assert third_party_imports(ROOT / "training") <= training | declared(metadata, "emoji", "vision", "quantization")
-    # gradio requires fastapi and starlette; only ZeroGPU has spaces
-    assert third_party_imports(ROOT / "spaces") - {"fastapi", "starlette", "spaces"} <= declared(metadata, "demo")
+    # gradio requires fastapi, starlette and anyio; only ZeroGPU has spaces
+    assert third_party_imports(ROOT / "spaces") - {"anyio", "fastapi", "starlette", "spaces"} <= declared(metadata, "demo")
     assert third_party_imports(ROOT / "docs") <= declared(metadata, "training", "docs")
     # packaging is a dependency of both huggingface_hub and pytest; gradio is made with the others
     assert third_party_imports(ROOT / "tests") - {"packaging", "fastapi", "httpx", "starlette"} <= declared(
-        metadata, "training", "emoji", "vision", "quantization", "dev"
+        metadata, "training", "mds", "emoji", "vision", "quantization", "dev"
     )
 
 

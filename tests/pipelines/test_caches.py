@@ -53,7 +53,7 @@ def step_by_step(pipe, predict):
     sigmas = pipe.scheduler.sigmas
 
     for step in range(STEPS):
-        temb = network._embed_time(sigmas[step, None], 16, 16, torch.float32)
+        temb = network._embed_time(sigmas[step, None], 16, 16, torch.float32, None)
         tokens = network.img_in(patchify(x.repeat(2, 1, 1, 1), 2))
 
         def run(hidden, start, stop, temb=temb):

@@ -519,6 +519,8 @@ SIZES = {
     "REPA-E/e2e-flux-vae": 83.8e6,
     "black-forest-labs/FLUX.2-dev": 84e6,
     "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers": 312e6,
+    # DINOv2-B, and a decoder of 28 layers of width 1152 with MLPs of 4096 (arXiv 2510.11690)
+    "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08": 0.0866e9 + 28 * (4 * 1152**2 + 2 * 1152 * 4096),
 }
 
 

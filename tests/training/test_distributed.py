@@ -178,7 +178,7 @@ def resume(values: dict, source: Path, folder: Path, processes: int, **changes) 
     """Resume step 2 of a run in another layout, and return its final weights."""
     shutil.copytree(source / "checkpoint-2", folder / "checkpoint-2")
     changes |= {"output_dir": str(folder), "train_batch_size": 4 // processes, "resume_from_checkpoint": "latest"}
-    values = values | {"validation_prompts": [], "num_validation_samples": 0} | changes
+    values = values | {"validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []} | changes
     if processes == 1:
         runs.train(values)
     else:
@@ -214,7 +214,7 @@ def sharded(tmp_path_factory, alone) -> Path:
     """Folder of a repetition of the sharded run, for bitwise comparison."""
     folder = tmp_path_factory.mktemp("sharded")
     values = alone.cfg.to_dict() | {"output_dir": str(folder), "train_batch_size": 2, "sharding": "full"}
-    debug_launcher(train_on_a_rank, (values | {"validation_prompts": [], "num_validation_samples": 0},), 2)
+    debug_launcher(train_on_a_rank, (values | {"validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []},), 2)
     return folder
 
 
@@ -229,7 +229,7 @@ def test_sharded_run_resumes_bitwise(alone, sharded, tmp_path):
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (1, 4), (2, 2), (4, 1)])
 def test_split_of_a_step_does_not_change_it(alone, tmp_path, processes, accumulation):
     changes = {"gradient_accumulation_steps": accumulation, "train_batch_size": 4 // processes // accumulation}
-    changes |= {"output_dir": str(tmp_path), "validation_prompts": [], "num_validation_samples": 0}
+    changes |= {"output_dir": str(tmp_path), "validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []}
     changes |= {"sharding": "full" if (processes, accumulation) == (2, 2) else "none"}
     values = alone.cfg.to_dict() | changes
     if processes == 1:

@@ -155,11 +155,12 @@ def config(tmp_path, **changes):
 def test_new_transformer_fits_the_other_networks(vae, text, tmp_path):
     save_text(text, tmp_path / "text")
     VAES[vae]().save_pretrained(tmp_path / "vae")
-    nets = build_nets(config(tmp_path))
+    changes = {"resolution": 16} if vae == "rae" else {}  # its only size
+    nets = build_nets(config(tmp_path, **changes))
     transformer = nets.transformer.config
-    assert transformer.in_channels == {"kl": 4, "flux2": 12, "dc": 4, "tiny": 4}[vae]
+    assert transformer.in_channels == {"kl": 4, "flux2": 12, "dc": 4, "tiny": 4, "rae": 64}[vae]
     assert transformer.context_in_dim == tiny.TEXT_WIDTH
-    pipeline = nets.pipeline(config(tmp_path))
+    pipeline = nets.pipeline(config(tmp_path, **changes))
     pipeline.save_pretrained(tmp_path / "pipeline")
     index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", type(nets.vae).__name__]

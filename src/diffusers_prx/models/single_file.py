@@ -191,8 +191,9 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any])
         "bottleneck_size": shapes["img_in.0.weight"][0] if bottleneck else None,
         "resolution_embeds": any(name.startswith("resolution_embedder.") for name in shapes),
         "resolution_tokens": any(name.startswith("resolution_token_embedder.") for name in shapes),
-        "guidance_embeds": any(name.startswith("guidance_embedder.") for name in shapes),
     }
+    if any(name.startswith("guidance_embedder.") for name in shapes):
+        config["guidance_embeds"] = True
     return config | {key: value for key, value in given.items() if value is not None}
 
 

@@ -137,7 +137,8 @@ def meta_autoencoder(name_or_path: str, revision: str | None = None, tables: boo
     """
     if tables and name_or_path in AUTOENCODERS:
         vae_class, config = AUTOENCODERS[name_or_path]
-        return vae_class(**config)
+        with no_init_weights():
+            return vae_class(**config)
     try:
         vae_class, config, _ = find_vae(name_or_path, revision)
     except OSError as error:
