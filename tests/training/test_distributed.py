@@ -32,6 +32,7 @@ EVERYTHING = {
     "validation_steps": 2, "validation_inference_steps": 2, "gradient_checkpointing": True,
     "prediction_type": "velocity",  # whose pictures are full of their noise
 }  # fmt: skip
+NOT_VALIDATED = {"validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []}
 LAYOUTS = {
     "two copies": (2, {}),
     "two shards": (2, {"sharding": "full"}),
@@ -178,7 +179,7 @@ def resume(values: dict, source: Path, folder: Path, processes: int, **changes) 
     """Resume step 2 of a run in another layout, and return its final weights."""
     shutil.copytree(source / "checkpoint-2", folder / "checkpoint-2")
     changes |= {"output_dir": str(folder), "train_batch_size": 4 // processes, "resume_from_checkpoint": "latest"}
-    values = values | {"validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []} | changes
+    values = values | NOT_VALIDATED | changes
     if processes == 1:
         runs.train(values)
     else:
@@ -214,7 +215,7 @@ def sharded(tmp_path_factory, alone) -> Path:
     """Folder of a repetition of the sharded run, for bitwise comparison."""
     folder = tmp_path_factory.mktemp("sharded")
     values = alone.cfg.to_dict() | {"output_dir": str(folder), "train_batch_size": 2, "sharding": "full"}
-    debug_launcher(train_on_a_rank, (values | {"validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []},), 2)
+    debug_launcher(train_on_a_rank, (values | NOT_VALIDATED,), 2)
     return folder
 
 
@@ -229,7 +230,7 @@ def test_sharded_run_resumes_bitwise(alone, sharded, tmp_path):
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (1, 4), (2, 2), (4, 1)])
 def test_split_of_a_step_does_not_change_it(alone, tmp_path, processes, accumulation):
     changes = {"gradient_accumulation_steps": accumulation, "train_batch_size": 4 // processes // accumulation}
-    changes |= {"output_dir": str(tmp_path), "validation_prompts": [], "num_validation_samples": 0, "validation_metrics": []}
+    changes |= {"output_dir": str(tmp_path)} | NOT_VALIDATED
     changes |= {"sharding": "full" if (processes, accumulation) == (2, 2) else "none"}
     values = alone.cfg.to_dict() | changes
     if processes == 1:
