@@ -161,6 +161,19 @@ def save_vgg16(folder: Path) -> Path:
     return folder / "vgg16.pth"
 
 
+def save_pretrained(factory: Any) -> str:
+    """Save the pipeline of one training step from scratch, and return its folder."""
+    text_encoder, folder = save_text_encoder(factory.mktemp("text_encoder")), factory.mktemp("pretrained")
+    train(settings(folder, text_encoder, train_text_encoder=False, max_train_steps=1, lr_warmup_steps=0))
+    return str(folder)
+
+
+def train_on_a_rank(values: dict[str, Any]) -> None:
+    """Train in one of several processes, with one thread."""
+    torch.set_num_threads(1)
+    train(values)
+
+
 def brightness(images: list[np.ndarray], prompts: list[RankedPrompt]) -> list[float]:
     """Score images by their mean; a scorer of rewards by its name `runs:brightness`."""
     return [image.mean() / 255 for image in images]

@@ -363,7 +363,7 @@ def read_edit(value: Any, strength: float, height_width: tuple[int, int]) -> Edi
     """Read the value of the editor: a picture, and a mask of what is painted over it.
 
     Raises:
-        ValueError: if there is no picture, or it cannot be read.
+        ValueError: if the editor is empty, or its picture cannot be read.
     """
     background = value.get("background") if isinstance(value, dict) else None
     if not isinstance(background, dict):
@@ -480,7 +480,7 @@ class Controls:
 
 
 class Workspace:
-    """What every tab has: a prompt with its buttons, the progress, and the preview while a picture is drawn.
+    """Parts of every tab: a prompt with its buttons, the progress, and the preview while a picture is drawn.
 
     Build it in two columns: `ask` in one, `answer` in the other.
     """

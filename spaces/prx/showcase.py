@@ -1,4 +1,4 @@
-"""What a model can draw, read from its folder: title, one sentence and example pictures of its card."""
+"""Title, one sentence and example pictures of a model, read from the card in its folder."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ HUB = "https://huggingface.co/"
 
 @dataclass(frozen=True)
 class Showcase:
-    """What the page says of a model at first sight.
+    """First view of a model on the page.
 
     Args:
         title: what the model draws, in a few words.

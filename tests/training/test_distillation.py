@@ -284,14 +284,9 @@ def test_result_with_a_guidance_input_draws_and_resumes(whole, tmp_path):
         )
 
 
-def _train(values: dict) -> None:
-    torch.set_num_threads(1)
-    runs.train(values)
-
-
 def test_two_processes_equal_one(whole, tmp_path):
     values = whole.cfg.to_dict() | {"output_dir": str(tmp_path), "train_batch_size": 2}
-    debug_launcher(_train, (values,), num_processes=2)
+    debug_launcher(runs.train_on_a_rank, (values,), num_processes=2)
     history = json.loads((tmp_path / "training.json").read_text())["history"]
     for entry, wanted in zip(history, whole.state.history, strict=True):
         for name in (name for name in wanted if name.startswith("loss/") or name == "grad_norm"):

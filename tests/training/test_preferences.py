@@ -82,10 +82,7 @@ def save_pairs(folder: Path, count: int = 8) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> str:
-    text_encoder = runs.save_text_encoder(tmp_path_factory.mktemp("text_encoder"))
-    folder = tmp_path_factory.mktemp("pretrained")
-    runs.train(runs.settings(folder, text_encoder, train_text_encoder=False, max_train_steps=1, lr_warmup_steps=0))
-    return str(folder)
+    return runs.save_pretrained(tmp_path_factory)
 
 
 def run_settings(pretrained: str, data: Path, output_dir: Path, **changes) -> dict:
@@ -116,15 +113,12 @@ def test_run_resumes_bitwise(whole, tmp_path):
     runs.assert_same(*(runs.saved_state(each.output_dir / "checkpoint-12") for each in (resumed, run)))
 
 
-def _train(values: dict) -> None:
-    torch.set_num_threads(1)
-    runs.train(values)
-
-
 def test_two_processes_equal_one(whole, tmp_path):
     run, _ = whole
     debug_launcher(
-        _train, (run.cfg.to_dict() | {"output_dir": str(tmp_path), "train_batch_size": 2},), num_processes=2
+        runs.train_on_a_rank,
+        (run.cfg.to_dict() | {"output_dir": str(tmp_path), "train_batch_size": 2},),
+        num_processes=2,
     )
     history = json.loads((tmp_path / "training.json").read_text())["history"]
     for entry, wanted in zip(history, run.state.history, strict=True):

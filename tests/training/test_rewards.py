@@ -101,10 +101,7 @@ def test_scenes_are_scored_against_the_image_of_the_data():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> str:
-    text_encoder = runs.save_text_encoder(tmp_path_factory.mktemp("text_encoder"))
-    folder = tmp_path_factory.mktemp("pretrained")
-    runs.train(runs.settings(folder, text_encoder, train_text_encoder=False, max_train_steps=1, lr_warmup_steps=0))
-    return str(folder)
+    return runs.save_pretrained(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +125,9 @@ def test_run_resumes_bitwise(whole, tmp_path):
     runs.assert_same(*(runs.saved_state(each.output_dir / "checkpoint-16") for each in (resumed, whole)))
 
 
-def _train(values: dict) -> None:
-    torch.set_num_threads(1)
-    runs.train(values)
-
-
 def test_two_processes_equal_one(whole, tmp_path):
     values = {"output_dir": str(tmp_path), "train_batch_size": 2, "max_train_steps": 4}
-    debug_launcher(_train, (whole.cfg.to_dict() | values,), num_processes=2)
+    debug_launcher(runs.train_on_a_rank, (whole.cfg.to_dict() | values,), num_processes=2)
     history = json.loads((Path(tmp_path) / "training.json").read_text())["history"]
     for entry, wanted in zip(history, whole.state.history):
         assert entry["loss/reward"] == pytest.approx(wanted["loss/reward"], rel=1e-4)

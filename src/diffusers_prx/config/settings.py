@@ -644,7 +644,7 @@ class TrainingSettings:
     validation_metrics_samples: Annotated[
         int,
         "Number of images that are drawn for each group of prompts of `validation_metrics`.",
-        Range("at least 2", 2),
+        AT_LEAST_TWO,
     ] = 256
 
     # the run
