@@ -12,7 +12,7 @@ import torch
 
 from diffusers_prx.cli import exit_on_error, parse_flags, path
 from diffusers_prx.data.scenes import LEVELS
-from diffusers_prx.evaluation.preferences import PairSettings, make_pairs, scene_prompts
+from diffusers_prx.evaluation.preferences import PairSettings, emoji_prompts, make_pairs, scene_prompts
 from diffusers_prx.evaluation.scorers import RankedPrompt
 from diffusers_prx.files import expand_path
 
@@ -23,16 +23,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", type=path, help="Text file with one prompt per line.")
     prompts.add_argument("--scenes", action="store_true", help="Use captions of the built-in scenes as prompts.")
+    prompts.add_argument(
+        "--emoji", type=expand_path, metavar="DIR",
+        help="Use captions of the drawings in this folder of training/tools/fetch_emoji.py as prompts.",
+    )  # fmt: skip
     parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Level of the scenes.")
-    parser.add_argument("--num_prompts", type=int, default=1000, help="Number of scenes.")
-    parser.add_argument(
-        "--scorers", nargs="+", required=True, help="Scorers: scenes, clip=NAME (folder or Hub id), module:function."
-    )
+    parser.add_argument("--num_prompts", type=int, default=1000, help="Number of scenes or emoji.")
+    names = "Scorers: scenes, clip=NAME and emoji=NETWORK (folders or Hub ids; emoji needs --emoji), module:function."
+    parser.add_argument("--scorers", nargs="+", required=True, help=names)
     parser.add_argument("--scorer_weights", type=float, nargs="+", help="Weight of each scorer. Default: 1.")
     parser.add_argument("--images_per_prompt", type=int, default=4, help="Images that are ranked for each prompt.")
     parser.add_argument("--num_inference_steps", type=int, default=28, help="Denoising steps.")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="Scale of classifier-free guidance.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the images and of the scenes.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the images, the scenes and the choice of emoji.")
     parser.add_argument("--resolution", type=int, help="Side in pixels. Default: that of the pipeline.")
     parser.add_argument("--batch_size", type=int, default=16, help="Images per call.")
     parser.add_argument("--output_dir", type=path, required=True, help="Folder of the pairs.")
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_error():
         if use_scenes:
             prompts = scene_prompts(level, count, args["seed"])
+        elif args["emoji"] is not None:
+            prompts = emoji_prompts(args["emoji"], count, args["seed"])
         else:
             lines = file.read_text(encoding="utf-8").splitlines()
             prompts = [RankedPrompt(line.strip()) for line in lines if line.strip()]

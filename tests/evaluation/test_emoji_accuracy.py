@@ -21,7 +21,7 @@ from diffusers_prx.evaluation.emoji_accuracy import (
     read_group,
     shares,
 )
-from diffusers_prx.evaluation.emoji_reader import WHITE, EmojiReader
+from diffusers_prx.evaluation.emoji_reader import TEMPERATURE, WHITE, EmojiReader
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.reports import markdown_table, write_reports
 from diffusers_prx.hub.cards import evaluation_results, without_folders
@@ -80,6 +80,10 @@ def test_readings_are_those_of_a_slow_comparison(drawings, network, reader):
         one, other = ((features - mean) / std for features in (one, other))
         return (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
 
+    def share(best, key):
+        powers = {name: np.exp(fit / TEMPERATURE) for name, fit in best.items()}
+        return powers[key] / sum(powers.values())
+
     rng = np.random.default_rng(0)
     asked = [everything[place] for place in (0, 7, 20)]
     pictures = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in asked]
@@ -95,6 +99,12 @@ def test_readings_are_those_of_a_slow_comparison(drawings, network, reader):
         by_fit = sorted(fits, key=lambda pair: pair[0], reverse=True)
         assert reading.style == next(other.style for _, other in by_fit if other.name != drawing.name)
         assert reading.version == next(other.style for _, other in by_fit if other.name == drawing.name)
+        assert reading.name_probability == pytest.approx(share(names, drawing.name), rel=1e-3)
+        styles = {}
+        for fit, other in fits:
+            if other.name != drawing.name:
+                styles[other.style] = max(fit, styles.get(other.style, -2))
+        assert reading.style_probability == pytest.approx(share(styles, drawing.style), rel=1e-3)
 
 
 def test_a_drawing_is_not_compared_with_itself(drawings, reader):

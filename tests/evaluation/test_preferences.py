@@ -6,11 +6,17 @@ import types
 import numpy as np
 import pytest
 
+import emoji
 import runs
+from diffusers_prx.data.emoji import EmojiDrawings
 from diffusers_prx.data.scenes import ScenesDataset
 from diffusers_prx.data.sources import load_source
-from diffusers_prx.evaluation.preferences import PairSettings, RankedPrompt, load_scorer, make_pairs, scene_prompts
+from diffusers_prx.evaluation import scorers
+from diffusers_prx.evaluation.emoji_reader import WHITE, EmojiReader
+from diffusers_prx.evaluation.preferences import PairSettings, make_pairs, scene_prompts
+from diffusers_prx.evaluation.scorers import RankedPrompt, load_scorer
 from diffusers_prx.schedulers import PRXXPredictionScheduler
+from diffusers_prx.techniques.teachers import load_teacher
 from training import make_preference_pairs
 
 
@@ -85,6 +91,64 @@ def test_scenes_are_scored_by_what_is_right():
     assert max(score(images[::-1], prompts)) < 1
     with pytest.raises(ValueError, match="scenes"):
         score(images[:1], [RankedPrompt("a cat")])
+
+
+@pytest.fixture
+def eyes(tmp_path, monkeypatch) -> str:
+    """A scorer of emoji by name, which keeps its features in a temporary folder."""
+    monkeypatch.setattr(scorers, "REFERENCE_CACHE", tmp_path / "references")
+    (tmp_path / "eyes").mkdir()
+    return f"emoji={runs.save_teacher(tmp_path / 'eyes', patch_size=16)}"
+
+
+def test_emoji_are_scored_as_the_accuracy_reads_them(eyes, tmp_path):
+    folder = emoji.save_emoji(tmp_path / "emoji")
+    drawings = EmojiDrawings(folder, 32)
+    asked = drawings.splits["train"][:6]
+    images = [drawings.on_ground(drawing, WHITE, 32) for drawing in [*asked[1:], asked[0]]]
+    reader = EmojiReader(drawings, load_teacher(eyes.removeprefix("emoji=")), tmp_path)
+    wanted = [found.name_probability + found.style_probability for found in reader.read(images, asked)]
+    score = load_scorer(eyes, str(folder), 32)
+    for caption in ("text", "long"):
+        prompts = [RankedPrompt(getattr(drawing, caption)) for drawing in asked]
+        assert score(images, prompts) == pytest.approx(wanted, rel=1e-3)  # the features are kept in float16
+    assert len(set(wanted)) == len(wanted)
+    with pytest.raises(ValueError, match=asked[0].label):
+        score(images[:1], [RankedPrompt(asked[0].label)])
+    with pytest.raises(ValueError, match="emoji"):
+        load_scorer(eyes)
+    with pytest.raises(ValueError, match="no-such-network"):
+        load_scorer("emoji=no-such-network", str(folder))
+
+
+def test_emoji_of_one_style_score_nothing(eyes, tmp_path):
+    drawings = EmojiDrawings(emoji.save_emoji(tmp_path / "emoji"), 32)
+    lonely, other = drawings.splits["train"][0], drawings.splits["train"][-1]
+    drawings.style_counts[lonely.name] = 1
+    score = scorers.EmojiScorer(drawings, load_teacher(eyes.removeprefix("emoji=")), tmp_path)
+    images = [drawings.on_ground(drawing, WHITE, 32) for drawing in (lonely, other)]
+    found = score(images, [RankedPrompt(lonely.text), RankedPrompt(other.text)])
+    assert found[0] == 0
+    assert found[1] > 0
+
+
+def test_script_pairs_emoji_by_what_is_read(model, eyes, tmp_path, capsys):
+    folder = emoji.save_emoji(tmp_path / "emoji")
+    flags = ["--model", model, "--emoji", str(folder), "--scorers", eyes, "--num_prompts", "3", "--device", "cpu"]
+    flags += ["--num_inference_steps", "1", "--images_per_prompt", "2", "--output_dir", str(tmp_path)]
+    make_preference_pairs.main(flags)
+    assert "3 pairs" in capsys.readouterr().out
+    win, lose = (
+        load_source(f"{tmp_path}/pairs.parquet", image_column=name, caption_columns=["caption"])
+        for name in ("image_win", "image_lose")
+    )
+    score = load_scorer(eyes, str(folder), 16)
+    trained = {drawing.text for drawing in EmojiDrawings(folder, 1).splits["train"]}
+    for row in range(3):
+        prompt = RankedPrompt(win[row]["caption"])
+        better, worse = score([np.array(pairs[row]["image"]) for pairs in (win, lose)], [prompt, prompt])
+        assert better > worse
+        assert prompt.text in trained
 
 
 @pytest.mark.parametrize("name", ["nothing", "no_such_module:score", "math:no_such_function", "math:pi"])

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 import runs
 import tiny
-from diffusers_prx import PRXPixelPipeline
+from diffusers_prx import PRXPixelPipeline, apply_preset
 from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from diffusers_prx.techniques.discriminator import Discriminator, default_blocks
@@ -88,7 +88,7 @@ def test_guidance_distillation_predicts_the_guided_teacher(prediction):
     noise = draws.normal("noise", (3, 16, 16))
     wanted = []
     for row, caption in enumerate(batch["captions"]):
-        t = nets.scheduler.sample_timesteps(1, generator=draws.generators("timestep")[row])
+        t = nets.scheduler.timesteps_from_uniforms(draws.uniform("timestep", (3,))[row : row + 1])
         clean = batch["pixels_uint8"][row : row + 1].float() / 127.5 - 1
         noisy = (1 - t) * clean + t * noise[row : row + 1]
         guided = draw(nets, cfg, nets.reference, caption, noisy, [t.item()], 1, SCALE)
@@ -105,10 +105,10 @@ def test_student_with_a_guidance_input_predicts_the_teacher_of_each_scale():
     batch, draws = runs.batch(), rng()
     output = distill_step(batch, nets, cfg, draws)
     noise, scales = draws.normal("noise", (3, 16, 16)), (1 + 5 * draws.uniform("guidance")).tolist()
-    assert max(scales) - min(scales) > 1
+    assert max(scales) - min(scales) > 0.4
     wanted = []
     for row, caption in enumerate(batch["captions"]):
-        t = nets.scheduler.sample_timesteps(1, generator=draws.generators("timestep")[row])
+        t = nets.scheduler.timesteps_from_uniforms(draws.uniform("timestep", (3,))[row : row + 1])
         noisy = (1 - t) * (batch["pixels_uint8"][row : row + 1].float() / 127.5 - 1) + t * noise[row : row + 1]
         guided = draw(nets, cfg, nets.reference, caption, noisy, [t.item()], 1, scales[row])
         own = draw(nets, cfg, nets.transformer, caption, noisy, [t.item()], 1, scales[row])
@@ -240,7 +240,9 @@ def test_result_is_an_ordinary_pipeline(whole):
     assert names[1::2] == [{"flow"}, {"guidance_distillation"}, {"mean_velocity"}, {"generator", "discriminator"}]
     pipe = PRXPixelPipeline.from_pretrained(whole.output_dir)
     assert set(pipe.transformer.state_dict()) == set(whole.nets.transformer.state_dict())
-    image = pipe(runs.CAPTIONS[0], num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    pipe, fast = apply_preset(pipe, "fast")
+    assert fast == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    image = pipe(runs.CAPTIONS[0], output_type="pt", **fast).images
     assert image.isfinite().all()
 
 

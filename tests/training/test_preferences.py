@@ -46,7 +46,7 @@ def test_loss_is_that_of_the_formula(prediction):
     wanted, shares = [], []
     for row, caption in enumerate(batch["captions"]):
         text = nets.text_encoder(**nets.tokenizer(caption, return_tensors="pt", return_token_type_ids=False))[0]
-        t = nets.scheduler.sample_timesteps(1, generator=rng.generators("timestep")[row])
+        t = nets.scheduler.timesteps_from_uniforms(rng.uniform("timestep", (3,))[row : row + 1])
         noise, gains = rng.normal("noise", (3, 16, 16))[row], []
         for images in (batch["pixels_uint8"], batch["rejected_uint8"]):
             clean = images[row].float() / 127.5 - 1

@@ -41,7 +41,7 @@ def reference(batch, nets, cfg, step, timestep=None) -> list[float]:
             x_0 = (z - nets.vae.config.shift_factor) * nets.vae.config.scaling_factor
         noise = draw.normal("noise", x_0.shape[1:]).double() * cfg.noise_scale
         if timestep is None:
-            t = nets.scheduler.sample_timesteps(1, generator=draw.generators("timestep")[0]).double()
+            t = nets.scheduler.timesteps_from_uniforms(draw.uniform("timestep", (3,))).double()
         else:
             t = torch.full((1,), timestep).double()
         x_t = (1 - t) * x_0 + t * noise

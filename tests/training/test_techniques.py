@@ -156,7 +156,7 @@ def plain_step(batch: dict, nets: Nets, cfg: TrainingConfig, step: int) -> torch
     tokens = nets.tokenizer(kept, padding="longest", padding_side="right", return_tensors="pt")
     mask = tokens["attention_mask"].bool()
     text = nets.text_encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-    t = torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in draw.generators("timestep")])
+    t = nets.scheduler.timesteps_from_uniforms(draw.uniform("timestep", (3,)))
     noise = draw.normal("noise", x_0.shape[1:])
     x_t = (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * noise
     output = nets.transformer(x_t, t, text, mask)[0]

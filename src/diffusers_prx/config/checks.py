@@ -338,6 +338,17 @@ def check_rewards(cfg: TrainingSettings) -> None:
         raise ValueError(
             f"`precomputed_dir` is {cfg.precomputed_dir}, but `objective` nft draws its images itself: remove it."
         )
+    if any(name.startswith("emoji=") for name in cfg.reward_scorers):
+        sources = data_sources_of(cfg)
+        columns = [*(cfg.caption_weights or (source.caption_column for source in sources))]
+        has_drawings = not any(source.is_drawn for source in sources) and set(columns) <= {"text", "long"}
+        if cfg.emoji_dir is None or not has_drawings:
+            raise ValueError(
+                f"`reward_scorers` has emoji=NETWORK; `emoji_dir` is {cfg.emoji_dir!r}, the data are "
+                f"{[source.name for source in sources]} and the captions {columns}. Pass `--emoji_dir` with the "
+                "folder that training/tools/fetch_emoji.py has written, its drawings as data, and captions that name "
+                "the drawing and its style: text or long."
+            )
     if "scenes" in cfg.reward_scorers:
         others = [source.name for source in data_sources_of(cfg) if source.name != "scenes"]
         if others or cfg.caption_weights or cfg.scenes_caption != "long":

@@ -208,7 +208,8 @@ class TrainingSettings:
     ] = None
     emoji_dir: Annotated[
         str | None,
-        "Folder that training/tools/fetch_emoji.py has written, for `dataset_name` emoji_scenes.",
+        "Folder that training/tools/fetch_emoji.py has written, for `dataset_name` emoji_scenes, and for emoji in "
+        "`validation_metrics` and `reward_scorers`.",
         PER_STAGE,
         SHARED_CACHE,
         PATH,
@@ -599,8 +600,8 @@ class TrainingSettings:
     ] = 2000.0
     reward_scorers: Annotated[
         dict,
-        "Scorers of the images that `nft` draws, with their weights: {scenes: 1.0, clip=NAME: 0.5, module:function: "
-        "2.0}. See `evaluation.scorers.load_scorer`.",
+        "Scorers of the images that `nft` draws, with their weights: {scenes: 1.0, clip=NAME: 0.5, emoji=NETWORK: "
+        "1.0, module:function: 2.0}. See `evaluation.scorers.load_scorer`.",
         PER_STAGE,
     ] = field(default_factory=dict)
     reward_images_per_prompt: Annotated[
@@ -704,6 +705,17 @@ class TrainingSettings:
     def needs_reference(self) -> bool:
         """True if the step compares with the frozen model that the run or the stage starts from."""
         return self.objective != "flow" and (self.objective != "nft" or self.reward_kl_weight > 0)
+
+    @property
+    def student_steps(self) -> int | None:
+        """Number of steps in which the distilled network draws; None for a network that any number suits."""
+        return self.distill_steps if self.objective in ("mean_velocity", "ladd") else None
+
+    @property
+    def draws_without_guidance(self) -> bool:
+        """True if the network is distilled, so that it draws without guidance."""
+        guided = self.objective == "guidance_distillation" and self.distill_guidance_max is None
+        return guided or self.student_steps is not None
 
     def changes(self, name: str) -> bool:
         """True if a setting differs from its default."""

@@ -10,9 +10,12 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from ..data.emoji import EmojiDrawings
 from ..data.scenes import CAPTIONS, ScenesDataset, get_level, one_of
 from ..files import atomic_write
+from .emoji_accuracy import drawing_group
 from .generation import PictureFolder, default_resolution, draw_missing, load_pipeline, pipeline_draw
 from .scorers import RankedPrompt, load_scorer, total_scores
 
@@ -32,6 +35,7 @@ class PairSettings:
         seed: seed of the images.
         resolution: side length in pixels; None: that of the pipeline.
         batch_size: images per call.
+        emoji: folder of `training/tools/fetch_emoji.py` for the scorer of emoji, or None.
     """
 
     model: str
@@ -42,6 +46,7 @@ class PairSettings:
     seed: int = 0
     resolution: int | None = None
     batch_size: int = 16
+    emoji: str | None = None
 
 
 def scene_prompts(level: str, count: int, seed: int, caption: str = "long") -> list[RankedPrompt]:
@@ -49,6 +54,12 @@ def scene_prompts(level: str, count: int, seed: int, caption: str = "long") -> l
     one_of("caption", caption, CAPTIONS)
     scenes = ScenesDataset(level, get_level(level).min_resolution, seed, split="train", caption=caption, size=count)
     return [RankedPrompt(scenes.describe(scenes.scene(n), caption, n), scenes.scene(n)) for n in range(count)]
+
+
+def emoji_prompts(emoji_dir: str, count: int, seed: int) -> list[RankedPrompt]:
+    """Return captions `text` of trained drawings of the emoji data that the scorer of emoji can read."""
+    group = drawing_group(EmojiDrawings(emoji_dir, 1), "trained", "text", 1, count, seed)
+    return [RankedPrompt(text) for _, text in group.prompts]
 
 
 def make_pairs(settings: PairSettings, prompts: Sequence[RankedPrompt], output_dir: Path, device: Any) -> str:
@@ -73,9 +84,12 @@ def make_pairs(settings: PairSettings, prompts: Sequence[RankedPrompt], output_d
         >>> settings = PairSettings("outputs/quickstart", {"scenes": 1.0})
         >>> make_pairs(settings, scene_prompts("easy", 100, seed=1), Path("outputs/pairs"), "cpu")
     """
-    scorers = {name: load_scorer(name) for name in settings.scorers}
     pipeline = load_pipeline(settings.model).to(device)
     side = settings.resolution or default_resolution(pipeline)
+    scorers = {name: load_scorer(name, settings.emoji, side) for name in settings.scorers}
+    for scorer in scorers.values():
+        if isinstance(scorer, torch.nn.Module):
+            scorer.to(device)
     draw = pipeline_draw(
         pipeline, side, settings.num_inference_steps, settings.guidance_scale, settings.seed, settings.batch_size
     )

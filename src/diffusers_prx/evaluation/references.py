@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
 from diffusers.utils import logging
+from huggingface_hub import constants
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.captioned import CaptionedImages
@@ -22,6 +23,8 @@ from .metrics import FeatureDistance
 
 logger = logging.get_logger(__name__)
 
+# Folder of features and statistics that several evaluations and runs need.
+REFERENCE_CACHE = Path(constants.HF_HOME) / "diffusers_prx" / "references"
 FITTING = "resized to cover the resolution of the generated images (Lanczos, antialiased), center crop"
 
 

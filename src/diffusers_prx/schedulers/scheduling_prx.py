@@ -222,9 +222,27 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         n = check_count("n", n)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or None.")
-        config, low = self.config, self.config["min_timestep"]
         source = generator.device if generator is not None else "cpu"
-        u, coin, u_plain = torch.rand(n, 3, generator=generator, device=source).unbind(1)  # each (n,)
+        return self.timesteps_from_uniforms(torch.rand(n, 3, generator=generator, device=source)).to(device)
+
+    def timesteps_from_uniforms(self, uniforms: torch.Tensor) -> torch.Tensor:
+        """Transform uniform numbers to noise levels with the distribution of `sample_timesteps`.
+
+        It computes in float64, so that the levels, rounded to float32, do not depend on the other samples: PyTorch's
+        vectorized functions round the end of a tensor in another way than the rest.
+
+        Args:
+            uniforms: numbers in [0, 1), (n, 3).
+
+        Returns:
+            (n,) float32 in [min_timestep, 1).
+
+        Example:
+            >>> sigmas = scheduler.timesteps_from_uniforms(torch.rand(8, 3))
+        """
+        config, low = self.config, self.config["min_timestep"]
+        device = "cpu" if uniforms.device.type == "mps" else uniforms.device  # MPS has no float64
+        u, coin, u_plain = uniforms.to(device).double().unbind(1)  # (n,) each
         # inverting the distribution function on [F(low), 1) is the same as drawing again until inside the range
         low_unshifted = low / (self.shift - (self.shift - 1) * low)
         if config["timestep_sampling"] == "logit_normal":
@@ -239,7 +257,7 @@ class _PRXSchedulerBase(SchedulerMixin, ConfigMixin):
         if config["timestep_sampling"] == "logit_normal":
             t = torch.where(coin < config["uniform_fraction"], low + (1 - low) * u_plain, t)
         # float32 may round beyond the range; 1 itself is excluded
-        return t.clamp(low, 1 - 2**-24).to(device)
+        return t.float().clamp(low, 1 - 2**-24).to(uniforms.device)
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Convert a prediction to a velocity, float32; see the subclasses."""

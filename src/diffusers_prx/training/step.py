@@ -86,7 +86,7 @@ def train_step(
     clean = draw_latents(latents, rng)  # (B, C, h, w)
 
     # drop captions for guidance; encode the others, or use precomputed text
-    dropped = (rng.uniform("caption_dropout") < cfg.caption_dropout).tolist()
+    dropped = (rng.uniform("caption_dropout", on_host=True) < cfg.caption_dropout).tolist()
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
     if "text" in batch:
         text, text_mask, truncated = cached_text(batch, dropped)  # (B, L, E), L the longest caption's
@@ -214,7 +214,8 @@ def draw_latents(latents: EncodedImages, rng: StepRandom) -> torch.Tensor:
 
 def draw_timesteps(nets: Nets, rng: StepRandom) -> torch.Tensor:
     """Draw the noise level of each sample from the scheduler's distribution, (B,)."""
-    return torch.cat([nets.scheduler.sample_timesteps(1, generator=g) for g in rng.generators("timestep")])
+    levels = nets.scheduler.timesteps_from_uniforms(rng.uniform("timestep", (3,), on_host=True))  # (B,)
+    return levels.to(rng.device, non_blocking=True)
 
 
 @torch.no_grad()
