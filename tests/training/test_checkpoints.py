@@ -1,5 +1,6 @@
 """Checkpoints: atomic writing, removal of old ones, detection of damage, and resuming."""
 
+import copy
 import json
 import os
 import random
@@ -18,6 +19,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import runs
+import tiny
+from diffusers_prx.config.training_config import TrainingConfig
 from diffusers_prx.files import HASH_NAME, hash_file, read_hashed_json, write_hashed_json
 from diffusers_prx.techniques.optimizers import MuonAdamW
 from diffusers_prx.training import checkpoints
@@ -540,3 +543,16 @@ def test_other_settings_may_change_and_counts_are_restored():
     new.load_state_dict(old.state_dict())
     assert (new.step, new.unreadable, new.history) == (7, 3, [{"step": 7}])
     assert new.settings == state().settings
+
+
+def test_checkpoint_of_a_version_with_fewer_settings_resumes(tmp_path):
+    """What did not exist when it was saved has its default; a value other than the default is refused."""
+    config = json.loads(json.dumps({k: v for k, v in tiny.transformer().config.items() if k[0] != "_"}))
+    settings = TrainingConfig(**runs.settings(tmp_path, tmp_path)).to_dict()
+    state = RunState(settings, [{"first_step": 0, "stop_step": 4}], {"transformer": config})
+    saved = copy.deepcopy(state.state_dict())
+    del saved["settings"]["noise_scale"], saved["networks"]["transformer"]["guidance_embeds"]
+    state.load_state_dict(saved)
+    state.networks["transformer"]["guidance_embeds"] = True
+    with pytest.raises(ValueError, match="transformer"):
+        state.load_state_dict(saved)

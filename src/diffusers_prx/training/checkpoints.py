@@ -9,6 +9,7 @@ Files of `checkpoint-{step}/`:
 """
 
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch.optim import Optimizer
 from ..config.fields import FIXED_ON_RESUME, field_names
 from ..config.training_config import TrainingConfig
 from ..files import HASH_NAME, UNFINISHED, hash_file, read_hashed_json, write_hashed_json
+from ..models.transformer_prx import PRXTransformer2DModel
 from ..techniques.optimizers import trainable_parameters
 from .distributed import ObjectCommunicator
 
@@ -99,6 +101,7 @@ class RunState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = fill_in_defaults(state)
         step = state["step"]
         if step > self.stages[-1]["stop_step"]:
             raise ValueError(
@@ -400,6 +403,24 @@ def shard_reader(checkpoint: Path) -> HuggingFaceStorageReader:
 def read_run_file(checkpoint: Path) -> dict[str, Any]:
     """Return the plain data of a checkpoint."""
     return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def fill_in_defaults(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a run in which what did not exist when it was saved has its default.
+
+    These are settings that a resumed run must share, and arguments of the transformer.
+    """
+    names = field_names(TrainingConfig, FIXED_ON_RESUME)
+    fixed = [each for each in fields(TrainingConfig) if each.name in names]
+    settings = {each.name: each.default for each in fixed if each.default is not MISSING}
+    settings |= {each.name: each.default_factory() for each in fixed if each.default_factory is not MISSING}
+    arguments = inspect.signature(PRXTransformer2DModel.__init__).parameters.values()
+    transformer = {each.name: each.default for each in arguments if each.default is not inspect.Parameter.empty}
+    defaults = json.loads(json.dumps({"settings": settings, "transformer": transformer}))  # JSON types, as stored
+    networks = state["networks"]
+    if "transformer" in networks:
+        networks = networks | {"transformer": defaults["transformer"] | networks["transformer"]}
+    return state | {"settings": defaults["settings"] | state["settings"], "networks": networks}
 
 
 def generator_states() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.ticker
 import torch
 
 from ..config.training_config import TrainingConfig
@@ -15,7 +16,7 @@ from ..hub.cards import REPORT_FILE, WIDGET_FOLDER, begun_stages, validation_she
 from ..hub.publishing import CARD_FILE, is_generated
 from ..techniques.lora import save_adapter
 from ..techniques.optimizers import trainable_parameters
-from .checkpoints import TOKENIZER_FILE, RunState, find_damage, read_run_file, read_tensors
+from .checkpoints import TOKENIZER_FILE, RunState, fill_in_defaults, find_damage, read_run_file, read_tensors
 from .networks import Nets, build_nets, network_identities, restore_tokenizer
 
 
@@ -87,21 +88,29 @@ def write_record(cfg: TrainingConfig, state: RunState, nets: Nets, machine: dict
     return record
 
 
-# main loss of each objective
-MAIN_LOSSES = ("flow", "guidance_distillation", "mean_velocity", "generator", "dpo", "nft")
+# what shows the progress of each objective
+MAIN_CURVES = ("flow", "guidance_distillation", "mean_velocity", "generator", "dpo", "reward")
 
 
 def plot_loss(state: RunState, path: Path) -> None:
-    """Plot the main loss of each objective, and the validation loss, over the steps."""
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    curves = {name: [entry for entry in state.history if f"loss/{name}" in entry] for name in MAIN_LOSSES}
+    """Plot the main loss of each objective, or the reward, and the validation loss, over the steps.
+
+    Margins are fixed and numbers are plain text: to fit the margins to typeset numbers would take four times as long.
+    """
+    curves = {name: [entry for entry in state.history if f"loss/{name}" in entry] for name in MAIN_CURVES}
     shown = {name: entries for name, entries in curves.items() if entries}
-    axes = figure.add_subplot(
-        xlabel="optimizer step", ylabel="loss", yscale="symlog" if "generator" in shown else "log"
-    )
+    scale = "linear" if "reward" in shown else "symlog" if "generator" in shown else "log"
+    figure = matplotlib.figure.Figure(figsize=(7, 4))
+    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.12, top=0.97)
+    axes = figure.add_subplot(xlabel="optimizer step", yscale=scale)
+    axes.set_ylabel("loss and reward" if "reward" in shown else "loss")
+    if scale == "log":
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     for name, entries in shown.items():
-        losses = [entry[f"loss/{name}"] for entry in entries]
-        axes.plot([entry["step"] for entry in entries], losses, lw=1, label=f"training, {name.replace('_', ' ')}")
+        values = [entry[f"loss/{name}"] for entry in entries]
+        axes.plot([entry["step"] for entry in entries], values, lw=1, label=f"training, {name.replace('_', ' ')}")
     if validated := [entry for entry in state.validation_history if "validation/loss" in entry]:
         steps = [entry["step"] for entry in validated]
         axes.plot(steps, [entry["validation/loss"] for entry in validated], "o-", label="validation")
@@ -192,7 +201,7 @@ def export_checkpoint(
             f"`checkpoint` is {str(checkpoint)!r}, which is not a complete checkpoint: {damage}. Pass another one."
         )
     saved = read_run_file(checkpoint)
-    state = RunState(**saved["state"])
+    state = RunState(**fill_in_defaults(saved["state"]))
     cfg = TrainingConfig(**state.settings | {"output_dir": str(output_dir)})
     if average and not cfg.use_ema:
         raise ValueError(

@@ -30,6 +30,7 @@ from ..latents import fixed_image_size, latent_channels, load_vae, vae_scale_fac
 from ..models.transformer_prx import PRXTransformer2DModel
 from ..pipelines.pipeline_prx import PRXPipeline
 from ..pipelines.pipeline_prx_pixel import PRXPixelPipeline
+from ..pipelines.presets import PRESETS
 from ..prompt_cleaning import CLEANERS, CaptionCleaning
 from ..schedulers import PRXFlowMatchScheduler, PRXXPredictionScheduler
 from ..techniques.alignment import FeatureCache, build_projector
@@ -94,8 +95,8 @@ class Nets:
     def to(self, device: torch.device) -> None:
         """Move all networks to a device."""
         networks = (self.transformer, self.text_encoder, self.vae, self.projector, self.teacher, self.lpips, self.dino)
-        for module in (*networks, self.reference, self.discriminator):
-            if module is not None:
+        for module in (*networks, self.reference, self.discriminator, *self.scorers.values()):
+            if isinstance(module, torch.nn.Module):
                 module.to(device)
 
     @property
@@ -173,6 +174,10 @@ class Nets:
             "token_route": (*cfg.route_range, cfg.route_ratio) if cfg.route_ratio else None,
             "caption_cleaning": self.caption_cleaning,
         }
+        if cfg.draws_without_guidance:
+            shared["preset_guidance_scale"] = 1.0
+        if cfg.student_steps is not None:
+            shared["preset_steps"] = dict.fromkeys(PRESETS, cfg.student_steps)
         if self.vae is None:
             return PRXPixelPipeline(**shared, prompt_max_tokens=cfg.max_sequence_length)
         return PRXPipeline(**shared, vae=self.vae)
@@ -469,7 +474,9 @@ def add_techniques(nets: Nets, stages: list[TrainingConfig], teacher_width: int 
     if adversarial:
         cfg = _require_equal(adversarial, "ladd_blocks")
         nets.discriminator = new_discriminator(cfg, nets.transformer)
-    nets.scorers = {name: load_scorer(name) for cfg in stages for name in cfg.reward_scorers}
+    nets.scorers = {
+        name: load_scorer(name, cfg.emoji_dir, cfg.resolution) for cfg in stages for name in cfg.reward_scorers
+    }
 
 
 def new_discriminator(cfg: TrainingConfig, transformer: PRXTransformer2DModel) -> Discriminator:
