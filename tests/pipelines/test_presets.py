@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import tiny
-from diffusers_prx import PRXPipeline, PRXPixelImg2ImgPipeline, apply_preset, fast_scheduler, fast_sigmas
+from diffusers_prx import (
+    PRXPipeline,
+    PRXPixelImg2ImgPipeline,
+    PRXPixelPipeline,
+    apply_preset,
+    fast_scheduler,
+    fast_sigmas,
+)
 
 PROMPT = "a red cat"
 
@@ -36,6 +43,20 @@ def test_presets_equal_the_calls_that_the_documentation_names():
     assert not torch.equal(expected["fast"], expected["fastest"])
     with_preset, settings = apply_preset(pipe, "fast", 6)
     assert torch.equal(draw(with_preset, **settings), draw(fast, sigmas=fast_sigmas(6)))
+
+
+def test_a_distilled_network_draws_its_own_steps_without_guidance(tmp_path):
+    """Its "fast" has the noise levels that it learned, not those of the fast solver."""
+    steps = dict.fromkeys(("exact", "fast", "fastest"), 3)
+    tiny.pixel_pipeline(preset_steps=steps, preset_guidance_scale=1).save_pretrained(tmp_path)
+    student = PRXPixelPipeline.from_pretrained(tmp_path)
+    for pipe in (student, PRXPixelPipeline.from_pipe(PRXPixelImg2ImgPipeline.from_pipe(student))):
+        for preset in steps:
+            with_preset, settings = apply_preset(pipe, preset)
+            assert with_preset is pipe
+            assert settings == {"num_inference_steps": 3, "guidance_scale": 1.0}
+    with pytest.raises(ValueError, match="`preset_guidance_scale`"):
+        tiny.pixel_pipeline(preset_guidance_scale=0.5)
 
 
 def test_an_editing_pipeline_takes_presets():

@@ -5,7 +5,6 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import PRXTransformer2DModel as StockPRXTransformer2DModel
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
 from diffusers_prx.pipelines.prompt_enhancer import PromptEnhancer
@@ -221,14 +220,8 @@ def test_stock_transformer_has_no_regions_and_weights():
 # --- a language model that rewrites prompts
 
 
-def language_model():
-    torch.manual_seed(0)
-    vocabulary = len(tiny.tokenizer())
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=1, n_head=2))
-
-
 def test_enhancer_rewrites_by_seed_alone():
-    model, tokenizer = language_model(), tiny.tokenizer(max_length=64)
+    model, tokenizer = tiny.language_model(), tiny.tokenizer(max_length=64)
     settings = {"template": "a big {prompt} on the", "max_new_tokens": 8}
     enhancer = PromptEnhancer(model, tokenizer, **settings)
     state = torch.get_rng_state()

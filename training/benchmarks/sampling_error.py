@@ -1,16 +1,18 @@
-"""Measure the error and the time of solvers, step counts, guiders and caches on a trained pipeline.
+"""Measure the error and the time of solvers, step counts, guiders, caches and a distilled student.
 
-    python training/benchmarks/sampling_error.py --model outputs/quickstart
+    python training/benchmarks/sampling_error.py --model model_cards/prx-scenes-small \\
+        --student model_cards/prx-scenes-turbo --caption short
 
 Every method draws the same held-out scene prompts from the same noise. `error` is the root-mean-square difference of
 the final latents to those of Euler with `--reference_steps` steps and the same guidance, relative to the
 root-mean-square of the reference. It measures how well the ODE is solved. A few images with other content dominate it,
 so the error of the median image is listed as well. Methods that change the answer itself (guidance at some steps,
-caches) are judged by `scene_accuracy`, the share of images in which every attribute of the prompt is correct.
+caches, a student) are judged by `scene_accuracy`, the share of images in which every attribute of the prompt is
+correct. The student (`--student`) is a pipeline or an adapter for the model; it draws without guidance.
 `seconds` is the median time of a batch; the methods alternate. `rows of the network` counts rows per image, two for a
 guided step. MagCache is left out, because it needs ratios measured on the network.
 
-Output: sampling_error.json, sampling_error.md (table) and sampling_error.png (error over time).
+Output: sampling_error.json, sampling_error.md (table) and sampling_error.png (error and accuracy over time).
 """
 
 import argparse
@@ -34,6 +36,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
+from few_steps import load_student
 
 from diffusers_prx import fast_scheduler, fast_sigmas
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS, ScenesDataset
@@ -50,23 +53,37 @@ SOLVERS = {
 FAST_LEVELS = "UniPC, dense ends"  # `fast_scheduler` with `fast_sigmas`
 BASELINE = "Euler, 28"
 FAST_STEPS = 9  # of the fast preset
+STUDENT = "distilled student"
+FAMILIES = ("Euler", *SOLVERS, FAST_LEVELS, "guiders", "caches", STUDENT)
 
 
 @dataclass
 class Method:
-    """A sampling method: name, family (a line of the plot), and settings."""
+    """A sampling method.
+
+    Args:
+        name: name in the table.
+        family: line of the plot.
+        steps: denoising steps.
+        solver: key of SOLVERS, on the pipeline's noise levels, or FAST_LEVELS; None: Euler.
+        guider: guider in place of guidance at every step.
+        cache: configuration of a step cache.
+        student: pipeline that draws in place of the model, without guidance.
+        same_answer: True if the method solves the same ODE as the reference.
+    """
 
     name: str
     family: str
     steps: int
-    solver: str | None = None  # key of SOLVERS, on the pipeline's noise levels, or FAST_LEVELS
+    solver: str | None = None
     guider: Any = None
     cache: Any = None
+    student: Any = None
     same_answer: bool = True
     seconds: list[float] = field(default_factory=list)
 
 
-def methods(scale: float, quick: bool) -> list[Method]:
+def methods(scale: float, quick: bool, student: Any, student_steps: list[int]) -> list[Method]:
     found = [Method(f"Euler, {n}", "Euler", n) for n in ((28, 10) if quick else (50, 28, 20, 14, 10, 7, 5))]
     for solver in (*SOLVERS, FAST_LEVELS):
         for n in (FAST_STEPS,) if quick else (20, 14, 12, 10, 9, 8, 6, 5):
@@ -89,6 +106,9 @@ def methods(scale: float, quick: bool) -> list[Method]:
         )
     for name, cache in caches.items():
         found.append(Method(f"{BASELINE}, {name}", "caches", 28, cache=cache, same_answer=False))
+    if student is not None:
+        for n in student_steps:
+            found.append(Method(f"{STUDENT}, {n}", STUDENT, n, student=student, same_answer=False))
     return found
 
 
@@ -102,7 +122,7 @@ def draw(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Any:
     """Return the latents (B, C, h, w) of one batch and the seconds. The pipeline does not change."""
-    drawing = copy.copy(pipeline)
+    drawing = copy.copy(method.student or pipeline)
     levels: dict[str, Any] = {"num_inference_steps": method.steps}
     if method.solver == FAST_LEVELS:
         drawing.scheduler = fast_scheduler()
@@ -115,7 +135,9 @@ def draw(
             flow_shift=pipeline.scheduler.shift,
             **settings,
         )
-    guidance = {"guidance_scale": scale} if method.guider is None else {"guider": method.guider}
+    guidance = {"guidance_scale": 1.0 if method.student else scale}
+    if method.guider is not None:
+        guidance = {"guider": method.guider}
     if method.cache is not None:
         drawing.transformer.enable_cache(method.cache)
     try:
@@ -144,7 +166,7 @@ def decode(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
 
 def evaluations(method: Method) -> float:
     """Return the rows of the network per image; an upper bound with a cache."""
-    guided = method.steps
+    guided = 0 if method.student else method.steps
     if method.guider is not None:
         first, last = (int(share * method.steps) for share in (method.guider._start, method.guider._stop))
         guided = last - first
@@ -152,15 +174,18 @@ def evaluations(method: Method) -> float:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for family in dict.fromkeys(result["family"] for result in results):
-        line = sorted((r["seconds"], r["error"]) for r in results if r["family"] == family)
-        style = "" if family in ("guiders", "caches") else "-"
-        axis.plot(*zip(*line), linestyle=style, marker="o", label=family)
-    axis.set(xscale="log", yscale="log", xlabel="seconds per batch", ylabel="relative error to the reference")
-    axis.axhline(next(r["error"] for r in results if r["name"] == BASELINE), color="gray", linestyle=":")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
+    labels = {"error": "relative error to the reference", "scene_accuracy": "scene_accuracy"}
+    for axis, (value, label) in zip(axes, labels.items()):
+        for family in dict.fromkeys(result["family"] for result in results):
+            line = sorted((r["seconds"], r[value]) for r in results if r["family"] == family)
+            style = "" if family in ("guiders", "caches") else "-"
+            axis.plot(*zip(*line), linestyle=style, marker="o", label=family)
+        axis.set(xscale="log", xlabel="seconds per batch", ylabel=label)
+        axis.axhline(next(r[value] for r in results if r["name"] == BASELINE), color="gray", linestyle=":")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_yscale("log")
+    axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -181,6 +206,8 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Saved pipeline: a folder or a Hub id.")
+    parser.add_argument("--student", help="Distilled pipeline, or an adapter for the model: folder or file.")
+    parser.add_argument("--student_steps", type=int, nargs="+", default=[4, 2, 1], help="Steps of the student.")
     parser.add_argument("--level", choices=list(LEVELS), default="easy", help="Level of the scenes.")
     parser.add_argument("--caption", choices=CAPTIONS, default="long", help="Kind of the captions.")
     parser.add_argument("--seed", type=int, default=2026, help="Seed of scenes and noise.")
@@ -190,6 +217,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference_steps", type=int, default=200, help="Euler steps of the reference.")
     parser.add_argument("--repeats", type=int, default=3, help="Number of batches that are timed.")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="Use cpu on a busy machine.")
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="Only methods of these kinds. Default: all."
+    )
     parser.add_argument("--quick", action="store_true", help="Only a few methods, to see that it runs.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sampling_error"), help="Output folder.")
     return parser.parse_args(argv)
@@ -243,7 +273,8 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    pipeline = load_pipeline(args.model)
+    pipeline = load_pipeline(args.model, dtype="float32")
+    student = None if args.student is None else load_student(args.student, args.model)
     resolution = pipeline.config["default_sample_size"] or pipeline.default_resolution
     min_resolution, size = LEVELS[args.level].min_resolution, args.num_prompts
     scenes = ScenesDataset(args.level, min_resolution, args.seed, "heldout", args.caption, size)
@@ -256,7 +287,8 @@ def main(argv: list[str] | None = None) -> None:
 
     euler = Method("reference", "Euler", args.reference_steps)
     reference = torch.cat([run(euler, batch)[0] for batch in batches])
-    compared = methods(args.guidance_scale, args.quick)
+    compared = methods(args.guidance_scale, args.quick, student, args.student_steps)
+    compared = [method for method in compared if method.family in args.families or method.name == BASELINE]
     latents: dict[str, list[torch.Tensor]] = {method.name: [] for method in compared}
     order = random.Random(args.seed)
     for index, batch in enumerate(batches):

@@ -124,7 +124,8 @@ def distance_to_scenes(extractor: Any, pictures: list[np.ndarray], samples: list
     """Return the Frechet distance of pictures to the scenes that their prompts describe."""
     metric = FrechetDistance(extractor)
     for images, real in (([np.array(sample["image"]) for sample in samples], True), (pictures, False)):
-        metric.update(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), real)
+        for first in range(0, len(images), 32):
+            metric.update(torch.from_numpy(np.stack(images[first : first + 32])).permute(0, 3, 1, 2), real)
     return metric.compute().item()
 
 

@@ -134,7 +134,7 @@ def _metadata(
         base_model=hub_id(cfg.pretrained_model_name_or_path),
         datasets=sorted({source for source in _sources(stages) if hub_id(source)}) or None,
         widget=examples or None,
-        demo=_demo_texts(stages),
+        demo=_demo_of_adapter(stages[-1]) if adapter else _demo_texts(stages),
         model_name=Path(load_from).name if report is not None else None,
         eval_results=None if report is None else evaluation_results(report),
         load_from=load_from,  # LOAD_FROM_KEY
@@ -151,6 +151,13 @@ def _demo_texts(stages: list[TrainingConfig]) -> dict[str, str] | None:
         description = "Say which emoji you want, its size, where it is, and what is behind it."
         return {"title": "Emoji pictures from words", "description": description}
     return None
+
+
+def _demo_of_adapter(cfg: TrainingConfig) -> dict[str, Any] | None:
+    """Return what the demo reads of an adapter: the model whose "Fast" it is, and its steps; None for others."""
+    if cfg.student_steps is None:
+        return None
+    return {"fast_for": _public_name(cfg.pretrained_model_name_or_path), "steps": cfg.student_steps}
 
 
 def _stored_class(folder: Path) -> str:

@@ -23,16 +23,14 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}; it must be True, False or None.")
 
 
-def check_guidance(guidance_scale: Any) -> float:
+def check_guidance(guidance_scale: Any, name: str = "guidance_scale") -> float:
     """Check and return the scale of classifier-free guidance; 0 and 1 both mean off.
 
     A value between them would interpolate, and one below 0 would lead away from the prompt. diffusers' PRX raises an
     error for both; its other pipelines silently treat them as off.
     """
     if not is_number(guidance_scale) or not (guidance_scale == 0 or guidance_scale >= 1):
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale!r}; it must be a finite number above 1, or 1 or 0 (both: off)."
-        )
+        raise ValueError(f"`{name}` is {guidance_scale!r}; it must be a finite number above 1, or 1 or 0 (both: off).")
     return float(guidance_scale)
 
 

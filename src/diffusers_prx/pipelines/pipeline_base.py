@@ -184,7 +184,6 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
         prediction_type: str | None,
         token_route: tuple[int, int, float] | None,
         caption_cleaning: str | None,
-        preset_steps: dict[str, int] | None,
     ) -> None:
         """Check and register the settings that are not components. Call it after `register_modules`."""
         if prediction_type is None:
@@ -212,10 +211,15 @@ class PRXPipelineBase(DiffusionPipeline, PRXPromptMixin, PRXLoraLoaderMixin, PRX
             )
         if caption_cleaning not in (None, self.default_caption_cleaning):
             self.register_to_config(caption_cleaning=caption_cleaning)
-        if preset_steps is not None:
-            self.register_to_config(preset_steps=check_preset_steps(preset_steps))
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call = _CallState()
+
+    def _set_presets(self, steps: dict[str, int] | None, guidance_scale: float | None) -> None:
+        """Check and register what `apply_preset` reads, as far as it is not None."""
+        if steps is not None:
+            self.register_to_config(preset_steps=check_preset_steps(steps))
+        if guidance_scale is not None:
+            self.register_to_config(preset_guidance_scale=check_guidance(guidance_scale, "preset_guidance_scale"))
 
     # --- what each pipeline defines
 

@@ -54,6 +54,8 @@ class PRXPipeline(PRXPipelineBase):
             `prompt_cleaning`). None: "full_v1", as in diffusers' pipeline of this name.
         preset_steps: numbers of steps of some of the presets "exact", "fast" and "fastest" (see `apply_preset`). The
             others take 28, 14 and 7 steps if the network predicts velocity, 28, 9 and 7 if it predicts the image.
+        preset_guidance_scale: `guidance_scale` of all presets, 1 for a network that was distilled; None: that of the
+            call.
 
     Raises:
         ValueError: if an argument is not as described, or the scheduler is for another prediction.
@@ -85,12 +87,14 @@ class PRXPipeline(PRXPipelineBase):
         token_route: tuple[int, int, float] | None = None,
         caption_cleaning: str | None = None,
         preset_steps: dict[str, int] | None = None,
+        preset_guidance_scale: float | None = None,
     ):
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
         )
-        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning, preset_steps)
+        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
+        self._set_presets(preset_steps, preset_guidance_scale)
         if vae is not None and transformer is not None:
             channels = vae_latents.latent_channels(vae)
             if channels != transformer.config["in_channels"]:

@@ -32,6 +32,8 @@ class PRXPixelPipeline(PRXPipelineBase):
             `prompt_cleaning`). None: "light", as in diffusers' pipeline of this name.
         preset_steps: numbers of steps of some of the presets "exact", "fast" and "fastest" (see `apply_preset`). The
             others take 28, 14 and 7 steps if the network predicts velocity, 28, 9 and 7 if it predicts the image.
+        preset_guidance_scale: `guidance_scale` of all presets, 1 for a network that was distilled; None: that of the
+            call.
 
     Raises:
         ValueError: if an argument is not as described, or the scheduler is for another prediction.
@@ -60,6 +62,7 @@ class PRXPixelPipeline(PRXPipelineBase):
         token_route: tuple[int, int, float] | None = None,
         caption_cleaning: str | None = None,
         preset_steps: dict[str, int] | None = None,
+        preset_guidance_scale: float | None = None,
     ):
         super().__init__()
         prompt_max_tokens = check_count("prompt_max_tokens", prompt_max_tokens)
@@ -67,7 +70,8 @@ class PRXPixelPipeline(PRXPipelineBase):
             transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(prompt_max_tokens=prompt_max_tokens)
-        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning, preset_steps)
+        self._setup(default_sample_size, noise_scale, prediction_type, token_route, caption_cleaning)
+        self._set_presets(preset_steps, preset_guidance_scale)
         if transformer is not None and transformer.config["in_channels"] != 3:
             raise ValueError(
                 f"`transformer` takes {transformer.config['in_channels']} channels (`in_channels`); pixels have 3. Use"

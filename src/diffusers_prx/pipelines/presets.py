@@ -32,13 +32,15 @@ def complete_preset_steps(steps: Any, prediction_type: str) -> dict[str, int]:
 
 
 def apply_preset(pipeline: Any, preset: str, num_inference_steps: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Return a pipeline with the solver of a preset, and the arguments of its call.
+    """Return a pipeline with the solver of a preset, and the arguments of its call: steps, noise levels, guidance.
 
     The pipeline that you pass stays as it is; the returned one shares its networks.
 
     Args:
         pipeline: PRX pipeline, for text to image or for editing.
-        preset: "exact" and "fastest" use the pipeline's own scheduler, "fast" uses `fast_scheduler`.
+        preset: "exact" and "fastest" use the pipeline's own scheduler, "fast" uses `fast_scheduler`. A network that
+            was distilled for few steps draws "fast" with its own scheduler too: its `preset_steps` has no fewer steps
+            for "fast" than for "exact".
         num_inference_steps: number of steps; None for the pipeline's `preset_steps`.
 
     Raises:
@@ -53,7 +55,10 @@ def apply_preset(pipeline: Any, preset: str, num_inference_steps: int | None = N
     if num_inference_steps is None:
         num_inference_steps = pipeline.preset_steps[preset]
     settings: dict[str, Any] = {"num_inference_steps": check_count("num_inference_steps", num_inference_steps)}
-    if preset == "fast":
+    guidance_scale = pipeline.config.get("preset_guidance_scale")
+    if guidance_scale is not None:
+        settings["guidance_scale"] = guidance_scale
+    if preset == "fast" and pipeline.preset_steps["fast"] < pipeline.preset_steps["exact"]:
         pipeline = copy.copy(pipeline)
         pipeline.register_modules(scheduler=fast_scheduler())
         settings["sigmas"] = fast_sigmas(num_inference_steps)
