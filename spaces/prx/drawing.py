@@ -107,7 +107,7 @@ def _run_request(
             if stop.is_set():
                 return
         try:
-            with cache.lend(request.model, request.lora, request.lora_weight, stop) as pipeline:
+            with cache.lend(request.model, request.lora, request.lora_weight, stop, request.preset) as pipeline:
                 _sample(request, pipeline, edit, reports, stop)
         finally:
             _SLOTS.release()
@@ -164,12 +164,11 @@ def _sample(
         negative_prompt=request.negative_prompt,
         height=height,
         width=width,
-        guidance_scale=request.guidance_scale,
         num_images_per_prompt=request.images,
         generator=request.generators(),
         callback_on_step_end=report_step,
-        **preset_arguments,
         **arguments,
+        **preset_arguments | {"guidance_scale": request.guidance_scale},
     ).images
     reports.put(Update(steps, steps, time.monotonic() - begin, images=tuple(images)))
 

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import gradio as gr
@@ -18,10 +18,10 @@ CODE = "https://github.com/Photoroom/PRX"
 PAPER = "https://huggingface.co/blog/Photoroom/prx-part2"
 PRESET_WORDS = {"exact": "Best", "fast": "Fast", "fastest": "Preview"}
 WAITING = '<p>Waiting for the model</p><progress aria-label="Waiting for the model"></progress>'
-EDIT_HINT = """<ol><li>Put a picture in, or keep this one.</li><li>Paint over what should change.</li>
+EDIT_HINT = """<ol><li>Put a picture in, or choose "Change this picture" below a drawing.</li>
+<li>Paint over what should change.</li>
 <li>Describe the whole picture as it should be.</li></ol>
 <p>The picture is cut to the size of the Draw tab, whose model and quality draw it.</p>"""
-COMPARE_HINT = "<p>The same words and seed, drawn in two ways: how much does the faster one lose?</p>"
 
 # Orange buttons and light gray hints of the default theme have a contrast below 4.5, which WCAG 2 asks for small text.
 THEME = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate").set(
@@ -58,6 +58,20 @@ body.dark { --mark: #a5b4fc; }
 @media (max-width: 700px) {
   .workspace { grid-template: none / minmax(0, 1fr); gap: 0.6rem; }
   .workspace .answer { grid-area: auto; }
+}
+/* the Draw tab has examples and the place for a dropped picture above, on a phone the latter is last */
+.with-examples { grid-template-rows: auto auto 1fr; }
+.with-examples .examples { grid-area: 1 / 1; }
+.with-examples .restore { grid-area: 1 / 2; align-self: stretch; }
+.restore .icon-wrap { display: none; }
+.workspace .restore .wrap { padding-top: 1.8rem; } /* below the label */
+.with-examples .ask { grid-area: 2 / 1; }
+.with-examples .options { grid-area: 3 / 1; }
+.with-examples .answer { grid-area: 2 / 2 / span 2; }
+@media (min-width: 701px) { .with-examples:not(:has(.examples)) .restore { grid-area: 1 / 1 / auto / span 2; } }
+@media (max-width: 700px) {
+  .workspace.with-examples { grid-template: none / minmax(0, 1fr); }
+  .with-examples > :is(.examples, .restore, .ask, .options, .answer) { grid-area: auto; }
 }
 .workspace:not(:has(progress)) .stop { display: none !important; }
 .progress { min-height: 2.4rem; }
@@ -115,6 +129,10 @@ def is_pixelated(size: str) -> bool:
     return max(map(int, size.split(" x "))) <= MAX_PIXELATED_SIDE
 
 
+def picture_class(size: str) -> str:
+    return "pixelated" if is_pixelated(size) else "smooth"
+
+
 def progress_bar(update: Update, prefix: str = "") -> str:
     if update.step == 0:
         text = f"{prefix}Getting ready" + (f" ({update.seconds:.0f} s)" if update.seconds >= 1 else "")
@@ -148,38 +166,43 @@ def _encoded(image: Image.Image, kind: str, **options: int) -> str:
 def settings_table(request: Request, has_link: bool = True) -> str:
     """Return the settings of one picture, and the link that draws it again."""
     rows = {
-        "Prompt": request.prompt,
-        "Negative": request.negative_prompt,
-        "Model": request.model,
-        "LoRA": _lora(request),
-        "Size": f"{request.size} pixels",
-        "Quality": f"{PRESET_WORDS[request.preset]}, {request.steps} steps",
-        "Guidance": f"{request.guidance_scale:g}",
-        "Seed": str(request.seed),
+        "Prompt": [request.prompt],
+        "Negative": [request.negative_prompt],
+        "Model": [request.model],
+        "LoRA": [_lora(request)],
+        "Size": [f"{request.size} pixels"],
+        "Quality": [_quality(request)],
+        "Guidance": [f"{request.guidance_scale:g}"],
+        "Seed": [str(request.seed)],
     }
-    cells = [f'<tr><th scope="row">{name}</th><td>{escape(text)}</td></tr>' for name, text in rows.items() if text]
     link = f'<a href="{escape(request.link())}" target="_blank" rel="noopener">Link that draws this picture again</a>'
-    table = f"<table>{''.join(cells)}</table>{link if has_link else ''}"
-    return f"<details><summary>How it was made</summary>{table}</details>"
+    return f"<details><summary>How it was made</summary>{_table(rows)}{link if has_link else ''}</details>"
 
 
 def comparison_table(requests: Sequence[Request], seconds: Sequence[float]) -> str:
     """Return what differs between two pictures, and the seconds that each took."""
     rows = {
         "Time": [f"{number:.1f} seconds" for number in seconds],
-        "Quality": [f"{PRESET_WORDS[request.preset]}, {request.steps} steps" for request in requests],
+        "Quality": [_quality(request) for request in requests],
         "Model": [request.model for request in requests],
         "LoRA": [_lora(request) for request in requests],
         "Guidance": [f"{request.guidance_scale:g}" for request in requests],
         "Seed": [str(request.seed) for request in requests],
     }
-    cells = [
-        f'<tr><th scope="row">{name}</th><td>{escape(left)}</td><td>{escape(right)}</td></tr>'
-        for name, (left, right) in rows.items()
-        if left or right
-    ]
-    head = '<tr><td></td><th scope="col">Left</th><th scope="col">Right</th></tr>'
-    return f"<table>{head}{''.join(cells)}</table>"
+    return _table(rows, '<tr><td></td><th scope="col">Left</th><th scope="col">Right</th></tr>')
+
+
+def compare_hint(steps: Mapping[str, int], drawn: bool) -> str:
+    """Return what the Compare tab shows before it is used: what its `drawn` pair is, or what to do."""
+    left, right = (f"{PRESET_WORDS[name]}, {steps.get(name, steps['exact'])} steps" for name in ("exact", "fast"))
+    if drawn:
+        return (
+            f"<p>One prompt, drawn twice. <b>Left: {left}. Right: {right}.</b> Move the line, then try your words.</p>"
+        )
+    return (
+        f"<p>Press <b>Compare</b>: your words are drawn twice from one seed, left {left}, right {right}. Then move the"
+        " line between the two pictures: how much does the faster one lose?</p>"
+    )
 
 
 def compared_seconds(left: float, right: float) -> str:
@@ -189,3 +212,15 @@ def compared_seconds(left: float, right: float) -> str:
 
 def _lora(request: Request) -> str:
     return "" if request.lora == NO_LORA else f"{request.lora}, weight {request.lora_weight:g}"
+
+
+def _quality(request: Request) -> str:
+    return f"{PRESET_WORDS[request.preset]}, {request.steps} steps"
+
+
+def _table(rows: Mapping[str, Sequence[str]], head: str = "") -> str:
+    """Return a table of the rows that hold a text."""
+    for name, texts in rows.items():
+        if any(texts):
+            head += f'<tr><th scope="row">{name}</th>{"".join(f"<td>{escape(text)}</td>" for text in texts)}</tr>'
+    return f"<table>{head}</table>"

@@ -132,14 +132,14 @@ def read_picture_settings(
         defaults: values of a request.
 
     Raises:
-        ValueError: if a LoRA drew the picture, and there is no link that gives its weight.
+        ValueError: if a LoRA drew the picture, and the settings have no link that gives its weight.
     """
     if isinstance(settings.get("link"), str):
         return read_link(dict(parse_qsl(settings["link"].removeprefix("?"))), defaults) | {"model": model}
     if settings.get("adapters"):
         raise ValueError("The picture was drawn with a LoRA, whose weight it does not tell: set it yourself.")
     scheduler, steps = settings.get("scheduler"), settings.get("num_inference_steps")
-    preset = "fastest" if steps == preset_steps["fastest"] else "exact"
+    preset = "fastest" if steps == preset_steps.get("fastest") else "exact"
     if isinstance(scheduler, dict) and scheduler.get("class") == "UniPCMultistepScheduler":
         preset = "fast"
     values = {name: settings.get(name) for name in ("prompt", "negative_prompt", "guidance_scale", "seed")}

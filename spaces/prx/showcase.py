@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 
-from model_cache import ModelInfo
+from model_cache import ModelInfo, read_card
 from pictures import open_picture
 
 MAX_EXAMPLES = 6
@@ -25,12 +25,14 @@ class Showcase:
         description: one sentence on what to ask for.
         examples: (prompt, file of the picture), at most `MAX_EXAMPLES`.
         url: page of the model on the Hub, or "".
+        compared: prompt, and its pictures drawn by the model and by its student; None without a student.
     """
 
     title: str
     description: str
     examples: tuple[tuple[str, str], ...] = ()
     url: str = ""
+    compared: tuple[str, str, str] | None = None
 
 
 def read_showcase(model: ModelInfo) -> Showcase:
@@ -38,21 +40,22 @@ def read_showcase(model: ModelInfo) -> Showcase:
 
     What the card lacks is left out or made from the model's name, so that a model without a card can be drawn with.
     """
-    on_hub = not os.path.isdir(model.source)
-    try:
-        front: Any = ModelCard.load(model.source if on_hub else Path(model.source, "README.md")).data.to_dict()
-    except Exception as error:  # no card, no network, or broken front matter: of many kinds
-        print(f"No card of {model.name} could be read ({type(error).__name__}): it has no examples.")
-        front = {}
+    front = read_card(model.source)
     demo = front.get("demo")
     demo = demo if isinstance(demo, Mapping) else {}
-    widget = front.get("widget")
-    examples = [_read_example(model.source, on_hub, entry) for entry in (widget if isinstance(widget, list) else [])]
+    examples = _read_examples(model.source, front)
+    compared = None
+    if model.student is not None:
+        folder = str(model.student.parent)
+        drawn_by_student = dict(_read_examples(folder, read_card(folder)))
+        both = [(prompt, file, drawn_by_student[prompt]) for prompt, file in examples if prompt in drawn_by_student]
+        compared = both[:2][-1] if both else None  # the first opens the Draw tab
     return Showcase(
         _text(demo.get("title")) or f"Draw with {model.name}",
         _text(demo.get("description")) or "Describe a picture in a sentence, and the model draws it.",
-        tuple(example for example in examples if example is not None)[:MAX_EXAMPLES],
-        HUB + model.source if on_hub else "",
+        examples,
+        "" if os.path.isdir(model.source) else HUB + model.source,
+        compared,
     )
 
 
@@ -60,11 +63,18 @@ def _text(value: Any) -> str:
     return value.strip()[:MAX_TEXT] if isinstance(value, str) else ""
 
 
-def _read_example(source: str, on_hub: bool, entry: Any) -> tuple[str, str] | None:
+def _read_examples(source: str, front: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return prompt and file of the entries of `widget` in a card that have a readable picture."""
+    widget = front.get("widget")
+    examples = [_read_example(source, entry) for entry in (widget if isinstance(widget, list) else [])]
+    return tuple(example for example in examples if example is not None)[:MAX_EXAMPLES]
+
+
+def _read_example(source: str, entry: Any) -> tuple[str, str] | None:
     """Return prompt and file of an entry of `widget`; None without a readable picture in the model's folder."""
     try:
         prompt, name = str(entry["text"]), str(entry["output"]["url"])
-        if on_hub:
+        if not os.path.isdir(source):
             file = Path(hf_hub_download(source, name))
         else:
             file = Path(source, name).resolve()

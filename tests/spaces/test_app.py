@@ -35,14 +35,17 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.
 import gradio as gr
 
 import app
+import handlers
 import page_parts
 import serving
+import settings
 import showcase
 from model_cache import ModelCache, find_models
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "spaces" / "prx"
 SIZE = "32 x 32"
+SMALL = "prx-scenes-small"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -335,10 +338,38 @@ def test_the_enhance_button_is_there_with_a_language_model_only(cache):
     (enhance,) = (fn.fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "enhance")
     caption, status = enhance("a cat")
     assert caption.startswith("a cat, in detail")
-    assert len(caption) == app.MAX_PROMPT
+    assert len(caption) == settings.MAX_PROMPT
     assert "cut" in status
     with pytest.raises(gr.Error, match="prompt"):
         enhance(" ")
+
+
+def test_errors_of_the_language_model_are_a_sentence(cache, capsys):
+    """Its window has 64 tokens, fewer than the template."""
+    enhancer = diffusers_prx.PromptEnhancer(tiny.language_model(), tiny.tokenizer(max_length=64))
+    page = app.build(cache.models, cache, enhancer)
+    (enhance,) = (fn.fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "enhance")
+    with pytest.raises(gr.Error, match=r"^'Rewriting the prompt failed.*log"):
+        enhance("a cat")
+    assert "IndexError" in capsys.readouterr().err
+
+
+def test_the_comparison_opens_on_a_drawn_pair(cache, monkeypatch):
+    """Of the model and its student, if there is one; else on a sentence."""
+    monkeypatch.setenv("PRX_MODELS", str(ROOT / "model_cards"))
+    models = find_models()
+    for known in (models, cache.models):
+        page = app.build(known, ModelCache(known, {}))
+        (slider,) = (block for block in page.blocks.values() if isinstance(block, gr.ImageSlider))
+        hint = " ".join(str(block.value) for block in page.blocks.values() if isinstance(block, gr.HTML))
+        if known is models:
+            folders = [Path(file).parent.parent.name for file in showcase.read_showcase(models[SMALL]).compared[1:]]
+            assert folders == [SMALL, "prx-scenes-turbo"]
+            assert slider.visible
+            assert "Best, 28 steps. Right: Fast, 4 steps" in hint
+        else:
+            assert not slider.visible
+            assert "right Fast, 14 steps" in hint
 
 
 @pytest.mark.parametrize(
@@ -552,8 +583,8 @@ def test_a_full_queue_refuses_and_keeps_its_order(served, monkeypatch):
         order.append(request.seed)
         return original_draw(request, cache, edit)
 
-    original_draw = app.draw
-    monkeypatch.setattr(app, "draw", recorded_draw)
+    original_draw = handlers.draw
+    monkeypatch.setattr(handlers, "draw", recorded_draw)
     steps = [3, 3, 10, 10] + [1] * (app.QUEUE_SIZE - 2)
     visitors = [Visitor(port, page, "draw", draw_data(steps[seed], seed)) for seed in range(2)]
     for visitor in visitors:
@@ -572,7 +603,7 @@ def test_a_full_queue_refuses_and_keeps_its_order(served, monkeypatch):
 
 def test_links_fill_the_page(served):
     _, _, page = served
-    request = app.parse_request(dict(zip(app.REQUEST_FIELDS, draw_data())), {"pixels": (SIZE,)}, [])
+    request = settings.parse_request(dict(zip(handlers.REQUEST_FIELDS, draw_data())), {"pixels": (SIZE,)}, [])
     (opening,) = (fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "open_link")
 
     opened = SimpleNamespace(query_params=dict(parse_qsl(request.link()[1:])))
@@ -588,16 +619,16 @@ def test_links_fill_the_page(served):
 
 def test_user_text_is_escaped():
     bad = '<img src=x onerror="alert(1)">'
-    request = app.Request(bad, bad, bad, SIZE, "exact", 1, 1.0, 0)
+    request = settings.Request(bad, bad, bad, SIZE, "exact", 1, 1.0, 0)
     html = page_parts.settings_table(request) + page_parts.status_line(bad)
     assert "<img" not in html
     assert 'onerror="' not in html
-    assert "<" not in str(app.to_user_error(ValueError(bad)).message)
+    assert "<" not in str(handlers.to_user_error(ValueError(bad)).message)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret"), OSError("/secret/path"), KeyError("secret")])
 def test_internal_errors_are_logged_and_not_shown(error, capsys):
-    shown = app.to_user_error(error)
+    shown = handlers.to_user_error(error)
     assert "secret" not in shown.message
     assert shown.message.endswith(".")
     assert "secret" in capsys.readouterr().err
@@ -606,14 +637,14 @@ def test_internal_errors_are_logged_and_not_shown(error, capsys):
 def test_errors_of_gradio_stay_unchanged():
     """gr.Error is a ValueError whose text is a quoted repr."""
     error = gr.Error("You have used up <b>your time</b>.", title="ZeroGPU quota exceeded")
-    assert app.to_user_error(error) is error
+    assert handlers.to_user_error(error) is error
     assert error.message == "You have used up <b>your time</b>."
 
 
 def test_loras_have_controls_on_both_tabs(cache):
     page = app.build(cache.models, ModelCache(cache.models, {"style": Path("style.safetensors")}))
     inputs = {fn.api_name: fn.inputs for fn in page.fns.values()}
-    assert len(inputs["draw"]) == len(app.REQUEST_FIELDS)
+    assert len(inputs["draw"]) == len(handlers.REQUEST_FIELDS)
     assert [control.label for control in inputs["draw"][-2:]] == ["LoRA", "LoRA weight"]
     assert [control.label for control in inputs["compare"][-2:]] == ["LoRA (right)", "LoRA weight (right)"]
     assert len(inputs["compare"]) == 15
@@ -705,7 +736,7 @@ def test_worker_errors_arrive_as_the_same_sentence(cache, monkeypatch, zero):
         transformer.error = error
         with pytest.raises(gr.Error) as raised:
             list(drawing(*draw_data()))
-        assert raised.value.message == app.to_user_error(error).message
+        assert raised.value.message == handlers.to_user_error(error).message
         assert raised.value.title == "Not drawn"
 
 
@@ -716,9 +747,9 @@ def test_a_page_without_models_explains_how_to_get_one():
 
 
 def test_requested_gpu_time_grows_with_the_work():
-    small = app.Request("x", "", "m", "512 x 512", "exact", 28, 1.0, 0)
-    assert 15 < app.seconds_needed(small) < app.seconds_needed(replace(small, guidance_scale=2.0))
-    assert app.seconds_needed(replace(small, steps=50, images=4, size="2048 x 2048")) == 120
+    small = settings.Request("x", "", "m", "512 x 512", "exact", 28, 1.0, 0)
+    assert 15 < handlers.seconds_needed(small) < handlers.seconds_needed(replace(small, guidance_scale=2.0))
+    assert handlers.seconds_needed(replace(small, steps=50, images=4, size="2048 x 2048")) == 120
 
 
 def test_front_matter_and_requirements_agree_with_the_package():

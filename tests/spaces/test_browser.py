@@ -21,7 +21,7 @@ import app
 import page_parts
 import serving
 import tiny
-from diffusers_prx import PRXPixelPipeline
+from diffusers_prx import PromptEnhancer, PRXPixelPipeline
 from drawing import Update
 from model_cache import LORA_FILE, ModelCache, find_models
 
@@ -97,11 +97,11 @@ def browser():
 
 
 @contextmanager
-def opened(cache, browser, colors: str = "light"):
+def opened(cache, browser, colors: str = "light", enhancer=None):
     """Serve a page and open it in light or dark mode; at the end, fail on errors and requests to other hosts."""
     # the page opens on the first
     models = {name: cache.models[name] for name in sorted(cache.models, key=lambda name: name == "latents")}
-    served = app.build(models, cache)
+    served = app.build(models, cache, enhancer)
     _, url, _ = serving.launch(served, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=url, color_scheme=colors)
     context.set_default_timeout(TIMEOUT)
@@ -128,8 +128,14 @@ def fill(page, prompt: str, steps: int) -> None:
     steps_control = page.get_by_label(re.compile("^number input for Steps")).first
     if not steps_control.is_visible():
         page.get_by_role("button", name="Advanced").click()
-    steps_control.fill(str(steps))
-    page.keyboard.press("Tab")
+    slider = page.get_by_label(re.compile("^range slider for Steps")).first
+    for _ in range(20):  # a control that has just been unfolded may take its first value again
+        steps_control.fill(str(steps))
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(200)
+        if slider.input_value() == str(steps):
+            return
+    raise AssertionError(f"Steps stay at {slider.input_value()}.")
 
 
 def picture_bytes(page) -> bytes:
@@ -260,7 +266,10 @@ def test_prompt_and_picture_are_in_the_first_screen(browser, size):
         picture = page.locator(".picture img").first
         expect(picture).to_be_visible(timeout=TIMEOUT)
         page.evaluate("document.fonts.ready")
-        for element in (examples.last, page.get_by_label("Prompt", exact=True).first, picture):
+        seen = [examples.last, page.get_by_label("Prompt", exact=True).first, picture]
+        if size != PHONE:
+            seen.append(page.get_by_text("Drop a picture"))
+        for element in seen:
             box = element.bounding_box()
             assert box["y"] + box["height"] <= size["height"]
             assert box["x"] + box["width"] <= size["width"]
@@ -304,6 +313,23 @@ def test_contrast_in_light_and_dark_mode(cache, browser, colors):
         assert page.evaluate(LOW_CONTRAST) == []
 
 
+def test_a_language_model_rewrites_the_prompt(cache, browser):
+    settings = {"template": "a big {prompt} on the", "max_new_tokens": 8}
+    enhancer = PromptEnhancer(tiny.language_model(), tiny.tokenizer(max_length=64), **settings)
+    with opened(cache, browser, enhancer=enhancer) as page:
+        page.goto("/")
+        prompt = page.get_by_label("Prompt", exact=True).first
+        prompt.fill("red cat")
+        page.get_by_role("button", name="Enhance the prompt").click()
+        expect(page.get_by_text("more detail")).to_be_visible()
+        [expected] = enhancer(["red cat"])
+        expect(prompt).to_have_value(expected)
+        prompt.fill("red cat " * 30)  # more than the model's window
+        page.get_by_role("button", name="Enhance the prompt").click()
+        expect(page.get_by_text("Rewriting the prompt failed")).to_be_visible()
+        expect(page.locator("progress")).to_have_count(0)
+
+
 def test_lora_and_weight_controls_work(cache, browser, tmp_path):
     layer = tiny.transformer(**tiny.PIXEL_SETTINGS).blocks[0].up_proj
     parts = {"lora_A": torch.full((1, layer.in_features), 0.5), "lora_B": torch.full((layer.out_features, 1), 0.5)}
@@ -315,6 +341,8 @@ def test_lora_and_weight_controls_work(cache, browser, tmp_path):
         page.get_by_label("Keep this seed").first.check()
 
         def draw(lora: str, weight: str) -> list[int]:
+            shown = page.locator(".picture img").first
+            before = shown.get_attribute("src") if shown.count() else ""
             fill(page, "a red cat", 2)
             page.get_by_label("LoRA", exact=True).first.click()
             page.get_by_role("option", name=lora).click()
@@ -324,7 +352,9 @@ def test_lora_and_weight_controls_work(cache, browser, tmp_path):
             expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
             expected = [] if lora == "none" else [f"style, weight {weight}"]
             expect(page.locator("#made tr").filter(has_text="LoRA").locator("td")).to_have_text(expected)
+            expect(shown).not_to_have_attribute("src", before)  # the picture may be shown later than its settings
             picture = Image.open(io.BytesIO(picture_bytes(page)))  # its metadata name the LoRA
+            assert '"num_inference_steps": 2,' in picture.info["prx"]
             return list(picture.convert("RGB").tobytes())
 
         without = draw("none", "1")

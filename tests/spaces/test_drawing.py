@@ -17,10 +17,10 @@ from space_tools import becomes_idle, count_calls
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
 
-from diffusers_prx import PRXInpaintPipeline, PRXPixelImg2ImgPipeline, apply_preset
+from diffusers_prx import PRXInpaintPipeline, PRXPixelImg2ImgPipeline, PRXPixelPipeline, apply_preset
 from diffusers_prx.pipelines.presets import PRESETS
 from drawing import Edit, Update, draw, predicted_clean, preview_image
-from model_cache import ModelCache, Stopped, find_loras
+from model_cache import ModelCache, Stopped, find_loras, find_models
 from settings import Request
 
 PROMPT = "a red cat on the beach"
@@ -273,6 +273,27 @@ def test_a_lora_changes_its_own_requests_only(cache, lora_folder, monkeypatch):
         thread.join()
     assert wrong == []
     assert not cache.get("pixels")[0].get_list_adapters()
+
+
+def test_a_student_draws_fast_of_its_model(cache, model_folder, lora_folder, monkeypatch):
+    """The card of an adapter says so. It draws its own steps without guidance, also together with another LoRA."""
+    (lora_folder / "style" / "README.md").write_text("---\ndemo:\n  fast_for: pixels\n  steps: 3\n---\n")
+    monkeypatch.setenv("PRX_MODELS", f"{model_folder}:{lora_folder}")
+    monkeypatch.setenv("PRX_LORAS", str(lora_folder))
+    plain, cache = cache, ModelCache(find_models(), find_loras())
+    info = cache.models["pixels"]
+    assert (info.preset_steps, info.preset_guidance) == ({"exact": 28, "fast": 3}, {"exact": 4.0, "fast": 1.0})
+    assert cache.models["latents"].preset_steps == plain.models["latents"].preset_steps
+    pipeline = PRXPixelPipeline.from_pretrained(model_folder / "pixels")
+    pipeline.load_lora_weights(lora_folder / "style", adapter_name="student")
+    for lora, weight in (("none", 1.0), ("style", 1.5)):
+        pipeline.set_adapters("student", weight)
+        expected = pipeline(PROMPT, num_inference_steps=3, guidance_scale=1.0, generator=tiny.generators(5)).images[0]
+        fast = request(preset="fast", steps=3, guidance_scale=1.0, lora=lora, lora_weight=0.5)
+        drawn = last(draw(fast, cache)).images[0]
+        assert abs(pixels(drawn) - pixels(expected)).max() <= 1
+    exact = [pixels(last(draw(request(), one)).images[0]) for one in (plain, cache)]
+    assert np.array_equal(*exact)
 
 
 def test_a_request_that_waits_for_a_lora_can_be_stopped(cache, lora_folder, monkeypatch):
