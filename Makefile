@@ -55,24 +55,28 @@ quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out 
 	@echo '    pipeline = PRXPixelPipeline.from_pretrained("outputs/quickstart")'
 	@echo '    pipeline("a big red circle at the top left on a white background.", guidance_scale=3.0).images[0].save("scene.png")'
 
-data/emoji:
-	$(BIN)/python training/tools/fetch_emoji.py --output_dir $@
+# Both tools rename a folder when it is complete, so that these targets never exist half-made.
+data/emoji/64:
+	$(BIN)/python training/tools/fetch_emoji.py --sizes 64 --output_dir data/emoji
 
-data/networks/lite2:
-	$(BIN)/python training/tools/fetch_networks.py lite2 --output_dir $@
+data/networks/lite0 data/networks/lite2:
+	$(BIN)/python training/tools/fetch_networks.py $(@F) --output_dir $@
 
-data/networks/minilm-small: | data/emoji
+data/networks/minilm-small: | data/emoji/64
 	$(BIN)/python training/tools/fetch_networks.py minilm --num_layers 4 --vocab_size 10000 --captions data/emoji/64 \
 		--output_dir $@
 
-emoji: $(STAMP) | data/emoji data/networks/lite2 data/networks/minilm-small ## fetch real drawings, train a small PRX on them, measure it, save it in outputs/emoji_small
+emoji: $(STAMP) | data/emoji/64 data/networks/lite0 data/networks/lite2 data/networks/minilm-small ## fetch real drawings, train a small PRX on them, grade what it draws, save it in outputs/emoji_small
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) \
 		training/train_prx.py --config training/recipes/emoji_small.yaml --resume_from_checkpoint latest \
 		--max_train_steps 600 $(EMOJI_ARGS)
-	$(BIN)/python training/evaluate_prx.py --model outputs/emoji_small \
+	$(BIN)/python training/evaluate_prx.py --model outputs/emoji_small --num_inference_steps 16 \
+		--emoji data/emoji --emoji_network data/networks/lite0 data/networks/lite2 --num_prompts 128 \
 		--metrics fid:data/networks/lite2 mmd:data/networks/lite2 \
 		--reference data/emoji/64 --reference_split heldout_pairs --num_images 512
+	@echo; echo "Report and pictures: outputs/emoji_small/report.md, emoji.png, comparison.png, loss_curve.png."
+	@echo 'To train longer, repeat the command with another number of steps: make emoji EMOJI_ARGS="--max_train_steps 6000"'
 
 demo: $(STAMP) ## serve the demo in spaces/prx: draw in a browser with the models of this machine
 	$(BIN)/python spaces/prx/app.py

@@ -15,14 +15,13 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from diffusers_prx.cli import exit_on_error, parse_flags, path
 from diffusers_prx.data.scenes import CAPTIONS, LEVELS
 from diffusers_prx.evaluation.emoji_accuracy import DRAWING_CAPTIONS, EMOJI_PROMPTS
 from diffusers_prx.evaluation.evaluate import EvaluationSettings, evaluate
 from diffusers_prx.evaluation.generation import DTYPES
 from diffusers_prx.evaluation.metrics import PHOTOROOM
+from diffusers_prx.evaluation.references import REFERENCE_CACHE
 from diffusers_prx.evaluation.reports import write_reports
 from diffusers_prx.files import expand_path
 from diffusers_prx.hub.cards import read_card_choices, write_card
@@ -30,7 +29,6 @@ from diffusers_prx.hub.publishing import CARD_FILE, is_generated
 from diffusers_prx.training.export import REPORT_FILE, commit_of_this_package
 
 CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
-CACHE = Path(constants.HF_HOME) / "diffusers_prx" / "references"
 NOT_IN_LAST_LINE = ("config", "versions", "evaluation")
 
 
@@ -104,7 +102,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     run = parser.add_argument_group("the run")
     run.add_argument("--output_dir", type=path, help="Output folder. Default: folder of the model.")
-    run.add_argument("--cache_dir", type=path, default=CACHE, help=f"Cache of reference statistics. Default: {CACHE}.")
+    text = f"Cache of reference statistics. Default: {REFERENCE_CACHE}."
+    run.add_argument("--cache_dir", type=path, default=REFERENCE_CACHE, help=text)
     run.add_argument("--metric_batch_size", type=int, default=32, help="Images per batch of an encoder. Default: 32.")
     run.add_argument("--num_workers", type=int, default=0, help="Processes that read images. Default: 0.")
     args = parse_flags(parser, argv)

@@ -212,6 +212,26 @@ def test_a_damaged_package_is_refused_and_nothing_is_written(tmp_path, packages)
     assert not (tmp_path / "data").exists()
 
 
+def test_what_an_interruption_leaves_is_complete(tmp_path, packages, monkeypatch):
+    """It comes in the second size: the first one has its licenses, and the second does not exist until it is made."""
+    make_row = tool.make_row
+
+    def interrupted(drawing, size):
+        if size == 48:
+            raise OSError("no space left")
+        return make_row(drawing, size)
+
+    monkeypatch.setattr(tool, "make_row", interrupted)
+    with pytest.raises(SystemExit, match="no space left"):
+        make(tmp_path / "data", packages, "--sizes", "32", "48")
+    assert {file.name for file in (tmp_path / "data").iterdir()} == {"32", "LICENSES.md", "LICENSE-Apache-2.0.txt"}
+    monkeypatch.setattr(tool, "make_row", make_row)
+    make(tmp_path / "data", packages, "--sizes", "48")
+    assert len(list((tmp_path / "data" / "48").glob("*.parquet"))) == len(
+        list((tmp_path / "data" / "32").glob("*.parquet"))
+    )
+
+
 def test_a_missing_package_is_named_with_the_command_that_fetches_it(tmp_path, packages):
     file = next(packages.glob("*noto*"))
     file.unlink()
@@ -225,7 +245,9 @@ def test_without_npm_or_network_it_is_said_how_to_go_on(tmp_path, packages, monk
     with pytest.raises(SystemExit, match=r"npm is missing.*--packages_dir"):
         tool.main(fetch)
     monkeypatch.setattr(tool.shutil, "which", lambda name: "npm")
-    failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\nnpm error network request failed")
+    stderr = "npm error code ENOTFOUND\nnpm error network request failed\n"
+    stderr += "npm error A complete log of this run can be found in: x"
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
     monkeypatch.setattr(tool.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(SystemExit, match=r"network request failed.*--packages_dir"):
         tool.main(fetch)

@@ -255,10 +255,13 @@ def fetch_packages(packages: Sequence[Package], folder: Path) -> None:
         )
     for package in packages:
         print(f"fetching {package.name} {package.version}", flush=True)
-        call = [npm, "pack", "--silent", "--pack-destination", str(folder), f"{package.name}@{package.version}"]
+        # what npm has in its cache needs no network; its default of retrying takes minutes
+        call = [npm, "pack", "--loglevel=error", "--prefer-offline", "--fetch-retry-maxtimeout=10000"]
+        call += ["--pack-destination", str(folder), f"{package.name}@{package.version}"]
         result = subprocess.run(call, capture_output=True, text=True)
         if result.returncode:
             lines = (result.stderr or result.stdout).strip().splitlines()
+            lines = [line for line in lines if "A complete log of this run" not in line]
             raise ValueError(
                 f"npm could not fetch {package.name} {package.version}: {lines[-1] if lines else 'no reason given'}. "
                 "Check the network (`npm ping`), or fetch the package elsewhere and pass `--packages_dir`."
@@ -595,6 +598,7 @@ def fetch_emoji(args: argparse.Namespace) -> None:
             for drawing in drawings_of(style, open_package(STYLES[style].package, folder), entries)
         ]
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_licenses(args.styles, args.output_dir)  # first, so that no data is there without them
     for size in args.sizes:
         rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         for drawing in tqdm(drawings, desc=f"drawing at {size} px", disable=None):
@@ -607,7 +611,6 @@ def fetch_emoji(args: argparse.Namespace) -> None:
             write_card(content)
             os.replace(content, args.output_dir / str(size))
         print(f"{args.output_dir / str(size)}: " + ", ".join(f"{split} {len(rows[split])}" for split in SPLITS))
-    write_licenses(args.styles, args.output_dir)
     print("drawings by style:", dict(Counter(drawing.style for drawing in drawings)))
 
 
