@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     Qwen3VLTextConfig,
     Qwen3VLTextModel,
@@ -116,6 +118,13 @@ def qwen_text_tower(seed: int = 0) -> Qwen3VLTextModel:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
     )
     return Qwen3VLTextModel(config).eval()
+
+
+def language_model(seed: int = 0) -> GPT2LMHeadModel:
+    """A causal model of the words of `tokenizer`, which writes them at random."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=len(tokenizer()), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    return GPT2LMHeadModel(config).eval()
 
 
 def vae_kl(seed: int = 0, scaling_factor: float = 0.36, shift_factor: float = 0.12) -> AutoencoderKL:

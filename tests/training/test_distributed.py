@@ -71,7 +71,14 @@ def train_on_a_rank(values: dict) -> None:
         (run.output_dir / "held.json").write_text(json.dumps(held / everything))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=[name.replace(" ", "-") for name in LAYOUTS])
+# four processes on two cores take most of the time of this file
+PARAMS = [
+    pytest.param(name, id=name.replace(" ", "-"), marks=[pytest.mark.slow] if LAYOUTS[name][0] > 2 else [])
+    for name in LAYOUTS
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def together(request, tmp_path_factory, alone) -> tuple[int, Path]:
     """Number of processes and folder of the same run in one of the layouts."""
     processes, changes = LAYOUTS[request.param]
