@@ -61,8 +61,8 @@ def build(models: Mapping[str, ModelInfo], cache: ModelCache, enhancer: PromptEn
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
                 drawing = DrawTab(page, handlers, header, enhancer)
-            with gr.Tab("Edit", id="edit"):
-                EditTab(handlers, drawing, tabs)
+            with gr.Tab("Edit", id="edit") as edit:
+                EditTab(handlers, drawing, tabs, edit)
             with gr.Tab("Compare", id="compare"):
                 CompareTab(handlers)
     return page.queue(max_size=QUEUE_SIZE, api_open=False)

@@ -23,15 +23,16 @@ class EditTab:
         handlers: handlers of the page.
         drawing: the Draw tab, whose controls and history it shares.
         tabs: tabs of the page.
+        tab: the one that this fills.
     """
 
-    def __init__(self, handlers: Handlers, drawing: DrawTab, tabs: gr.Tabs):
+    def __init__(self, handlers: Handlers, drawing: DrawTab, tabs: gr.Tabs, tab: gr.Tab):
         self.handlers, work, first = handlers, Workspace(), handlers.first_example
         side = max(MIN_EDITOR_SIDE, *map(int, handlers.initial_model.default_size.split(" x ")))
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="ask", min_width=280):
                 editor = gr.ImageEditor(
-                    editor_value(first[1]) if first else None, label="Paint here",
+                    label="Paint here",
                     sources=("upload", "clipboard"), transforms=(), layers=False,
                     brush=gr.Brush(colors=["#6366f1"], color_mode="fixed", default_size=side // 8), eraser=gr.Eraser(),
                     format="png", canvas_size=(side, side), fixed_canvas=True, height=420, buttons=[],
@@ -48,13 +49,23 @@ class EditTab:
                 again = gr.Button("Change the result further", size="sm", visible=False)
                 details = gr.HTML(elem_classes="details")
         drawn = gr.State([], time_to_live=KEPT_SECONDS)
+        filled = gr.State(False, time_to_live=KEPT_SECONDS)  # the editor has had a picture
         inputs = [editor, strength, work.prompt, *drawing.inputs[1:]]
         editing = work.on_start(self.edit, inputs, [gallery, details, drawn], drawing.seed, drawing.keep, "edit")
         editing.success(shared.add_to_history, [drawn, drawing.history], drawing.history_outputs, **AFTER_STEPS)
         editing.success(lambda: gr.Button(visible=True), None, again, **AFTER_STEPS)
         gallery.select(shared.settings_of_selected, drawn, details, **UNQUEUED)
-        again.click(to_editor, drawn, [editor, work.prompt, tabs], **UNQUEUED)
-        drawing.to_edit.click(to_editor, drawing.drawn, [editor, work.prompt, tabs], **UNQUEUED)
+        if first:
+            # an editor in a hidden tab does not show its initial value
+            tab.select(
+                lambda filled: (gr.skip() if filled else editor_value(first[1]), True),
+                filled,
+                [editor, filled],
+                **UNQUEUED,
+            )
+        to_edit = {"fn": to_editor, "outputs": [editor, work.prompt, tabs, filled], **UNQUEUED}
+        again.click(inputs=drawn, **to_edit)
+        drawing.to_edit.click(inputs=drawing.drawn, **to_edit)
 
     def edit(
         self, picture: Any, strength: Any, prompt: Any, negative_prompt: Any, model: Any, size: Any, preset: Any,
@@ -93,11 +104,11 @@ def read_edit(value: Any, strength: float, height_width: tuple[int, int]) -> Edi
 
 
 def to_editor(pictures: list[Picture]) -> tuple[Any, ...]:
-    """Return the first picture for the editor, its prompt, and the tab to open."""
+    """Return the first picture for the editor, its prompt, the tab to open, and that the editor has had a picture."""
     if not pictures:  # the next ones are being drawn
-        return gr.skip(), gr.skip(), gr.skip()
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
     picture = pictures[0]
-    return editor_value(picture.file), picture.request.prompt, gr.Tabs(selected="edit")
+    return editor_value(picture.file), picture.request.prompt, gr.Tabs(selected="edit"), True
 
 
 def editor_value(file: str) -> dict[str, Any]:

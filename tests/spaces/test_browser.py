@@ -253,7 +253,7 @@ def test_a_whole_visit(page, cache, tmp_path):
 
 @pytest.mark.parametrize("size", [{"width": 1280, "height": 900}, PHONE])
 def test_prompt_and_picture_are_in_the_first_screen(browser, size):
-    """With the examples of the repository's model, of which a click draws one."""
+    """With the examples of the repository's model: a click draws one, and the first is in the editor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRX_MODELS", str(ROOT / "model_cards" / "prx-scenes-small"))
         small = ModelCache(find_models(), {})
@@ -277,6 +277,17 @@ def test_prompt_and_picture_are_in_the_first_screen(browser, size):
         expect(page.get_by_label("Prompt", exact=True).first).to_have_value(re.compile("green triangle"))
         expect(page.get_by_text("Done in").first).to_be_visible(timeout=TIMEOUT)
         assert "green+triangle" in drawn_link(page)
+        # the editor opens with the example, once
+        page.get_by_role("tab", name="Edit").click()
+        panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Change", exact=True))
+        expect(panel.locator("canvas").first).to_be_visible()
+        expect(panel.get_by_text("Upload an image")).to_be_hidden()
+        panel.get_by_label("Clear canvas").click()
+        expect(panel.get_by_text("Upload an image")).to_be_visible()
+        page.get_by_role("tab", name="Draw").click()
+        page.get_by_role("tab", name="Edit").click()
+        page.wait_for_load_state("networkidle")
+        expect(panel.get_by_text("Upload an image")).to_be_visible()
 
 
 def luminance(color) -> float:
