@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ import tiny
 import zoo
 from diffusers_prx.techniques import optimizers
 from diffusers_prx.techniques.optimizers import (
+    ITERATIONS,
     MuonAdamW,
     MuonWeight,
     balance_across_ranks,
@@ -41,6 +43,61 @@ OF_LAYER = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in (
 @pytest.fixture(scope="module")
 def networks() -> dict[str, nn.Module]:
     return {"transformer": tiny.transformer(), "text_encoder": tiny.text_encoder()}
+
+
+def closest_quintic(lower: float, upper: float) -> np.ndarray:
+    """Return a, b, c of the odd polynomial a x + b x^3 + c x^5 with the least largest distance from 1 (Remez)."""
+    if upper - lower < 1e-6:  # all points nearly coincide: the limit is a contact of third order
+        return np.array([15, -10, 3]) / 8 / upper ** np.array([1, 3, 5])
+    points = np.linspace(lower, upper, 4)
+    for _ in range(100):
+        a, b, c, _ = np.linalg.solve(np.stack([points, points**3, points**5, [1, -1, 1, -1]], 1), np.ones(4))
+        inner = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))  # extrema
+        points = np.array([lower, *inner, upper])
+    return np.array([a, b, c])
+
+
+def apply_odd(coefficients, x):
+    return sum(factor * x**power for factor, power in zip(coefficients, (1, 3, 5)))
+
+
+def test_polar_express_is_the_best_polynomial_of_every_step():
+    """Composed anew: each step is the best one for the interval in which the values then lie. Where that is wider than
+    1 to 42, the step is the best one for its upper part, scaled so that the whole stays around 1."""
+    lower, upper = 1e-3, 1.0
+    for step, found in enumerate(ITERATIONS["polar_express"]):
+        floor = 0.02407327424182761 * upper
+        best = closest_quintic(max(lower, floor), upper)
+        if lower < floor:
+            best = best * 2 / (apply_odd(best, lower) + apply_odd(best, upper))
+        lower = apply_odd(best, lower)
+        upper = 2 - lower
+        if step < 4:
+            best = best / 1.01 ** np.array([1, 3, 5])
+        np.testing.assert_allclose(found, best, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "least", "most"), [("newton_schulz", 0.47, 1.203), ("polar_express", 0.85, 1.124)]
+)
+def test_singular_values_end_in_the_stated_range(iteration, least, most):
+    """Of a matrix whose singular values span three orders of magnitude, in both types."""
+    u, _, vt = torch.linalg.svd(torch.randn(40, 60, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(-3, 0, 40, dtype=torch.float64)
+    values /= values.norm()  # as `orthogonalize` does; the least is 4e-4, the rest of the range is above 1e-3
+    matrix = u * values @ vt
+    for dtype, slack in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
+        found = torch.einsum("mi,mn,in->i", u, orthogonalize([matrix.to(dtype)], iteration)[0].double(), vt)
+        inside = found[values >= 1e-3]
+        assert len(inside) > 30
+        assert least - slack < inside.min() < least + 0.15
+        assert inside.max() < most + slack
+
+
+def test_unknown_iterations_are_refused():
+    parameters = [nn.Parameter(torch.randn(4, 4))]
+    with pytest.raises(ValueError, match="`iteration` is 'svd'; accepted: newton_schulz, polar_express"):
+        MuonAdamW([{"kind": "muon", "params": parameters}], lr=0.1, iteration="svd")
 
 
 def polynomial(x: torch.Tensor) -> torch.Tensor:
@@ -300,12 +357,14 @@ def test_frozen_parameters_are_in_no_group(networks):
 def test_the_config_determines_the_groups(networks, dtype):
     adam = {"adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 0.3, "adam_weight_decay": 0.4}
     muon_settings = {"muon_momentum": 0.6, "muon_adjust_lr_fn": "original", "muon_newton_schulz_dtype": dtype}
+    muon_settings["muon_iteration"] = "polar_express"
     cfg = runs.config(optimizer="muon", learning_rate=0.5, **adam, **muon_settings)
     optimizer = build_optimizer(cfg, {"transformer": networks["transformer"]})
     *muon, adamw = optimizer.param_groups
     assert [group["stacked"] for group in muon] == [1, 2, 3]
     assert all((g["lr"], g["momentum"], g["adjust_lr_fn"]) == (0.5, 0.6, "original") for g in muon)
     assert (adamw["lr"], adamw["betas"], adamw["eps"], adamw["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
+    assert optimizer.iteration == "polar_express"
     assert optimizer.newton_schulz_dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     cfg = runs.config(learning_rate=0.5, **adam)
     (adamw,) = build_optimizer(cfg, {"transformer": networks["transformer"]}).param_groups
