@@ -5,6 +5,7 @@
 #   PYTEST_ARGS=      further arguments for pytest
 #   QUICKSTART_ARGS=  further flags for the training of the quickstart, e.g. --max_train_steps 100
 #   EMOJI_ARGS=       further flags for the training of `make emoji`
+#   GPU_ARGS=         further flags for `make gpu-check` or `make gpu-study`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +13,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 EMOJI_ARGS ?=
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -25,7 +27,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart emoji demo test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
+.PHONY: help install quickstart emoji demo gpu-check gpu-train gpu-study test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -119,6 +121,17 @@ quality: $(STAMP) ## check lint, formatting and types
 docs: $(STAMP) ## build the pages of docs/ into build/docs; a broken link or an undocumented public name is an error
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs 2 -b html -d build/doctrees docs build/docs
 	@echo "open build/docs/index.html"
+
+gpu-check: $(STAMP) ## compare losses, gradients and pictures of a GPU with float64 on the CPU, then time PRX-1.2B on it
+	$(BIN)/python training/benchmarks/gpu_check.py --fp8 $(GPU_ARGS)
+
+gpu-train: $(STAMP) ## train and grade the quickstart and the emoji model on a GPU
+	$(MAKE) quickstart QUICKSTART_ARGS="--compile --mixed_precision bf16"
+	$(MAKE) emoji EMOJI_ARGS="--compile --mixed_precision bf16 --max_train_steps 40000"
+
+gpu-study: $(STAMP) ## run the study of scenes on one GPU, six runs at a time; the same command continues
+	$(BIN)/python training/ablate_prx.py --study training/studies/scenes.yaml --output_dir outputs/gpu_study \
+		--jobs 6 --remove_checkpoints $(GPU_ARGS)
 
 bench: $(STAMP) ## time the model against diffusers', the techniques, Muon and data loading
 	$(BIN)/python training/benchmarks/bench_model.py

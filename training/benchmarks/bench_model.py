@@ -84,7 +84,7 @@ def train(model: torch.nn.Module, batch: Batch, trimmed: bool, autocast: bool) -
     text, mask = trim_text(batch["text"], batch["mask"]) if trimmed else (batch["text"], batch["mask"])
     timestep = batch["timestep"][:, None, None, None]
     noisy = (1 - timestep) * batch["clean"] + timestep * batch["noise"]
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    with torch.autocast(noisy.device.type, torch.bfloat16) if autocast else nullcontext():
         velocity = model(noisy, batch["timestep"], text, mask, return_dict=False)[0]
     F.mse_loss(velocity.float(), batch["noise"] - batch["clean"]).backward()
     model.zero_grad(set_to_none=True)
@@ -93,9 +93,9 @@ def train(model: torch.nn.Module, batch: Batch, trimmed: bool, autocast: bool) -
 @torch.no_grad()
 def denoise(model: torch.nn.Module, batch: Batch, trimmed: bool, autocast: bool) -> None:
     text, mask = trim_text(batch["text"], batch["mask"]) if trimmed else (batch["text"], batch["mask"])
-    noisy = batch["noise"][:1]
-    twice, timestep = torch.cat((noisy, noisy)), batch["timestep"][:1].repeat(2)
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    noisy = batch["noise"][: len(batch["noise"]) // 2]  # the first half of the rows is the negative prompt's
+    twice, timestep = torch.cat((noisy, noisy)), batch["timestep"][: len(noisy)].repeat(2)
+    with torch.autocast(noisy.device.type, torch.bfloat16) if autocast else nullcontext():
         negative, positive = model(twice, timestep, text, mask, return_dict=False)[0].chunk(2)
     noisy - STEP * (negative + GUIDANCE_SCALE * (positive - negative))
 

@@ -72,14 +72,14 @@ def set_up(args: argparse.Namespace) -> tuple[Clock, dict[str, Any]]:
     return clock, {"versions": versions, "machine": machine, "clock": args.clock}
 
 
-def randomize(*networks: torch.nn.Module) -> None:
+def randomize(*networks: torch.nn.Module, seed: int = 0) -> None:
     """Give all matrices random values: an untrained network multiplies by zero."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for network in networks:
             for parameter in network.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+                if parameter.ndim >= 2:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
 
 
 def compile_blocks(*networks: torch.nn.Module) -> None:
