@@ -13,9 +13,10 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, Autoenco
 from PIL import Image
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
-from training.tools import make_lora_pictures, train_autoencoder, train_scenes_teacher
+from training.tools import draw_sheet, make_lora_pictures, train_autoencoder, train_scenes_teacher
 from transformers import AutoModel, Dinov2WithRegistersModel
 
+import tiny
 from diffusers_prx.data.scenes import BACKGROUNDS, COLORS, ScenesDataset, get_level, render_scene, sample_scene
 from diffusers_prx.latents import EncodedImages, decode, encode
 from diffusers_prx.techniques.teachers import load_teacher
@@ -538,3 +539,28 @@ def test_lora_pictures_say_what_is_missing(tmp_path, emoji_dir):
         make_lora_pictures.main([*flags, "--emoji_dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="--style noto has no drawing of 'red-circle'"):
         make_lora_pictures.main([*flags, "--emoji_dir", str(emoji_dir), "--style", "noto"])
+
+
+def test_prompts_of_a_file_are_drawn_from_the_same_noise(tmp_path, monkeypatch):
+    """Whatever the batches; what the sheet gets is what single calls of the pipeline draw."""
+    model, prompts, sheet = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "sheet.png"
+    pipeline = tiny.pixel_pipeline()
+    pipeline.save_pretrained(model)
+    prompts.write_text("a red cat\n\n  a blue dog  \nthe price is $5 to $6\n")
+    drawn = []
+    monkeypatch.setattr(draw_sheet, "prompt_sheet", lambda pairs, path: drawn.extend(pairs))
+    flags = ["--model", str(model), "--prompts", str(prompts), "--output", str(sheet), "--num_inference_steps", "2"]
+    draw_sheet.main([*flags, "--batch_size", "2", "--seed", "3"])
+    assert [prompt for prompt, _ in drawn] == ["a red cat", "a blue dog", "the price is $5 to $6"]
+    pipeline.set_progress_bar_config(disable=True)
+    for prompt, image in drawn:
+        generator = torch.Generator().manual_seed(3)
+        (alone,) = pipeline(prompt, num_inference_steps=2, guidance_scale=3.0, generator=generator).images
+        assert np.abs(np.asarray(image, np.int16) - np.asarray(alone, np.int16)).max() <= 1
+    monkeypatch.undo()
+    draw_sheet.main(flags)
+    with Image.open(sheet) as opened:
+        assert opened.width == 990  # six columns
+    prompts.write_text("\n \n")
+    with pytest.raises(ValueError, match="has no line with a prompt"):
+        draw_sheet.main(flags)

@@ -48,6 +48,24 @@ def graded_sheet(graded: Sequence[GradedScene | GradedEmoji], title: str, path: 
     figure.savefig(path, dpi=130)
 
 
+def prompt_sheet(drawn: Sequence[tuple[str, PIL.Image.Image]], path: Path, columns: int = 6) -> None:
+    """Draw a sheet of images with their prompts under them.
+
+    Args:
+        drawn: (prompt, image).
+        path: PNG file.
+        columns: images in a row.
+    """
+    rows = -(-len(drawn) // columns)
+    figure = matplotlib.figure.Figure(figsize=(1.5 * columns, 1.75 * rows), layout="constrained")
+    for index, (prompt, image) in enumerate(drawn):
+        axes = figure.add_subplot(rows, columns, index + 1, xticks=[], yticks=[])
+        axes.imshow(image, interpolation="nearest")
+        axes.set_xlabel(textwrap.fill(prompt, 26), fontsize=7, parse_math=False)
+        axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def pair_sheet(pairs: Sequence[tuple[str, np.ndarray | None, np.ndarray]], title: str, path: Path) -> None:
     """Draw a sheet of prompts with their reference and generated images.
 
