@@ -286,7 +286,7 @@ def test_prompt_and_picture_are_in_the_first_screen(browser, size):
         expect(panel.get_by_text("Upload an image")).to_be_visible()
         page.get_by_role("tab", name="Draw").click()
         page.get_by_role("tab", name="Edit").click()
-        page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(2000)  # longer than the answer that fills the editor takes
         expect(panel.get_by_text("Upload an image")).to_be_visible()
 
 

@@ -178,7 +178,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device: pass `--device cpu --size tiny` for the same in small.")
     torch.backends.cuda.matmul.allow_tf32 = False
-    diffusers.utils.logging.set_verbosity_error()
     report = Report(args.output_dir, environment(args))
     if "correctness" in args.parts:
         check_correctness(report, args)
@@ -190,4 +189,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    diffusers.utils.logging.set_verbosity_error()
     sys.exit(main())
