@@ -22,8 +22,13 @@ from diffusers_prx.hub.cards import write_card
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = sorted(index.parent for index in (ROOT / "model_cards").glob("*/model_index.json"))
 SMALL = ROOT / "model_cards" / "prx-scenes-small"
+EMOJI = ROOT / "model_cards" / "prx-emoji-small"
 # `image_grid(draw(pipeline, 8))` at the release of the model
 GOLDEN = Path(__file__).parent / "golden" / "prx-scenes-small.png"
+# the same of `draw_emoji(pipeline)`
+GOLDEN_EMOJI = Path(__file__).parent / "golden" / "prx-emoji-small.png"
+EMOJI_PROMPTS = ["a red apple, Twemoji style", "grinning face, Noto style"]
+EMOJI_PROMPTS += ["a green car, Noto style", "a sunflower, Fluent style"]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +48,20 @@ def draw(pipeline: PRXPixelPipeline, count: int) -> list[PIL.Image.Image]:
     return pipeline(prompts, num_inference_steps=24, guidance_scale=3.0, generator=generator).images
 
 
-def test_the_small_model_exists():
-    assert SMALL in RELEASED
+def draw_emoji(pipeline: PRXPixelPipeline) -> list[PIL.Image.Image]:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(index) for index in range(len(EMOJI_PROMPTS))]
+    return pipeline(EMOJI_PROMPTS, num_inference_steps=16, guidance_scale=3.0, generator=generator).images
+
+
+def test_the_released_models_exist():
+    assert RELEASED == [EMOJI, SMALL]
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
 def test_files_are_small_and_hold_no_code(folder):
     weights = list(folder.rglob("*.safetensors"))
-    assert sum(file.stat().st_size for file in weights) <= 12e6
+    assert sum(file.stat().st_size for file in weights) <= {EMOJI: 40e6}.get(folder, 12e6)
     kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
     assert kinds <= {".safetensors", ".json", ".md", ".png"}
 
@@ -62,6 +73,24 @@ def test_pictures_are_those_of_the_release(pipeline):
     for image, picture in zip(draw(pipeline, 8), golden):
         difference = np.abs(np.asarray(image, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
         assert difference.max() <= 2
+
+
+def test_emoji_are_those_of_the_release():
+    """Its folder is all that is needed; the stored weights are bf16, and are drawn with in float32."""
+    with PIL.Image.open(GOLDEN_EMOJI) as grid:
+        golden = tiny.split_grid(grid, len(EMOJI_PROMPTS), 4)
+    for image, picture in zip(draw_emoji(PRXPixelPipeline.from_pretrained(EMOJI)), golden):
+        difference = np.abs(np.asarray(image, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
+        assert difference.max() <= 2
+
+
+def test_the_emoji_model_names_the_authors_of_its_drawings():
+    card = ModelCard.load(EMOJI / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    licenses = (EMOJI / "LICENSES.md").read_text()
+    for style in ("noto", "twemoji", "fluent", "fluent-3d", "MiniLM"):
+        assert style in licenses
+    assert "LICENSES.md" in card.text
 
 
 def test_the_share_of_right_pictures_is_that_of_the_card(pipeline):
@@ -83,8 +112,9 @@ def test_stock_diffusers_loads_its_network(pipeline):
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
-def test_the_training_record_names_no_local_folder():
-    record = (SMALL / "training.json").read_text()
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_the_training_record_names_no_local_folder(folder):
+    record = (folder / "training.json").read_text()
     assert not re.search(r'"/\w+/', record)
     assert json.loads(record)["config"]["seed"] == 42
 
