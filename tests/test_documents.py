@@ -132,7 +132,7 @@ def test_python_snippets_run(where, code, tmp_path, monkeypatch):
     assert saved, f"{where} leaves nothing that could be looked at"
     for file in saved:
         with PIL.Image.open(tmp_path / file) as image:
-            assert image.size == (32, 32)
+            assert image.size == ((64, 64) if "prx-emoji-small" in code else (32, 32))
 
 
 def test_there_are_snippets():

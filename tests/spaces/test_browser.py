@@ -281,6 +281,7 @@ def test_prompt_and_picture_are_in_the_first_screen(browser, size):
         page.get_by_role("tab", name="Edit").click()
         panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Change", exact=True))
         expect(panel.locator("canvas").first).to_be_visible()
+        expect(panel.get_by_role("button", name="Undo")).to_be_enabled()
         expect(panel.get_by_text("Upload an image")).to_be_hidden()
         panel.get_by_label("Clear canvas").click()
         expect(panel.get_by_text("Upload an image")).to_be_visible()
