@@ -26,6 +26,14 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # the default of `accelerate launch` is one thread; a model of this size gains nothing from more than eight
 THREADS = $(shell $(BIN)/python -c "import os; print(min(os.cpu_count() or 1, 8))")
 
+TRAIN = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS) training/train_prx.py
+GRADE_EMOJI := --num_inference_steps 16 \
+	--emoji data/emoji --emoji_network data/networks/lite0 data/networks/lite2 --num_prompts 128 \
+	--metrics fid:data/networks/lite2 mmd:data/networks/lite2 \
+	--reference data/emoji/64 --reference_split heldout_pairs --num_images 512
+EMOJI_DATA := data/emoji/64 data/networks/lite0 data/networks/lite2 data/networks/minilm-small
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart emoji demo gpu-check gpu-train gpu-study test test-lower test-upper test-versions soak quality docs bench bench-sampling clean
 .DELETE_ON_ERROR:
@@ -47,9 +55,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP) ## train a small PRX on drawn scenes, grade it on held-out prompts, save it in outputs/quickstart
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(THREADS) \
-		training/train_prx.py --config training/recipes/quickstart.yaml --resume_from_checkpoint latest \
+	$(TRAIN) --config training/recipes/quickstart.yaml --resume_from_checkpoint latest \
 		$(QUICKSTART_ARGS)
 	$(BIN)/python training/evaluate_prx.py --model outputs/quickstart --scenes
 	@echo; echo "Report and pictures: outputs/quickstart/report.json, samples.png, loss_curve.png. In $(BIN)/python:"; echo
@@ -68,15 +74,10 @@ data/networks/minilm-small: | data/emoji/64
 	$(BIN)/python training/tools/fetch_networks.py minilm --num_layers 4 --vocab_size 10000 --captions data/emoji/64 \
 		--output_dir $@
 
-emoji: $(STAMP) | data/emoji/64 data/networks/lite0 data/networks/lite2 data/networks/minilm-small ## fetch real drawings, train a small PRX on them, grade what it draws, save it in outputs/emoji_small
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(THREADS) \
-		training/train_prx.py --config training/recipes/emoji_small.yaml --resume_from_checkpoint latest \
+emoji: $(STAMP) | $(EMOJI_DATA) ## fetch real drawings, train a small PRX on them, grade what it draws, save it in outputs/emoji_small
+	$(TRAIN) --config training/recipes/emoji_small.yaml --resume_from_checkpoint latest \
 		--max_train_steps 600 $(EMOJI_ARGS)
-	$(BIN)/python training/evaluate_prx.py --model outputs/emoji_small --num_inference_steps 16 \
-		--emoji data/emoji --emoji_network data/networks/lite0 data/networks/lite2 --num_prompts 128 \
-		--metrics fid:data/networks/lite2 mmd:data/networks/lite2 \
-		--reference data/emoji/64 --reference_split heldout_pairs --num_images 512
+	$(BIN)/python training/evaluate_prx.py --model outputs/emoji_small $(GRADE_EMOJI)
 	@echo; echo "Report and pictures: outputs/emoji_small/report.md, emoji.png, comparison.png, loss_curve.png."
 	@echo 'To train longer, repeat the command with another number of steps: make emoji EMOJI_ARGS="--max_train_steps 6000"'
 
@@ -122,12 +123,16 @@ docs: $(STAMP) ## build the pages of docs/ into build/docs; a broken link or an 
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs 2 -b html -d build/doctrees docs build/docs
 	@echo "open build/docs/index.html"
 
-gpu-check: $(STAMP) ## compare losses, gradients and pictures of a GPU with float64 on the CPU, then time PRX-1.2B on it
-	$(BIN)/python training/benchmarks/gpu_check.py --fp8 $(GPU_ARGS)
+gpu-check: $(STAMP) $(TORCHAO) ## compare losses, gradients and pictures of a GPU with float64 on the CPU, then time PRX-1.2B on it
+	PYTHONPATH="$(abspath $(VENV))/torchao:$$PYTHONPATH" $(BIN)/python training/benchmarks/gpu_check.py --fp8 $(GPU_ARGS)
 
-gpu-train: $(STAMP) ## train and grade the quickstart and the emoji model on a GPU
-	$(MAKE) quickstart QUICKSTART_ARGS="--compile --mixed_precision bf16"
-	$(MAKE) emoji EMOJI_ARGS="--compile --mixed_precision bf16 --max_train_steps 40000"
+gpu-train: $(STAMP) | $(EMOJI_DATA) ## train and grade the quickstart and the emoji model on a GPU, in outputs/gpu_train
+	$(TRAIN) --config training/recipes/quickstart.yaml --resume_from_checkpoint latest \
+		--output_dir outputs/gpu_train/quickstart --compile --mixed_precision bf16
+	$(BIN)/python training/evaluate_prx.py --model outputs/gpu_train/quickstart --scenes
+	$(TRAIN) --config training/recipes/emoji_small.yaml --resume_from_checkpoint latest \
+		--output_dir outputs/gpu_train/emoji_small --compile --mixed_precision bf16 --max_train_steps 40000
+	$(BIN)/python training/evaluate_prx.py --model outputs/gpu_train/emoji_small $(GRADE_EMOJI)
 
 gpu-study: $(STAMP) ## run the study of scenes on one GPU, six runs at a time; the same command continues
 	$(BIN)/python training/ablate_prx.py --study training/studies/scenes.yaml --output_dir outputs/gpu_study \

@@ -10,8 +10,10 @@
 3. Training (forward and backward pass, largest batch that fits) and guided denoising of PRX-1.2B: eager, compiled,
    float8, and stock diffusers with the same weights, alternating; share of the measured ceiling.
 
-A part that fails, or runs out of memory, is reported, and the others run. The exit status is 1 if a part failed or an
-error is above its bound. Results are written after every part: `gpu_check.json` and `gpu_check.md`.
+A part that fails, or runs out of memory, is reported, and the others run; so is one that would begin after
+`--max_minutes`. The exit status is 1 if a part failed or an error is above its bound. What needs another package or
+device, such as an attention backend or float8, is listed and is no failure. Results are written after every part:
+`gpu_check.json` and `gpu_check.md`.
 """
 
 import argparse
@@ -30,8 +32,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from gpu_correctness import correctness
-from gpu_speed import SIZES, ceilings, sampling_speed, training_speed
+from gpu_correctness import Unavailable, correctness
+from gpu_speed import SIZES, ceilings, free, sampling_speed, training_speed
 
 from diffusers_prx.files import write_json
 
@@ -62,11 +64,15 @@ class Report:
     Args:
         folder: folder of `gpu_check.json` and `gpu_check.md`.
         facts: see `environment`.
+        device: "cuda" or "cpu".
+        max_minutes: time after which no part begins.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]):
-        self.folder = folder
-        self.found: dict[str, Any] = {"environment": facts, "seconds": {}, "failed": {}, "ceilings": None}
+    def __init__(self, folder: Path, facts: dict[str, Any], device: str, max_minutes: float):
+        self.folder, self.device, self.max_minutes = folder, device, max_minutes
+        self.start = time.perf_counter()
+        self.found: dict[str, Any] = {"environment": facts, "seconds": {}, "failed": {}, "unavailable": {}}
+        self.found["ceilings"] = None
         self.found |= {"correctness": [], "speed": []}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -77,15 +83,27 @@ class Report:
     def run(self, name: str, part: Callable[[], Any]) -> Any:
         """Run a part and return its result; None if it fails, which is recorded with its error."""
         start = time.perf_counter()
+        if start - self.start > 60 * self.max_minutes:
+            self.found["failed"][name] = f"not started: --max_minutes {self.max_minutes:g}"
+            self.write()
+            return None
         try:
             return part()
         except Exception as error:
-            traceback.print_exc()
-            self.found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            self.record(name, error)
         finally:
+            free(self.device)
             self.found["seconds"][name] = round(time.perf_counter() - start, 1)
             self.write()
         return None
+
+    def record(self, name: str, error: Exception) -> None:
+        """Note that a part failed, or is not available here."""
+        if isinstance(error, Unavailable):
+            self.found["unavailable"][name] = str(error).splitlines()[0][:300]
+            return
+        traceback.print_exception(error)
+        self.found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
     def write(self) -> None:
         write_json(self.folder / "gpu_check.json", self.found)
@@ -94,7 +112,8 @@ class Report:
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     names = list(header)
-    return ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *rows)]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *escaped)]
 
 
 def number(value: float | None, form: str) -> str:
@@ -110,6 +129,8 @@ def as_markdown(found: dict[str, Any]) -> str:
         lines += [f"Ceilings: copy {copy:.0f} GB/s, bf16 product {product:.1f} TFLOP/s.", ""]
     if found["failed"]:
         lines += ["## Failed", "", *table(("part", "error"), found["failed"].items()), ""]
+    if found["unavailable"]:
+        lines += ["## Not available", "", *table(("part", "reason"), found["unavailable"].items()), ""]
     if found["speed"]:
         header = ("task", "model", "variant", "batch", "ms", "samples/s", "GiB", "share of ceiling", "over stock")
         rows = [
@@ -150,7 +171,7 @@ def check_speed(report: Report, args: argparse.Namespace) -> None:
     report.found["ceilings"] = report.run("ceilings", partial(ceilings, args.device, args.size))
     tflops = report.found["ceilings"]["bf16_tflops"] if report.found["ceilings"] else float("nan")
     common = (args.device, args.size)
-    parts: dict[str, Callable[[], list[dict]]] = {
+    parts: dict[str, Callable[[], tuple[list[dict], dict[str, Exception]]]] = {
         f"training, {label}": partial(
             training_speed, label, *common, tflops, args.fp8, args.compile_backend, args.repeats
         )
@@ -158,8 +179,11 @@ def check_speed(report: Report, args: argparse.Namespace) -> None:
     }
     parts["sampling"] = partial(sampling_speed, *common, args.fp8, args.compile_backend, args.repeats)
     for name, part in parts.items():
-        report.found["speed"] += report.run(name, part) or []
-    report.write()
+        lines, failed = report.run(name, part) or ([], {})
+        report.found["speed"] += lines
+        for variant, error in failed.items():
+            report.record(variant, error)
+        report.write()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,12 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile_backend", default="inductor", help="Backend of torch.compile. Default: inductor.")
     parser.add_argument("--fp8", action="store_true", help="Time float8 as well (torchao, compute capability 8.9).")
     parser.add_argument("--repeats", type=int, default=10, help="Timed repeats. Default: 10.")
+    limit = "Minutes after which no part begins. Default: 8."
+    parser.add_argument("--max_minutes", type=float, default=8, help=limit)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu_check"))
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device: pass `--device cpu --size tiny` for the same in small.")
     torch.backends.cuda.matmul.allow_tf32 = False
-    report = Report(args.output_dir, environment(args))
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True: convolutions in "float32" have 11 bits
+    report = Report(args.output_dir, environment(args), args.device, args.max_minutes)
     if "correctness" in args.parts:
         check_correctness(report, args)
     if "speed" in args.parts:

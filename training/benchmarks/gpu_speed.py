@@ -1,15 +1,16 @@
 """Speed part of gpu_check.py: the ceilings of the device, then training and sampling beside stock diffusers."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import bench_model
 import diffusers
 import torch
+from gpu_correctness import Unavailable
 from timing import alternate, randomize
 
 from diffusers_prx.models.transformer_prx import PRXTransformer2DModel
@@ -62,19 +63,29 @@ def ceilings(device: str, size: str) -> dict[str, float]:
     }
 
 
-def make_batch(arguments: Mapping[str, Any], side: int, rows: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a batch of the tasks of bench_model.py; its captions have 60 to 110 tokens of a window of 256."""
-    generator = torch.Generator().manual_seed(rows)
-    lengths = torch.randint(bench_model.SHORTEST, bench_model.LONGEST + 1, (rows,), generator=generator)
-    clean = torch.randn(rows, arguments.get("in_channels", 16), side, side, generator=generator)
-    batch = {
-        "clean": clean,
-        "noise": torch.randn(clean.shape, generator=generator),
-        "timestep": torch.rand(rows, generator=generator),
-        "text": torch.randn(rows, bench_model.WINDOW, 2304, generator=generator),
+def make_batch(
+    task: str, arguments: Mapping[str, Any], side: int, rows: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return a batch of a task of bench_model.py, drawn on the device.
+
+    Captions have 60 to 110 tokens of a window of 256; the negative prompts of `denoise`, the first half of the rows,
+    have one.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device, dtype=dtype)
+    shape = (rows, arguments.get("in_channels", 16), side, side)
+    limits = (bench_model.SHORTEST, bench_model.LONGEST + 1)
+    lengths = torch.randint(*limits, (rows, 1), generator=generator, device=device)
+    lengths[0] = bench_model.LONGEST  # the same number of computed tokens for every number of rows
+    if task == "denoise":
+        lengths = torch.cat((torch.ones_like(lengths[rows // 2 :]), lengths[: rows // 2]))
+    return {
+        "clean": draw(*shape),
+        "noise": draw(*shape),
+        "timestep": torch.rand(rows, generator=generator, device=device, dtype=dtype),
+        "text": draw(rows, bench_model.WINDOW, 2304),
+        "mask": torch.arange(bench_model.WINDOW, device=device) < lengths,
     }
-    moved: dict[str, Any] = {name: value.to(device, dtype) for name, value in batch.items()}
-    return moved | {"mask": (torch.arange(bench_model.WINDOW) < lengths[:, None]).to(device)}
 
 
 def training_flops(arguments: Mapping[str, Any], side: int, text_tokens: int) -> int:
@@ -91,16 +102,27 @@ def to_fp8(model: torch.nn.Module) -> torch.nn.Module:
     """Let the linear layers of the blocks multiply in float8 with one scale per row (torchao).
 
     Raises:
-        RuntimeError: if the device multiplies no float8.
+        Unavailable: if the device multiplies no float8, or torchao is not installed.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise RuntimeError("float8 products need an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper).")
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        raise Unavailable("float8 products need an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper).")
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise Unavailable("float8 products need torchao: pip install torchao.") from error
 
     config = Float8LinearConfig.from_recipe_name("rowwise")
     for block in model.blocks:
         convert_to_float8_training(block, config=config)
     return model
+
+
+def free(device: str) -> None:
+    """Give back what earlier work holds: compiled graphs and cached memory."""
+    torch.compiler.reset()  # also the count of recompilations, which is limited for each function
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def largest_batch(run: Callable[[int], Any], device: str, most: int) -> int:
@@ -118,96 +140,154 @@ def largest_batch(run: Callable[[int], Any], device: str, most: int) -> int:
                 raise
             break
         fits, rows = rows, 2 * rows
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    free(device)
     return fits
 
 
-def candidates(
+def variants(
     arguments: Mapping[str, Any], device: str, dtype: torch.dtype, fp8: bool, compile_backend: str
-) -> dict[str, torch.nn.Module]:
-    """Return ours, ours with compiled blocks, ours in float8 where asked for, and stock, with equal weights."""
-    ours = PRXTransformer2DModel(**arguments)
+) -> dict[str, Callable[[], torch.nn.Module]]:
+    """Return makers of ours, ours compiled, ours in float8 where asked for, and stock, which share their weights."""
+    with torch.device(device):
+        ours = PRXTransformer2DModel(**arguments)
     randomize(ours)
-    weights = ours.state_dict()
+    ours.to(dtype)
 
-    def copy(compiled: bool) -> torch.nn.Module:
-        model = PRXTransformer2DModel(**arguments)
-        model.load_state_dict(weights)
-        model.to(device, dtype)
-        if compiled:
-            model.compile_repeated_blocks(fullgraph=True, backend=compile_backend)
+    def shared(model_class: Any) -> torch.nn.Module:
+        with torch.device(device):
+            model = model_class(**{"depth": ours.config["depth"]} | dict(arguments))
+        model.load_state_dict(ours.state_dict(), assign=True)
         return model
 
-    models = {"ours": copy(False), "ours, compiled": copy(True)}
+    def compiled(in_fp8: bool) -> torch.nn.Module:
+        model: Any = shared(PRXTransformer2DModel)
+        if in_fp8:
+            to_fp8(model)
+        model.compile_repeated_blocks(fullgraph=True, backend=compile_backend)
+        return model
+
+    makers: dict[str, Callable[[], torch.nn.Module]] = {
+        "ours": lambda: ours,
+        "ours, compiled": lambda: compiled(False),
+    }
     if fp8:
-        models["ours, compiled, fp8"] = to_fp8(copy(False))
-        models["ours, compiled, fp8"].compile_repeated_blocks(fullgraph=True, backend=compile_backend)
-    if "bottleneck_size" not in arguments:  # stock's linear bottleneck has another name
-        stock = diffusers.PRXTransformer2DModel(**{"depth": 16} | dict(arguments))
-        with suppress(RuntimeError):  # other arguments: no comparison
-            stock.load_state_dict(weights)
-            models["stock"] = stock.to(device, dtype)
-    return models
+        makers["ours, compiled, fp8"] = lambda: compiled(True)
+    if "bottleneck_size" not in arguments:  # stock's has another form
+        makers["stock"] = lambda: shared(diffusers.PRXTransformer2DModel)
+    return makers
+
+
+def measure(
+    label: str,
+    makers: Mapping[str, Callable[[], torch.nn.Module]],
+    work: Callable[[torch.nn.Module, bool], Any],
+    device: str,
+    repeats: int,
+) -> tuple[dict[str, tuple[float, float | None]], dict[str, Exception]]:
+    """Time the variants of a model in turns. One that fails is left out.
+
+    Args:
+        label: name of the model.
+        makers: name -> maker of the variant.
+        work: function of the variant, and of True if it gets its text without padding.
+        device: "cuda" or "cpu".
+        repeats: number of timed repeats.
+
+    Returns:
+        name -> (median seconds, peak GiB: weights, gradients and activations), and label and name -> error.
+    """
+    ready: dict[str, Callable[[Any], Any]] = {}
+    memory: dict[str, float | None] = {}
+    failed: dict[str, Exception] = {}
+    for name, make in makers.items():
+        model = None
+        try:
+            model = make()
+            run = partial(lambda model, trimmed, _: work(model, trimmed), model, name != "stock")
+            run(None)  # compiles
+            memory[name] = peak_gib(model, run) if device == "cuda" else None
+            ready[name] = run
+        except Exception as error:
+            failed[f"{label}, {name}"] = error.with_traceback(None)  # which would hold its tensors
+        if model is not None:
+            model.zero_grad(set_to_none=True)  # of a pass that ended in the middle
+    seconds = median_seconds(ready, lambda: None, device, repeats) if ready else {}
+    return {name: (taken, memory[name]) for name, taken in seconds.items()}, failed
+
+
+def peak_gib(model: torch.nn.Module, run: Callable[[Any], Any]) -> float:
+    """Return the memory at the peak of a call in GiB, with the model's weights and without those of others."""
+    weights = sum(weight.nbytes for weight in model.parameters())
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(None)
+    return (torch.cuda.max_memory_allocated() - before + weights) / 2**30
 
 
 def training_speed(
     label: str, device: str, size: str, ceiling_tflops: float, fp8: bool, compile_backend: str, repeats: int
-) -> list[dict]:
+) -> tuple[list[dict], dict[str, Exception]]:
     """Time forward and backward pass in bf16 autocast over float32 weights, at the largest batch that fits.
 
-    The share of the ceiling is the FLOPs of real tokens (the mean caption) over time and measured bf16 product.
+    Ours in eager mode and stock must fit. The share of the ceiling is the planner's FLOPs for the mean caption, over
+    time and measured bf16 product. Returns the lines of the report, and the errors of variants that failed.
     """
     arguments, side, most = SIZES[size][label]
-    models = candidates(arguments, device, torch.float32, fp8, compile_backend)
-    batch = partial(make_batch, arguments, side, device=device, dtype=torch.float32)
+    makers = variants(arguments, device, torch.float32, fp8, compile_backend)
+    draw = partial(make_batch, "train", arguments, side, device=device, dtype=torch.float32)
+    eager = {name: makers[name]() for name in ("ours", "stock") if name in makers}
 
-    def train(rows: int) -> None:
-        for name in ("ours", "stock") if "stock" in models else ("ours",):
-            bench_model.train(models[name], batch(rows), trimmed=name != "stock", autocast=True)
+    def attempt(rows: int) -> None:
+        batch = draw(rows)
+        for name, model in eager.items():
+            try:
+                bench_model.train(model, batch, trimmed=name != "stock", autocast=True)
+            finally:
+                model.zero_grad(set_to_none=True)
 
-    rows = largest_batch(train, device, most)
-    tokens = (bench_model.SHORTEST + bench_model.LONGEST) // 2
-    flops = rows * training_flops(arguments, side, tokens)
-    lines = []
-    peak = {}
-    for name, model in models.items():
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        bench_model.train(model, batch(rows), trimmed=name != "stock", autocast=True)
-        peak[name] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    work = {
-        name: partial(bench_model.train, model, trimmed=name != "stock", autocast=True)
-        for name, model in models.items()
-    }
-    seconds = median_seconds(work, lambda: batch(rows), device, repeats)
-    for name, taken in seconds.items():
-        lines.append(
-            {
-                "task": "train", "model": label, "variant": name, "batch": rows, "seconds": taken,
-                "per_second": rows / taken, "memory_gib": peak[name],
-                "share_of_ceiling": flops / taken / 1e12 / ceiling_tflops,
-                "over_stock": seconds["stock"] / taken if "stock" in seconds else None,
-            }
-        )  # fmt: skip
-    return lines
+    rows = largest_batch(attempt, device, most)
+    batch = draw(rows)
+    found, failed = measure(
+        f"training, {label}",
+        makers,
+        lambda model, trimmed: bench_model.train(model, batch, trimmed=trimmed, autocast=True),
+        device,
+        repeats,
+    )
+    flops = rows * training_flops(arguments, side, (bench_model.SHORTEST + bench_model.LONGEST) // 2)
+    lines = as_lines("train", label, rows, found)
+    for line in lines:
+        line["share_of_ceiling"] = flops / line["seconds"] / 1e12 / ceiling_tflops
+    return lines, failed
 
 
-def sampling_speed(device: str, size: str, fp8: bool, compile_backend: str, repeats: int) -> list[dict]:
-    """Time one guided denoising step of a batch in bf16: two rows of the network for each picture."""
+def sampling_speed(
+    device: str, size: str, fp8: bool, compile_backend: str, repeats: int
+) -> tuple[list[dict], dict[str, Exception]]:
+    """Time one guided denoising step of a batch in bf16: two rows of the network for each picture.
+
+    Returns the lines of the report, and the errors of variants that failed.
+    """
     label, arguments, side, pictures = SAMPLED[size]
-    models = candidates(arguments, device, torch.bfloat16, fp8, compile_backend)
-    work = {
-        name: partial(bench_model.denoise, model, trimmed=name != "stock", autocast=False)
-        for name, model in models.items()
-    }
-    batch = partial(make_batch, arguments, side, 2 * pictures, device, torch.bfloat16)
-    seconds = median_seconds(work, batch, device, repeats)
+    makers = variants(arguments, device, torch.bfloat16, fp8, compile_backend)
+    batch = make_batch("denoise", arguments, side, 2 * pictures, device, torch.bfloat16)
+    found, failed = measure(
+        f"sampling, {label}",
+        makers,
+        lambda model, trimmed: bench_model.denoise(model, batch, trimmed=trimmed, autocast=False),
+        device,
+        repeats,
+    )
+    return as_lines("sample", label, pictures, found), failed
+
+
+def as_lines(task: str, label: str, batch: int, found: Mapping[str, tuple[float, float | None]]) -> list[dict]:
     return [
         {
-            "task": "sample", "model": label, "variant": name, "batch": pictures, "seconds": taken,
-            "per_second": pictures / taken, "memory_gib": None, "share_of_ceiling": None,
-            "over_stock": seconds["stock"] / taken if "stock" in seconds else None,
+            "task": task, "model": label, "variant": name, "batch": batch, "seconds": seconds,
+            "per_second": batch / seconds, "memory_gib": memory, "share_of_ceiling": None,
+            "over_stock": found["stock"][0] / seconds if "stock" in found else None,
         }
-        for name, taken in seconds.items()
+        for name, (seconds, memory) in found.items()
     ]  # fmt: skip

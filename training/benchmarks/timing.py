@@ -74,7 +74,7 @@ def set_up(args: argparse.Namespace) -> tuple[Clock, dict[str, Any]]:
 
 def randomize(*networks: torch.nn.Module, seed: int = 0) -> None:
     """Give all matrices random values: an untrained network multiplies by zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(networks[0].parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for network in networks:
             for parameter in network.parameters():
